@@ -1,0 +1,491 @@
+"""model.py against the reference outputs, against plain formulas, and against its own closed formulas."""
+
+import copy
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as m
+from model import ConfigError, make_model
+
+GOLDEN = Path(__file__).parent / 'golden'
+TINY = dict(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
+ROPE = dict(learned_positions=False, rope_dims=4, norm='rms')
+MLA = dict(ROPE, attention='mla', q_latent=12, kv_latent=8)
+VARIANTS = {
+    'gpt2': {},
+    'gqa': dict(ROPE, n_kv_head=2),
+    'qk_norm': dict(ROPE, qk_norm=True),
+    'bias': dict(bias=True, mlp_bias=True),
+    'relu2': dict(mlp='relu2'),
+    'untied': dict(tie_embeddings=False),
+    'no_positions': dict(learned_positions=False),
+    'mla': MLA,
+    'mla_no_q_latent': dict(MLA, q_latent=None),
+    'mla_shared': dict(MLA, rope_key='shared'),
+    'mla_narrow_v': dict(MLA, rope_key='shared', v_head_dim=6),
+    'mla_wide_v': dict(MLA, v_head_dim=10),
+    'mla_o': dict(MLA, o_latent=12),
+    'mla_o_sum': dict(MLA, o_latent=12, o_norm='sum', rope_key='shared'),
+    'mla_o_head': dict(MLA, o_latent=12, o_norm='head'),
+    'subspaces': dict(MLA, o_latent=12, mlp='swiglu', mlp_bias=True, mlp_rank=10, vocab_rank=14, n_dense=1),
+}
+
+
+def tiny(seed=0, dtype=torch.float64, **options):
+    """A small transformer whose every weight is random, gains and biases too, so that none can hide."""
+    torch.manual_seed(seed)
+    model = make_model('transformer', **{**TINY, **options}).to(dtype)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
+    return model
+
+
+def tokens(*shape, seed=1, vocab=61):
+    return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# -- reference outputs -------------------------------------------------------------------------------------------
+
+OUR_NAMES = [('encoder_model.', ''), ('vocab_embed', 'tok_emb'), ('layers.', 'blocks.'), ('attn_input_norm', 'attn_norm'),
+             ('self_attn', 'attn'), ('ffn_input_norm', 'mlp_norm'), ('ffn.', 'mlp.'),
+             ('transformer_blocks.', 'blocks.'), ('token_embedding', 'tok_emb'), ('positional_embedding', 'pos_emb'),
+             ('multi_attn_head.batch_attn_weights', 'attn.qkv_proj'), ('multi_attn_head.residual_proj', 'attn.o_proj'),
+             ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
+             ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'),
+             ('attn.o_a_proj', 'attn.o_proj.o_a_proj'), ('attn.o_b_proj', 'attn.o_proj.o_b_proj'),
+             ('W_in_shared_norm', 'in_proj.1'), ('W_in_shared', 'in_proj.0'), ('W_gate_shared_norm', 'gate_proj.1'),
+             ('W_gate_shared', 'gate_proj.0'), ('W_out_shared', 'out_proj.1')]
+
+
+def our_name(name, parameters):
+    for theirs, ours in OUR_NAMES:
+        name = name.replace(theirs, ours)
+    if name.startswith('ln.'):
+        name = name.replace('ln.', 'norm.')
+    for part in ('in', 'gate', 'out'):
+        # in a decomposed matrix their W_in is the second factor, their W_out the first
+        factor = f'{part}_proj.{0 if part == "out" else 2}'
+        plain = name.replace(f'W_{part}.', f'{part}_proj.')
+        name = plain if plain in parameters else name.replace(f'W_{part}.', f'{factor}.')
+    return name
+
+
+def load_golden(name):
+    arrays = dict(np.load(GOLDEN / f'{name}.npz'))
+    c = json.loads(str(arrays['config']))
+    if name == 'decoder_baseline':
+        options = c
+    else:
+        options = dict(vocab_size=c['vocab_size'], n_embd=c['hidden_size'], n_layer=c['num_hidden_layers'],
+                       mlp_hidden=c['intermediate_size'], block_size=c['max_position_embeddings'],
+                       n_head=c['num_attention_heads'], head_dim=c['head_dim'], rope_dims=c['rope_dims'],
+                       causal=False, mlp='swiglu', mlp_bias=True, norm='rms', final_norm=False, learned_positions=False,
+                       n_dense=c['num_dense_layers'], mlp_rank=c['ffn_rank'],
+                       vocab_rank=c['vocab_rank'] if c['vocab_subspace'] else None)
+        if c['num_dense_layers'] < c['num_hidden_layers']:
+            options |= dict(attention='mla', q_latent=c['q_latent_dim'], kv_latent=c['kv_latent_dim'],
+                            o_latent=c['o_latent_dim'] if c['output_subspace'] else None)
+    model = make_model('transformer', **options)
+    parameters = dict(model.named_parameters())
+    theirs = {our_name(k[6:], parameters): v for k, v in arrays.items() if k.startswith('param:')}
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in theirs.items()})
+    grads = {our_name(k[5:], parameters): v for k, v in arrays.items() if k.startswith('grad:')}
+    return model, arrays, grads
+
+
+def close(ours, golden):
+    error, largest = np.abs(ours.detach().numpy() - golden).max(), np.abs(golden).max()
+    assert error <= 1e-5 * largest, f'differs by {error / largest:.1e} of the largest entry'
+
+
+@pytest.mark.parametrize('name', ['encoder_mha', 'encoder_mla', 'encoder_mla_o', 'encoder_mla_o_subspaces',
+                                  'decoder_baseline'])
+def test_reference_outputs(name):
+    model, arrays, grads = load_golden(name)
+    idx = torch.from_numpy(arrays['input_ids'])
+    if name == 'decoder_baseline':
+        key_mask, targets, loss = None, torch.from_numpy(arrays['targets']), arrays['train_loss']
+    else:
+        key_mask, loss = torch.from_numpy(arrays['attention_mask']).bool(), arrays['loss']
+        labels = torch.from_numpy(arrays['labels'])
+        targets = labels.masked_fill(labels == -100, -1)
+    close(model(idx, key_mask=key_mask), arrays['logits'])
+    ours = model(idx, targets, key_mask=key_mask)['loss']
+    close(ours, loss)
+    ours.backward()
+    assert len(grads) >= 9
+    for parameter, grad in grads.items():
+        close(model.get_parameter(parameter).grad, grad)
+
+
+# -- parameter counts of the published configurations ------------------------------------------------------------
+
+ENCODER = dict(vocab_size=30522, block_size=128, n_layer=6, n_head=8, n_embd=256, causal=False, mlp='swiglu',
+               mlp_hidden=1024, mlp_bias=True, norm='rms', final_norm=False, learned_positions=False, rope_dims=32)
+
+
+@pytest.mark.parametrize('options, count', [
+    (ENCODER, 14_121_984),
+    (dict(ENCODER, attention='mla', q_latent=64, kv_latent=32, rope_dims=16), 13_286_976),
+    (dict(ENCODER, attention='mla', q_latent=64, kv_latent=32, o_latent=64), 13_090_368),
+    (dict(vocab_size=50257, block_size=200, n_layer=26, n_head=10, n_embd=160), 16_036_800),
+    (dict(vocab_size=50257, block_size=200, n_layer=26, n_head=12, n_embd=156), 15_441_192),
+])
+def test_parameter_counts(options, count):
+    with torch.device('meta'):
+        assert make_model('transformer', **options).n_params(positions=False) == count
+
+
+# -- plain formulas, written out head by head --------------------------------------------------------------------
+
+
+def rms(x, gain=1.0):
+    return x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+
+
+def rope_plain(x, rope_dims, theta=10000.0):
+    """x (T, d): rotates pairs (i, i + rope_dims/2) of the first rope_dims dimensions by position * theta^(-2i/rope_dims)."""
+    y = x.clone()
+    for t in range(x.size(0)):
+        for i in range(rope_dims // 2):
+            angle = t * theta ** (-2 * i / rope_dims)
+            c, s = math.cos(angle), math.sin(angle)
+            a, b = x[t, i], x[t, i + rope_dims // 2]
+            y[t, i], y[t, i + rope_dims // 2] = a * c - b * s, b * c + a * s
+    return y
+
+
+def softmax_attention(q, k, v, causal):
+    scores = q @ k.T / math.sqrt(q.size(-1))
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
+    return scores.softmax(-1) @ v
+
+
+def attention_plain(attn, x, c):
+    """One sequence x (T, D) through an attention module, from its weights alone."""
+    H, d = c.n_head, c.head_dim
+    if c.attention == 'mha':
+        Hkv = c.n_kv_head or H
+        weight, bias = attn.qkv_proj.weight, attn.qkv_proj.bias
+        out = x @ weight.T + (0 if bias is None else bias)
+        q, k, v = out[:, :H * d], out[:, H * d:(H + Hkv) * d], out[:, (H + Hkv) * d:]
+        heads = []
+        for h in range(H):
+            g = h // (H // Hkv)
+            qh, kh, vh = q[:, h * d:(h + 1) * d], k[:, g * d:(g + 1) * d], v[:, g * d:(g + 1) * d]
+            if c.qk_norm:
+                qh, kh = rms(qh, attn.q_norm.weight), rms(kh, attn.k_norm.weight)
+            heads.append(softmax_attention(rope_plain(qh, c.rope_dims), rope_plain(kh, c.rope_dims), vh, c.causal))
+        out = torch.cat(heads, -1) @ attn.o_proj.weight.T
+        return out if bias is None else out + attn.o_proj.bias
+
+    dv, r = c.v_head_dim or d, c.rope_dims if c.rope_key == 'shared' else 0
+    a = x @ attn.qkv_a_proj.weight.T
+    nq = c.q_latent or H * d
+    q, latent, k_shared = a[:, :nq], a[:, nq:nq + c.kv_latent], a[:, nq + c.kv_latent:]
+    if c.q_latent:
+        q = rms(q, attn.q_a_norm.weight) @ attn.q_b_proj.weight.T
+    kv = rms(latent, attn.kv_a_norm.weight) @ attn.kv_b_proj.weight.T
+    k, v = kv[:, :H * (d - r)], kv[:, H * (d - r):]
+    heads = []
+    for h in range(H):
+        kh = torch.cat([k_shared, k[:, h * (d - r):(h + 1) * (d - r)]], -1)
+        heads.append(softmax_attention(rope_plain(q[:, h * d:(h + 1) * d], c.rope_dims), rope_plain(kh, c.rope_dims),
+                                       v[:, h * dv:(h + 1) * dv], c.causal))
+    if not c.o_latent:
+        return torch.cat(heads, -1) @ attn.o_proj.weight.T
+    o_a, o_b = attn.o_proj.o_a_proj.weight, attn.o_proj.o_b_proj.weight
+    parts = [head @ o_a[:, h * dv:(h + 1) * dv].T for h, head in enumerate(heads)]
+    if c.o_norm == 'head':
+        parts = [rms(part, attn.o_proj.gain[h]) / math.sqrt(H) for h, part in enumerate(parts)]
+    total = sum(parts)
+    return (rms(total, attn.o_proj.o_norm.weight) if c.o_norm == 'sum' else total) @ o_b.T
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('name', [name for name in VARIANTS if name != 'subspaces'])
+def test_attention_is_its_formula(name, causal):
+    model = tiny(**VARIANTS[name], causal=causal)
+    c, attn = model.config, model.blocks[0].attn
+    x = torch.randn(2, 7, c.n_embd, dtype=torch.float64)
+    rope = (model.rope_cos[:7], model.rope_sin[:7]) if c.rope_dims else None
+    for sequence, out in zip(x, attn(x, rope)):
+        # the tables of cos and sin are float32, whatever the precision of the weights
+        assert torch.allclose(out, attention_plain(attn, sequence, c), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('kind', ['gelu', 'swiglu', 'relu2'])
+@pytest.mark.parametrize('rank', [None, 5])
+def test_feed_forward_is_its_formula(kind, rank):
+    model = tiny(mlp=kind, mlp_bias=True, mlp_rank=rank)
+    mlp = model.blocks[1].mlp
+    x = torch.randn(3, model.config.n_embd, dtype=torch.float64)
+
+    def inner(layer):
+        if rank is None:
+            return x @ layer.weight.T + layer.bias
+        return rms(x @ layer[0].weight.T, layer[1].weight) @ layer[2].weight.T + layer[2].bias
+
+    h = inner(mlp.in_proj)
+    if kind == 'gelu':
+        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+    elif kind == 'relu2':
+        h = h.clamp(min=0) ** 2
+    else:
+        h = h * torch.sigmoid(h) * inner(mlp.gate_proj)
+    out = h @ mlp.out_proj.weight.T + mlp.out_proj.bias if rank is None else \
+        h @ mlp.out_proj[0].weight.T @ mlp.out_proj[1].weight.T + mlp.out_proj[1].bias
+    assert torch.allclose(mlp(x), out, rtol=1e-12)
+    plain = torch.autograd.grad(out.square().sum(), list(mlp.parameters()))
+    ours = torch.autograd.grad(mlp(x).square().sum(), list(mlp.parameters()))
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(ours, plain))
+
+
+def test_norms_have_their_eps():
+    assert {n.eps for n in tiny(norm='layer').modules() if isinstance(n, torch.nn.LayerNorm)} == {1e-5}
+    assert {n.eps for n in tiny(**VARIANTS['subspaces']).modules() if isinstance(n, torch.nn.RMSNorm)} == {1e-6}
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_initial_loss_is_that_of_guessing(name):
+    torch.manual_seed(0)
+    model = make_model('transformer', **{**TINY, **VARIANTS[name]})
+    idx, targets = tokens(8, 16), tokens(8, 16, seed=2)
+    assert abs(model(idx, targets)['loss'].item() - math.log(61)) < 0.05
+
+
+# -- causality and masks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('name', VARIANTS)
+def test_causal(name, train):
+    """The suffix from every position on is replaced: nothing before it may change, and what follows must."""
+    model = tiny(**VARIANTS[name]).train(train)
+    idx = tokens(1, 11)
+    logits = model(idx)
+    for t in range(1, 11):
+        other = idx.clone()
+        other[:, t:] = (other[:, t:] + 7) % 61
+        changed = model(other)
+        assert torch.allclose(changed[:, :t], logits[:, :t], atol=1e-12)
+        assert not torch.allclose(changed[:, t], logits[:, t], atol=1e-3)
+    embedded = []
+    model.tok_emb.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    model(idx)[0, 5].sum().backward()
+    reached = embedded[0].grad[0].abs().sum(-1) > 0
+    assert reached.tolist() == [True] * 6 + [False] * 5
+
+
+def test_a_prefix_does_not_depend_on_what_follows():
+    model = tiny(**MLA)
+    idx = tokens(2, 16)
+    assert torch.allclose(model(idx)[:, :6], model(idx[:, :6]), atol=1e-12)
+
+
+def test_key_mask_hides_keys_only():
+    model = tiny(**MLA, causal=False)
+    idx, mask = tokens(2, 9), torch.ones(2, 9, dtype=torch.bool)
+    mask[:, 6:] = False
+    logits = model(idx, key_mask=mask)
+    assert torch.allclose(logits[:, :6], model(idx[:, :6]), atol=1e-12)
+    assert logits[:, 6:].isfinite().all()
+    with pytest.raises(ValueError, match='causal'):
+        tiny(**MLA)(idx, key_mask=mask)
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'gqa', 'mla_narrow_v', 'mla_wide_v'])
+def test_attention_never_takes_the_unfused_path(name):
+    model = tiny(dtype=torch.float32, **VARIANTS[name])
+    from torch.profiler import ProfilerActivity, profile
+    with profile(activities=[ProfilerActivity.CPU]) as run:
+        model(tokens(2, 16))
+    kernels = {event.key for event in run.key_averages() if 'attention' in event.key}
+    assert 'aten::_scaled_dot_product_flash_attention_for_cpu' in kernels
+    assert not any('math' in kernel for kernel in kernels)
+
+
+def test_dropout_is_for_training_only():
+    model = tiny(**MLA, dropout=0.3)
+    idx = tokens(2, 9)
+    assert not torch.equal(model(idx), model(idx))
+    model.eval()
+    assert torch.equal(model(idx), model(idx))
+    attention_only = tiny(**MLA, dropout=0.0, attention_dropout=0.3)
+    assert not torch.equal(attention_only(idx), attention_only(idx))
+
+
+# -- loss --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+@pytest.mark.parametrize('n, vocab', [(40, 61), (700, 40000)])  # one chunk; several
+def test_loss_and_gradients_equal_the_plain_ones(n, vocab, dtype, tolerance):
+    torch.manual_seed(0)
+    x, weight = torch.randn(n, 12, dtype=dtype), torch.randn(vocab, 12, dtype=dtype) * 0.3
+    targets = tokens(n, vocab=vocab)
+    targets[::3] = -1
+    ours, plain = [[x.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2)]
+    loss = m.linear_cross_entropy(*ours, targets)['loss']
+    wanted = F.cross_entropy(plain[0] @ plain[1].T, targets, ignore_index=-1)
+    assert math.isclose(loss.item(), wanted.item(), rel_tol=1e-6)
+    (loss * 3).backward()
+    (wanted * 3).backward()
+    for a, b in zip(ours, plain):
+        assert (a.grad - b.grad).abs().max() <= tolerance * b.grad.abs().max()
+    with torch.no_grad():
+        scored = m.linear_cross_entropy(*ours, targets)
+    assert math.isclose(scored['loss'].item(), wanted.item(), rel_tol=1e-6)
+    accuracy = ((x @ weight.T).argmax(-1) == targets)[targets >= 0].double().mean()
+    assert math.isclose(scored['accuracy'].item(), accuracy.item(), rel_tol=1e-6)
+
+
+def test_loss_gradient_by_finite_differences():
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 4, dtype=torch.float64), torch.randn(9, 4, dtype=torch.float64)
+    targets = torch.tensor([1, 8, -1, 0, 3, -1])
+    torch.autograd.gradcheck(lambda a, b: m.linear_cross_entropy(a, b, targets)['loss'],
+                             (x.requires_grad_(), weight.requires_grad_()))
+
+
+def test_loss_without_any_target_is_zero():
+    model = tiny()
+    loss = model(tokens(2, 5), torch.full((2, 5), -1))['loss']
+    loss.backward()
+    assert loss.item() == 0 and model.tok_emb.weight.grad.abs().max() == 0
+
+
+def test_loss_under_autocast_keeps_float32_gradients():
+    model, plain = tiny(dtype=torch.float32, **MLA), None
+    idx, targets = tokens(4, 16), tokens(4, 16, seed=2)
+    with torch.autocast('cpu', torch.bfloat16):
+        loss = model(idx, targets)['loss']
+        plain = F.cross_entropy(model(idx).flatten(0, 1).float(), targets.flatten())
+    loss.backward()
+    assert abs(loss.item() - plain.item()) < 0.02 * plain.item()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'subspaces', 'untied'])
+def test_masked_rows_only(name):
+    """The loss of (B, M) positions is the loss of full-length targets that are -1 elsewhere."""
+    model = tiny(**VARIANTS[name], causal=False)
+    idx, positions = tokens(3, 10), torch.tensor([[0, 4], [9, 2], [5, 6]])
+    targets = tokens(3, 2, seed=3)
+    full = torch.full((3, 10), -1).scatter(1, positions, targets)
+    assert torch.allclose(model(idx, targets, positions)['loss'], model(idx, full)['loss'], rtol=1e-9)
+    plain = F.cross_entropy(model(idx).flatten(0, 1), full.flatten(), ignore_index=-1)
+    assert torch.allclose(model(idx, full)['loss'], plain, rtol=1e-9)
+
+
+# -- closed formulas ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('name', VARIANTS)
+def test_flops_formula_is_what_happens(name, causal):
+    model, T, M = tiny(dtype=torch.float32, **VARIANTS[name], causal=causal), 16, 4
+    idx, positions = tokens(2, T), torch.arange(M).repeat(2, 1)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model(idx, tokens(2, M, seed=2), positions)['loss'].backward()
+    c = model.config
+    counted = counter.get_total_flops() / (2 * T)
+    # the kernels pad the narrower heads, and without the flash kernel causal attention forms all T*T scores
+    dv = c.v_head_dim or c.head_dim
+    wide = max(c.head_dim, dv)
+    useful = (c.head_dim + dv) * ((T + 1) / 2 if causal else T)
+    counted -= 3 * 2 * c.n_layer * c.n_head * (2 * wide * T - useful)
+    assert math.isclose(model.flops_per_token(T, predicted=M / T), counted, rel_tol=1e-9)
+
+
+def test_cache_formula():
+    assert tiny().cache_bytes_per_token() == 2 * (2 * 32) * 8  # layers x (keys and values) x float64
+    assert tiny(**VARIANTS['gqa']).cache_bytes_per_token() == 2 * (2 * 16) * 8
+    assert tiny(**MLA).cache_bytes_per_token() == 2 * 8 * 8  # the latent alone
+    assert tiny(**VARIANTS['mla_shared']).cache_bytes_per_token() == 2 * (8 + 4) * 8  # and the shared rotated key
+
+
+# -- initialisation, options -------------------------------------------------------------------------------------
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = make_model('transformer', **{**TINY, **VARIANTS['subspaces'], 'n_embd': 256, 'n_layer': 8})
+    for name, p in model.named_parameters():
+        if p.dim() == 1:
+            assert p.unique().item() == (0 if name.endswith('bias') else 1), name
+        else:
+            out = name.endswith(('o_proj.weight', 'o_b_proj.weight', 'out_proj.1.weight', 'out_proj.weight'))
+            assert math.isclose(p.std().item(), 0.02 / 4 if out else 0.02, rel_tol=0.1), name
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(n_embd=30), 'not divisible by n_head'),
+    (dict(rope_dims=5), 'even number'),
+    (dict(rope_dims=10), 'up to head_dim=8'),
+    (dict(attention='mlx'), 'takes one of mha, mla'),
+    (dict(attention='mla'), 'needs kv_latent'),
+    (dict(kv_latent=8), "attention='mha' has no kv_latent"),
+    (dict(MLA, qk_norm=True), "attention='mla' has no qk_norm"),
+    (dict(MLA, n_kv_head=2), "attention='mla' has no n_kv_head"),
+    (dict(MLA, bias=True), "attention='mla' has no bias"),
+    (dict(MLA, o_norm='sum'), 'set o_latent'),
+    (dict(MLA, rope_key='shared', rope_dims=0), "rope_key='shared' needs rope_dims"),
+    (dict(MLA, rope_key='shared', rope_dims=8), "rope_key='shared' needs rope_dims"),
+    (dict(n_kv_head=3), 'not divisible by n_kv_head'),
+    (dict(vocab_rank=8, tie_embeddings=False), 'tie_embeddings=True'),
+    (dict(n_dense=3), 'more than n_layer'),
+    (dict(dropout=1.0), 'below 1'),
+    (dict(n_layer=0), 'above zero'),
+    (dict(init_std=math.nan), 'finite'),
+    (dict(mlp='glu'), 'takes one of gelu, swiglu, relu2'),
+    (dict(n_decoder_layer=3), 'has no n_decoder_layer'),
+])
+def test_contradictions_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_model('transformer', **{**TINY, **options})
+
+
+def test_unknown_architecture():
+    with pytest.raises(ConfigError, match='takes one of transformer'):
+        make_model('rnn')
+
+
+def test_too_long_a_sequence():
+    with pytest.raises(ValueError, match='block_size is 16'):
+        tiny()(tokens(1, 17))
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'subspaces'])
+def test_one_batch_can_be_learned_by_heart(name):
+    torch.manual_seed(0)
+    model = make_model('transformer', **{**TINY, **VARIANTS[name]})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    idx, targets = tokens(4, 16), tokens(4, 16, seed=2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        model(idx, targets)['loss'].backward()
+        optimizer.step()
+    assert model(idx, targets)['loss'].item() < 0.1
+
+
+def test_compiled_without_graph_breaks_and_equal():
+    model = tiny(dtype=torch.float32, **VARIANTS['mla_o'], n_layer=1, causal=False)
+    other = copy.deepcopy(model)
+    compiled = torch.compile(other, fullgraph=True)
+    idx, targets, positions = tokens(2, 16), tokens(2, 3, seed=2), torch.tensor([[0, 4, 5], [9, 2, 15]])
+    a, b = model(idx, targets, positions)['loss'], compiled(idx, targets, positions)['loss']
+    a.backward()
+    b.backward()
+    assert math.isclose(a.item(), b.item(), rel_tol=1e-5)
+    for p, q in zip(model.parameters(), other.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-3, atol=1e-5 * p.grad.abs().max().item())
