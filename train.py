@@ -1,0 +1,694 @@
+"""Pre-training: masked-language modelling for encoders, next-token prediction for causal models.
+
+    python train.py config/quick.py                                  # five minutes on a laptop
+    python train.py config/mla_o.py --batch_size=32 --max_iters=300  # any option, after the config file
+    torchrun --nproc_per_node=8 train.py config/mla_o.py             # one process a GPU
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
+
+import config
+import prepare
+from config import UserError
+from model import ARCHITECTURES, ConfigError, ModelConfig, make_model
+from prepare import DataOptions, Tokenizer
+
+EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies can be compared
+WSD_DECAY = 0.4  # the last part of a wsd schedule, in which the learning rate falls
+PEAK_BF16 = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12}  # dense FLOP/s, the vendor's figures
+REFUSED = {
+    'gradient_accumulation_steps': 'batch_size counts all sequences of a step, set micro_batch_size for what fits a '
+                                   'device: accumulation follows',
+    'wandb_log': 'use --wandb=True', 'wandb_project': 'the project is encoder-pretrain, use --wandb=True',
+    'decay_lr': 'use schedule, and min_lr=learning_rate for a constant rate',
+    'always_save_checkpoint': 'ckpt.pt is always the latest and ckpt_best.pt the best', 'backend': 'follows the device',
+}
+
+
+@dataclass
+class TrainOptions(DataOptions):
+    """Training"""
+
+    arch: str = 'transformer'  # architecture, a key of model.ARCHITECTURES
+    batch_size: int = 32  # sequences a step, over all processes and accumulation
+    micro_batch_size: int | None = None  # sequences a device takes at a time; None = its whole share of the batch
+    max_iters: int = 5000  # optimizer steps
+    max_seconds: float | None = None  # stop after so much training time, and let the schedule follow it
+    learning_rate: float = 1e-3  # highest learning rate
+    min_lr: float = 0.0  # where the schedule ends
+    warmup_iters: int = 100  # steps of linear warmup
+    lr_decay_iters: int | None = None  # step at which the schedule ends; None = max_iters
+    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # decay; wsd is constant until the last 40%
+    optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: on hidden matrices, adamw on the rest
+    weight_decay: float = 0.1  # on matrices and embeddings
+    beta1: float = 0.9  # adamw
+    beta2: float = 0.95  # adamw
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
+    mask_prob: float = 0.15  # share of positions that an encoder predicts in training; evaluation is at 0.15
+    eval_interval: int = 500  # steps between evaluations, each followed by a checkpoint
+    eval_iters: int = 20  # batches of batch_size in an evaluation; 0 = the whole validation file
+    log_interval: int = 10  # steps between lines
+    out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
+    init_from: str = 'scratch'  # scratch, resume, auto (resume if there is a run), or another run's folder
+    eval_only: bool = False  # score the model of init_from and end
+    dry_run: bool = False  # print parameters, FLOPs and cache bytes and end; needs no data
+    device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
+    compile: bool | None = None  # torch.compile; None = on CUDA only
+    seed: int = 1337  # of weights, data order, masks and dropout
+    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+
+    def __post_init__(self):
+        zero_is_fine = ('min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'eval_iters', 'seed')
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if not 0 <= value < math.inf or value == 0 and name not in zero_is_fine:
+                    raise UserError(f'{name}={value}: takes a finite number '
+                                    + ('from zero up' if name in zero_is_fine else 'above zero'))
+        for name in ('beta1', 'beta2', 'mask_prob'):
+            if getattr(self, name) >= 1:
+                raise UserError(f'{name}={getattr(self, name)}: takes a number below 1')
+        if self.eval_only and self.init_from == 'scratch':
+            raise UserError('eval_only scores a trained model: say which with --init_from=RUN, or =resume')
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# data: every sequence, and every mask, is a function of the seed and of its number alone
+
+
+class Loader:
+    """Windows of a token file by sequence number, masked for an encoder.
+
+    Number k of epoch e is a function of (seed, e, k): each epoch shifts the grid of windows and takes each once in a
+    new order. With fixed=n there is no seed: n windows spread evenly over the file, masks of their own: a test set.
+    """
+
+    def __init__(self, tokens, block_size, vocab_size, tokenizer, causal, seed=0, mask_prob=EVAL_MASK_PROB, fixed=None):
+        self.tokens, self.block_size, self.vocab_size, self.tokenizer = tokens, block_size, vocab_size, tokenizer
+        self.causal, self.seed, self.fixed = causal, seed, fixed
+        self.width = block_size + causal  # a causal model is shifted by one against its targets
+        self.n_masked = max(1, round(mask_prob * block_size))
+        if len(tokens) < self.width:
+            raise UserError(f'block_size={block_size}: longer than the data ({len(tokens):,} tokens)')
+        n_spare = (len(tokens) - self.width) // block_size
+        if fixed is None:
+            self.n_windows = max(1, n_spare)  # one window less than would fit leaves room for the shift
+        else:
+            self.n_windows = n_spare + 1
+            self.fixed = min(fixed or self.n_windows, self.n_windows)
+        self.epoch = None
+
+    def starts(self, numbers):
+        """First token of each numbered sequence."""
+        if self.fixed is not None:
+            return np.linspace(0, self.n_windows - 1, self.fixed).astype(np.int64)[numbers] * self.block_size
+        return np.array([self.start(*divmod(number, self.n_windows)) for number in numbers])
+
+    def start(self, epoch, k):
+        if epoch != self.epoch:
+            rng = np.random.default_rng((self.seed, epoch))
+            room = len(self.tokens) - self.width - (self.n_windows - 1) * self.block_size
+            self.shift = int(rng.integers(min(room + 1, self.block_size)))
+            self.order, self.epoch = rng.permutation(self.n_windows), epoch
+        return self.shift + int(self.order[k]) * self.block_size
+
+    def batch(self, numbers):
+        """The arguments of a model for these sequences: (idx, targets), or (idx, targets, positions) for an encoder."""
+        windows = np.stack([self.tokens[start:start + self.width] for start in self.starts(numbers)]).astype(np.int64)
+        if windows.max() >= self.vocab_size:
+            raise UserError(f'token id {windows.max()} is past vocab_size={self.vocab_size}: prepare the data again')
+        if self.causal:
+            return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+        masked = windows.copy()
+        positions = np.stack([self.mask(window, number) for window, number in zip(masked, numbers)])
+        targets = np.take_along_axis(windows, positions, axis=1)
+        return tuple(map(torch.from_numpy, (masked, targets, positions)))
+
+    def mask(self, window, number):
+        """Picks n_masked positions and corrupts them in place: 80% become <|mask|>, 10% a random token, 10% stay."""
+        rng = np.random.default_rng((self.seed, number, 1))
+        positions = np.sort(rng.permutation(self.block_size)[:self.n_masked])
+        draw = rng.random(self.n_masked)
+        noise = rng.integers(len(self.tokenizer.ranks), size=self.n_masked)
+        window[positions] = np.where(draw < 0.8, self.tokenizer.mask, np.where(draw < 0.9, noise, window[positions]))
+        return positions
+
+    def share_with_border(self):
+        """Share of windows in which attention crosses from one document to another."""
+        n = len(self.tokens) // self.block_size * self.block_size
+        grid = np.asarray(self.tokens[:n]).reshape(-1, self.block_size)
+        return float((grid[:, 1:] == self.tokenizer.eot).any(axis=1).mean()) if len(grid) else 0.0
+
+
+def open_data(options, model_config, machine):
+    """(meta, tokenizer, training loader, validation loader); prepares the data set first if it is absent."""
+    folder = prepare.folder_of(options)
+    if not folder.exists() and machine.local_rank == 0:
+        print(f'{folder} is absent: preparing it', flush=True)
+        fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DataOptions)}
+        prepare.prepare(prepare.PrepareOptions(**fields | ({} if options.tokenizer == 'bpe' else {'vocab_size': None})))
+    machine.total(0)  # the other processes wait here
+    meta, tokenizer = prepare.read_meta(folder), Tokenizer.load(folder / 'tokenizer.json')
+    if options.source and meta['source'] != options.source:
+        raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: remove the folder, or run '
+                        'prepare.py')
+    vocab_size, causal = model_config.vocab_size, model_config.causal
+    needed = tokenizer.eot + 1 if causal else tokenizer.vocab_size  # a causal model never sees <|mask|> and <|pad|>
+    if vocab_size < needed:
+        raise UserError(f'vocab_size={vocab_size}: the tokenizer of {folder} needs {needed}')
+    shared = model_config.block_size, vocab_size, tokenizer, causal
+    train = Loader(prepare.read_tokens(folder, 'train'), *shared, seed=options.seed, mask_prob=options.mask_prob)
+    val = Loader(prepare.read_tokens(folder, 'val'), *shared, fixed=options.eval_iters * options.batch_size)
+    return meta, tokenizer, train, val
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# device, optimizer, schedule
+
+
+def open_machine(options):
+    """Where this process runs: device, autocast, rank, local_rank, world, and what the processes agree through."""
+    rank, local_rank, world = (int(os.environ.get(name, default)) for name, default in
+                               (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+    device = options.device
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        device = torch.device(f'cuda:{local_rank}' if device == 'cuda' else device)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f'--device={options.device}: {str(error).splitlines()[0]}') from None
+    bf16 = options.dtype == 'bfloat16' or (options.dtype == 'auto' and device.type == 'cuda'
+                                           and torch.cuda.is_bf16_supported(including_emulation=False))
+    torch.set_float32_matmul_precision('high')  # TF32 where there is any
+    control = None
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
+        control = dist.new_group(backend='gloo')  # flags and clocks travel here and never wait for a GPU
+
+    def total(*values):
+        """Each number summed over the processes."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if world > 1:
+            dist.all_reduce(tensor, group=control)
+        return tensor.tolist()
+
+    return SimpleNamespace(
+        device=device, rank=rank, local_rank=local_rank, world=world, bf16=bf16, total=total,
+        autocast=lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext())
+
+
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{device.type} ({os.cpu_count()} cores)'
+
+
+def memory_gb(device):
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 30 if sys.platform == 'darwin' else 2 ** 20)
+
+
+def parameter_groups(model):
+    """(hidden matrices as modules, embeddings, gains and biases): every parameter in exactly one of the three."""
+    matrices, embeddings, vectors = [], [], []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name != 'lm_head':
+            matrices.append(module)
+        for part, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, nn.Embedding) or name == 'lm_head':
+                embeddings.append(parameter)
+            elif not (isinstance(module, nn.Linear) and part == 'weight'):
+                assert parameter.dim() == 1 or part == 'gain', f'{name}.{part}: say which group it belongs to'
+                vectors.append(parameter)
+    grouped = [module.weight for module in matrices] + embeddings + vectors
+    assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
+    return matrices, embeddings, vectors
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon for linear layers; of a fused one it orthogonalises each projection by itself."""
+
+    def __init__(self, layers, **options):
+        self.views = []  # (weight, rows, a parameter that shares their memory)
+        for layer in layers:
+            first = 0
+            for n_rows in getattr(layer, 'splits', (layer.out_features,)):
+                rows, first = slice(first, first + n_rows), first + n_rows
+                if n_rows:
+                    self.views.append((layer.weight, rows, nn.Parameter(layer.weight.data[rows])))
+        super().__init__([view for _, _, view in self.views], **options)
+
+    def step(self, closure=None):
+        for weight, rows, view in self.views:
+            view.grad = weight.grad[rows]
+        super().step(closure)
+
+
+def make_optimizers(model, options):
+    """A list of optimizers that together step every parameter once. The learning rate is set at each step."""
+    matrices, embeddings, vectors = parameter_groups(model)
+    shared = dict(lr=options.learning_rate, weight_decay=options.weight_decay)
+    muon = options.optimizer == 'muon'
+    decayed = embeddings if muon else [layer.weight for layer in matrices] + embeddings
+    adamw = torch.optim.AdamW([dict(params=decayed), dict(params=vectors, weight_decay=0.0)],
+                              betas=(options.beta1, options.beta2), fused=True, **shared)
+    # scaled to the size of AdamW's updates, so that both take the same learning rates
+    return [Muon(matrices, adjust_lr_fn='match_rms_adamw', **shared), adamw] if muon else [adamw]
+
+
+def learning_rate(options, step, seconds):
+    """Linear warmup over steps, then the decay: over steps to lr_decay_iters, or over time if there is max_seconds."""
+    if options.max_seconds:
+        progress = seconds / options.max_seconds
+    else:
+        end = options.lr_decay_iters or options.max_iters
+        progress = (step - options.warmup_iters) / max(1, end - options.warmup_iters)
+    progress = min(1.0, max(0.0, progress))
+    if options.schedule == 'cosine':
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
+    elif options.schedule == 'linear':
+        factor = 1 - progress
+    else:
+        factor = min(1.0, (1 - progress) / WSD_DECAY)
+    lr = options.min_lr + factor * (options.learning_rate - options.min_lr)
+    return lr * min(1.0, (step + 1) / max(1, options.warmup_iters))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# checkpoints and run folders
+
+
+def save_checkpoint(path, state):
+    """Writes a temporary file, flushes it to the disk and renames it: at any moment `path` is the old or the new state."""
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        with open(partial, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it stands') from None
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain values; its own checksums are verified, nothing in it is executed."""
+    if not Path(path).is_file():
+        raise UserError(f'{path}: there is no such checkpoint')
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        if broken:
+            raise zipfile.BadZipFile(f'bad checksum in {broken}')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+        return state | {name: state[name] for name in ('model', 'options', 'step')}
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f'{path}: truncated or damaged ({error}): restore it, or use another checkpoint') from None
+    except Exception as error:  # torch.load raises what it meets: pickle errors, KeyError, RuntimeError
+        raise UserError(f'{path}: no checkpoint of train.py ({type(error).__name__})') from None
+
+
+def split_options(flat):
+    """A flat dict of options -> (those of training, those of the model)."""
+    training = {field.name for field in dataclasses.fields(TrainOptions)} - {'vocab_size'}
+    return {k: v for k, v in flat.items() if k in training}, {k: v for k, v in flat.items() if k not in training}
+
+
+def build(arch, model_options):
+    try:
+        return make_model(arch, **model_options)
+    except ConfigError as error:
+        raise UserError(str(error)) from None
+
+
+def load_weights(model, state, path):
+    """The weights of a checkpoint into a model; what does not fit is a UserError that names it."""
+    ours, theirs = model.state_dict(), state['model']
+    for name in sorted(set(ours) | set(theirs)):
+        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f'{path}: another architecture: {name} is {shapes[0] or "absent"} there and '
+                            f'{shapes[1] or "absent"} here')
+    model.load_state_dict(theirs)
+
+
+def load_run(folder, checkpoint='ckpt_best.pt', device='cpu'):
+    """(model, tokenizer, options) of a run folder: the model in eval mode, options as a flat dict."""
+    state = load_checkpoint(Path(folder) / checkpoint)
+    training, model_options = split_options(state['options'])
+    model = build(training['arch'], model_options)
+    load_weights(model, state, Path(folder) / checkpoint)
+    return model.to(device).eval(), Tokenizer.load(Path(folder) / 'tokenizer.json'), state['options']
+
+
+def provenance(machine, meta):
+    """Where a checkpoint comes from."""
+    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return dict(command=' '.join(sys.argv), commit=commit.stdout.strip() or 'unknown', data_sha256=meta['sha256'],
+                device=device_name(machine.device), processes=machine.world, python=platform.python_version(),
+                torch=torch.__version__, numpy=np.__version__)
+
+
+def open_run(options, flat, tokenizer, resumed_step):
+    """Makes the run folder ready: moves an earlier run out of the way, or cuts its metrics back to the checkpoint."""
+    folder = Path(options.out_dir)
+    latest = folder / 'ckpt.pt'
+    if resumed_step is None and latest.exists():
+        date = datetime.fromtimestamp(latest.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
+        aside = folder.with_name(f'{folder.name}-{date}')
+        folder.rename(aside)
+        print(f'{folder} holds an earlier run: renamed to {aside}')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = []
+        if resumed_step is not None:
+            lines = [line for line in (folder / 'metrics.jsonl').read_text().splitlines(keepends=True)
+                     if json.loads(line)['step'] <= resumed_step]
+        (folder / 'metrics.jsonl').write_text(''.join(lines))
+        (folder / 'config.json').write_text(json.dumps(flat, indent=2) + '\n')
+        tokenizer.save(folder / 'tokenizer.json')
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f'{folder}: cannot be used as a run folder ({error})') from None
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# evaluation, and what a person sees
+
+
+@torch.no_grad()
+def evaluate(model, forward, loader, batch_size, machine, bytes_per_token):
+    """Mean loss over the loader's fixed windows, sharded over the processes, and what follows from it.
+    forward: the model itself or its compiled form."""
+    model.eval()
+    loss, correct, count = 0.0, 0.0, 0
+    mine = np.arange(loader.fixed)[machine.rank::machine.world]
+    for numbers in np.split(mine, range(batch_size, len(mine), batch_size)) if len(mine) else ():
+        batch = [tensor.to(machine.device) for tensor in loader.batch(numbers)]
+        with machine.autocast():
+            out = forward(*batch)
+        loss += out['loss'].item() * len(numbers)
+        correct += out['accuracy'].item() * len(numbers)
+        count += len(numbers)
+    model.train()
+    loss, correct, count = machine.total(loss, correct, count)
+    loss, accuracy = loss / count, correct / count
+    scores = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)))
+    if loader.causal:
+        return scores | dict(val_bits_per_byte=loss / math.log(2) / bytes_per_token)
+    return scores | dict(val_masked_accuracy=accuracy)
+
+
+@torch.no_grad()
+def show_guesses(model, loader, device, n_sentences=4, length=40):
+    """Prints stretches of held-out text with their masked tokens: [right guess], or [wrong guess|what it was]."""
+    tokenizer = loader.tokenizer
+    numbers = np.linspace(0, loader.fixed - 1, min(n_sentences, loader.fixed)).astype(int)
+    idx, targets, positions = loader.batch(numbers)
+    guesses = model.eval()(idx.to(device)).argmax(dim=-1).cpu()
+    print('\nheld-out text, 15% of it masked: [right guess] or [wrong guess|what it was]\n')
+    for row in range(len(idx)):
+        text = idx[row].clone().scatter_(0, positions[row], targets[row])
+        parts = []
+        for t in range(length):
+            truth = tokenizer.decode([text[t]])
+            if t in positions[row]:
+                guess = tokenizer.decode([guesses[row, t]])
+                truth = f'[{truth}]' if guess == truth else f'[{guess}|{truth}]'
+            parts.append(truth)
+        print('  ' + ' '.join(''.join(parts).split()))
+    print()
+
+
+def plot_losses(folder):
+    """RUN/loss.png: training and validation loss over the steps."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    for key, style in (('train_loss', dict(linewidth=0.8, alpha=0.6)), ('val_loss', dict(marker='o', markersize=3))):
+        points = [(line['step'], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points), label=key.replace('_', ' '), **style)
+    axes.set(xlabel='step', ylabel='loss (nats)', title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / 'loss.png', dpi=120)
+    plt.close(figure)
+
+
+def open_wandb(folder, flat):
+    import wandb
+    return wandb.init(project='encoder-pretrain', name=folder.name, dir=folder, config=flat)
+
+
+def mfu(machine, flops_per_second):
+    """', 41% MFU' where the peak is known: bfloat16 matrix products of this kind of GPU."""
+    peak = next((peak for name, peak in PEAK_BF16.items() if name in device_name(machine.device)), None)
+    return f', {flops_per_second / machine.world / peak:.0%} MFU' if peak and machine.bf16 else ''
+
+
+def print_model(arch, model, block_size, predicted):
+    total, bare = model.n_params(), model.n_params(positions=False)
+    print(f'{arch}: {total:,} parameters ({bare:,} without positions), '
+          f'{model.flops_per_token(block_size, predicted) / 1e6:.1f} MFLOP a token in training'
+          + (f', {model.cache_bytes_per_token():,} cache bytes a token' if model.config.causal else ''))
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# training
+
+
+def read_options(argv):
+    """(options, model options, state of the checkpoint to start from or None) of a command line."""
+    model_classes = [config_class for _, config_class in ARCHITECTURES.values()]
+    values, name = config.load(argv, TrainOptions, ModelConfig, *model_classes, doc=__doc__, refused=REFUSED)
+    out_dir = values.setdefault('out_dir', None) or f'out/{name or "default"}'
+    init_from, state, saved = values.get('init_from', 'scratch'), None, {}
+    latest = Path(out_dir) / 'ckpt.pt'
+    if init_from == 'auto':
+        init_from = 'resume' if latest.exists() else 'scratch'
+    if init_from == 'resume':
+        state = load_checkpoint(latest)
+        saved = state['options']
+        for key, value in values.items():
+            if key in saved and value != saved[key] and key not in ('init_from', 'out_dir'):
+                print(f'{latest}: {key} was {saved[key]}, is now {value}')
+    elif init_from != 'scratch':
+        state = load_checkpoint(Path(init_from) / 'ckpt_best.pt')
+        # of another run, what the model is and what it reads; the rest is this run's own
+        inherited = {field.name for field in dataclasses.fields(DataOptions)} | {'arch'}
+        training, model_options = split_options(state['options'])
+        saved = {k: v for k, v in training.items() if k in inherited} | model_options
+    flat = {**saved, **values, 'out_dir': out_dir, 'init_from': init_from}
+    training, model_options = split_options(flat)
+    options = TrainOptions(**training, vocab_size=flat.get('vocab_size'))
+    if model_options.get('vocab_size') is None:
+        causal = model_options.get('causal', True)
+        model_options['vocab_size'] = {'bpe': prepare.default_vocab_size(options), 'byte': 256 + 3,
+                                       'gpt2': 50257 if causal else 50257 + 2}[options.tokenizer]
+    return options, model_options, state
+
+
+def accumulation(options, world):
+    """(sequences a device takes at a time, how often it does so in a step)."""
+    share, rest = divmod(options.batch_size, world)
+    micro = options.micro_batch_size or share
+    if rest or share % micro:
+        raise UserError(f'batch_size={options.batch_size} does not divide into {world} processes x micro_batch_size='
+                        f'{micro}: change one of them')
+    return micro, share // micro
+
+
+def train_step(runner, optimizers, data, step, options, machine, micro, n_accumulation):
+    """One optimizer step on the step's own sequences; returns (mean loss, gradient norm) as tensors."""
+    torch.manual_seed((options.seed * 2 ** 32 + step) * 2 ** 10 + machine.rank)  # dropout: a function of these three
+    first = step * options.batch_size + machine.rank * micro
+    total = 0.0
+    for k in range(n_accumulation):
+        start = first + k * micro * machine.world
+        batch = [tensor.to(machine.device, non_blocking=True) for tensor in data.batch(range(start, start + micro))]
+        last = k == n_accumulation - 1
+        with contextlib.nullcontext() if last or machine.world == 1 else runner.no_sync():
+            with machine.autocast():
+                loss = runner(*batch)['loss'] / n_accumulation
+            loss.backward()
+        total = total + loss.detach()
+    norm = nn.utils.clip_grad_norm_(runner.parameters(), options.grad_clip or math.inf)
+    for optimizer in optimizers:
+        optimizer.step()
+    runner.zero_grad(set_to_none=True)
+    return total, norm
+
+
+def stop_if_not_finite(step, *values):
+    if not all(map(math.isfinite, values)):
+        print(f'step {step}: the loss or its gradient is not finite, the run stops; the last checkpoint is from before. '
+              'A lower learning_rate or a longer warmup usually helps', file=sys.stderr)
+        sys.exit(1)
+
+
+def main():
+    options, model_options, state = read_options(sys.argv[1:])
+    torch.manual_seed(options.seed)
+    with torch.device('meta') if options.dry_run else contextlib.nullcontext():
+        model = build(options.arch, model_options)
+    c = model.config
+    predicted = 1.0 if c.causal else max(1, round(options.mask_prob * c.block_size)) / c.block_size
+    if options.dry_run:
+        return print_model(options.arch, model, c.block_size, predicted)
+
+    machine = open_machine(options)
+    master = machine.rank == 0
+    say = print if master else lambda *args, **kwargs: None
+    micro, n_accumulation = accumulation(options, machine.world)
+    meta, tokenizer, train_data, val_data = open_data(options, c, machine)
+    resuming = options.init_from == 'resume'
+    if state:
+        load_weights(model, state, options.out_dir if resuming else options.init_from)
+    model.to(machine.device)
+    compile = options.compile or (options.compile is None and machine.device.type == 'cuda')
+    forward = torch.compile(model) if compile else model
+
+    def score():
+        return evaluate(model, forward, val_data, micro, machine, meta['bytes_per_token'])
+
+    if options.eval_only:
+        say(f'{val_data.fixed:,} sequences of {prepare.folder_of(options)}')
+        scores = score()
+        return say(json.dumps(scores))
+
+    optimizers = make_optimizers(model, options)
+    step, seconds, best = 0, 0.0, math.inf
+    if resuming:
+        if state['provenance']['data_sha256'] != meta['sha256']:
+            raise UserError(f'{options.out_dir}: was trained on other data than {prepare.folder_of(options)} holds; use '
+                            '--init_from=RUN --out_dir=NEW to go on from its weights')
+        step, seconds, best = state['step'], state['seconds'], state['best']
+        for optimizer, saved in zip(optimizers, state['optimizers']):
+            optimizer.load_state_dict(saved)
+    runner = forward
+    if machine.world > 1:
+        runner = DistributedDataParallel(forward, broadcast_buffers=False,
+                                         device_ids=[machine.device] if machine.device.type == 'cuda' else None)
+    flat = dataclasses.asdict(options) | dataclasses.asdict(c)
+    flops, where = model.flops_per_token(c.block_size, predicted), provenance(machine, meta)
+    if master:
+        folder = open_run(options, flat, tokenizer, step if resuming else None)
+        run = open_wandb(folder, flat) if options.wandb else None
+
+    def record(**line):
+        with open(folder / 'metrics.jsonl', 'a') as file:
+            file.write(json.dumps(line) + '\n')
+        if run:
+            run.log(line, step=line['step'])
+
+    def save(name):
+        save_checkpoint(folder / name, dict(
+            model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], options=flat,
+            step=step, seconds=seconds, best=best, provenance=where))
+
+    if master:
+        print_model(options.arch, model, c.block_size, predicted)
+    say(f'{where["device"]}, {"bfloat16" if machine.bf16 else "float32"}{", compiled" if compile else ""}; a step is '
+        f'{options.batch_size} sequences of {c.block_size} tokens ({machine.world} process'
+        f'{"es" if machine.world > 1 else ""} x {n_accumulation} x {micro}), of which '
+        f'{train_data.share_with_border():.0%} cross a document border; run folder {options.out_dir}', flush=True)
+    stopped = []  # signals received: the step in hand is finished and saved, then the run ends with status 0
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: stopped.append(number))
+
+    loss = norm = None
+    started, tokens_a_step = step, options.batch_size * c.block_size
+    clock = logged = time.perf_counter()  # training time runs from `clock`, evaluation is taken out of it
+    before, logged_step = seconds, step
+    while True:
+        # every process has to decide alike: one signal stops all, and the first process has the clock
+        stop, seconds = machine.total(len(stopped), before + time.perf_counter() - clock if master else 0.0)
+        done = step >= options.max_iters or (options.max_seconds is not None and seconds >= options.max_seconds)
+        due = done or step % options.eval_interval == 0
+        if step > started and (due or stop):
+            stop_if_not_finite(step, loss.item(), norm.item())
+        if due and (step > started or step == 0):
+            pause = time.perf_counter()
+            scores = score()
+            stop_if_not_finite(step, scores['val_loss'])
+            improved, best = scores['val_loss'] < best, min(best, scores['val_loss'])
+            say(f'step {step}: ' + ', '.join(f'{key[4:].replace("_", " ")} {value:.4f}' for key, value in scores.items()),
+                flush=True)
+            if master:
+                record(step=step, tokens=step * tokens_a_step, seconds=seconds, **scores)
+                save('ckpt.pt')
+                if improved:
+                    save('ckpt_best.pt')
+            pause = time.perf_counter() - pause
+            clock, logged = clock + pause, logged + pause
+        elif stop and master:
+            save('ckpt.pt')
+        if done or stop:
+            break
+
+        lr = learning_rate(options, step, seconds)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group['lr'] = lr
+        loss, norm = train_step(runner, optimizers, train_data, step, options, machine, micro, n_accumulation)
+        step += 1
+
+        if step % options.log_interval == 0:
+            train_loss = machine.total(loss.item())[0] / machine.world
+            stop_if_not_finite(step, train_loss, norm.item())
+            now = time.perf_counter()
+            rate = (step - logged_step) * tokens_a_step / (now - logged)
+            left = (options.max_iters - step) * (now - logged) / (step - logged_step)
+            if options.max_seconds is not None:
+                left = min(left, options.max_seconds - (before + now - clock))
+            logged, logged_step = now, step
+            if master:
+                record(step=step, tokens=step * tokens_a_step, seconds=before + now - clock, train_loss=train_loss,
+                       lr=lr, grad_norm=norm.item(), tokens_per_second=rate)
+            say(f'step {step}/{options.max_iters}: loss {train_loss:.4f}, lr {lr:.1e}, norm {norm.item():.2f}, '
+                f'{rate:,.0f} tokens/s{mfu(machine, rate * flops)}, {memory_gb(machine.device):.1f} GB, '
+                f'{timedelta(seconds=max(0, round(left)))} left', flush=True)
+
+    if stop and not done:
+        say(f'stopped by a signal at step {step}, saved; --init_from=resume goes on')
+    elif master:
+        plot_losses(folder)
+        if not c.causal:
+            show_guesses(model, val_data, machine.device)
+    if master and run:
+        run.finish()
+    if machine.world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    config.run(main)
