@@ -372,7 +372,7 @@ def provenance(machine, meta):
     commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
     return dict(command=' '.join(sys.argv), commit=commit.stdout.strip() or 'unknown', data_sha256=meta['sha256'],
                 device=device_name(machine.device), processes=machine.world, python=platform.python_version(),
-                torch=torch.__version__, numpy=np.__version__)
+                torch=str(torch.__version__), numpy=np.__version__)
 
 
 def open_run(options, flat, tokenizer, resumed_step):
@@ -436,7 +436,7 @@ def show_guesses(model, loader, device, n_sentences=4, length=40):
     for row in range(len(idx)):
         text = idx[row].clone().scatter_(0, positions[row], targets[row])
         parts = []
-        for t in range(length):
+        for t in range(min(length, idx.size(1))):
             truth = tokenizer.decode([text[t]])
             if t in positions[row]:
                 guess = tokenizer.decode([guesses[row, t]])
@@ -527,14 +527,19 @@ def accumulation(options, world):
     return micro, share // micro
 
 
+def numbers_of(step, k, options, machine, micro):
+    """Numbers of the sequences that this process takes in micro-batch k of a step: its part of the one global order."""
+    first = step * options.batch_size + (k * machine.world + machine.rank) * micro
+    return range(first, first + micro)
+
+
 def train_step(runner, optimizers, data, step, options, machine, micro, n_accumulation):
     """One optimizer step on the step's own sequences; returns (mean loss, gradient norm) as tensors."""
     torch.manual_seed((options.seed * 2 ** 32 + step) * 2 ** 10 + machine.rank)  # dropout: a function of these three
-    first = step * options.batch_size + machine.rank * micro
     total = 0.0
     for k in range(n_accumulation):
-        start = first + k * micro * machine.world
-        batch = [tensor.to(machine.device, non_blocking=True) for tensor in data.batch(range(start, start + micro))]
+        numbers = numbers_of(step, k, options, machine, micro)
+        batch = [tensor.to(machine.device, non_blocking=True) for tensor in data.batch(numbers)]
         last = k == n_accumulation - 1
         with contextlib.nullcontext() if last or machine.world == 1 else runner.no_sync():
             with machine.autocast():

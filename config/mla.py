@@ -1,0 +1,12 @@
+"""Encoder with multi-head latent attention: mha.py with queries through 64 and keys and values through 32 dimensions.
+
+Asks: how much accuracy do the latents cost? Published on SST-2: 84.75%, against 85.67% for mha.py.
+Parameters: 13,286,976.
+"""
+from config.mha import *
+
+attention = 'mla'
+q_latent = 64
+kv_latent = 32
+rope_key = 'per_head'
+rope_dims = 16

@@ -1,0 +1,9 @@
+"""Encoder with MLA-o: mla.py whose heads also write through a latent that they share, of 64 dimensions.
+
+Asks: is the output matrix W^O low-rank enough to share, as the key-value latent is? Published on SST-2: 84.63%,
+against 84.75% for mla.py. Parameters: 13,090,368.
+"""
+from config.mla import *
+
+o_latent = 64
+rope_dims = 32

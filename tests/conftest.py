@@ -1,0 +1,54 @@
+"""Shared by all tests: no network, a working directory of their own, small corpora."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ |= dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', WANDB_MODE='offline', MPLBACKEND='Agg',
+                   OMP_NUM_THREADS='2')
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+sys.path.insert(0, str(REPOSITORY))
+
+WORDS = 'the river of old stone runs under a bridge where two small boats wait for rain and nobody asks why'.split()
+
+
+def corpus(n_documents, seed=0):
+    """Documents with some structure to learn: each word follows from the two before it, most of the time."""
+    import random
+    rng, documents = random.Random(seed), []
+    for _ in range(n_documents):
+        words = [rng.choice(WORDS), rng.choice(WORDS)]
+        for _ in range(rng.randrange(20, 60)):
+            follow = (WORDS.index(words[-1]) * 3 + WORDS.index(words[-2])) % len(WORDS)
+            words.append(WORDS[follow] if rng.random() < 0.8 else rng.choice(WORDS))
+        documents.append(' '.join(words) + '.\n')
+    return documents
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """An empty working directory; signal handlers are put back afterwards."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM)}
+    yield tmp_path
+    for kind, handler in handlers.items():
+        signal.signal(kind, handler)
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """script(module, '--key=value', ...) runs a script's main() in this process."""
+    def call(module, *arguments):
+        monkeypatch.setattr(sys, 'argv', [f'{module.__name__}.py', *map(str, arguments)])
+        return module.main()
+    return call
+
+
+def shell(*command, timeout=120, **kwargs):
+    """A command as a real process, in the current directory."""
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=timeout, **kwargs)

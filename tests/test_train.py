@@ -1,0 +1,423 @@
+"""train.py: data order, masks, optimizers, schedules, runs that stop, resume, start over, and what it refuses."""
+
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import prepare
+import train
+from config import UserError
+from conftest import REPOSITORY, corpus, shell
+from model import make_model
+from prepare import Tokenizer
+from train import Loader, TrainOptions, learning_rate, load_checkpoint, load_run
+
+BYTES = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
+SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=2', '--n_head=2',
+         '--n_embd=32', '--batch_size=8', '--eval_iters=2', '--log_interval=1', '--warmup_iters=2', '--device=cpu',
+         '--max_iters=6', '--eval_interval=3', '--out_dir=run']
+ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--attention=mla', '--kv_latent=8',
+           '--q_latent=16', '--o_latent=16', '--norm=rms', '--dropout=0.1', '--attention_dropout=0.1']
+
+
+@pytest.fixture
+def data(workspace):
+    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(200))
+    (workspace / 'corpus.csv').write_text(f'text\n{lines}\n')
+    return workspace
+
+
+def metrics(folder='run'):
+    return [json.loads(line) for line in Path(folder, 'metrics.jsonl').read_text().splitlines()]
+
+
+def timeless(lines):
+    return [{k: v for k, v in line.items() if k not in ('seconds', 'tokens_per_second')} for line in lines]
+
+
+def same_state(a, b):
+    """Every weight and optimizer tensor of two checkpoints is equal to the last bit."""
+    a, b = load_checkpoint(a), load_checkpoint(b)
+
+    def tensors(node):
+        if isinstance(node, torch.Tensor):
+            return [node]
+        values = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else ()
+        return [tensor for value in values for tensor in tensors(value)]
+
+    for part in ('model', 'optimizers'):
+        left, right = tensors(a[part]), tensors(b[part])
+        assert len(left) == len(right) > 0 and all(map(torch.equal, left, right)), part
+    assert (a['step'], a['best']) == (b['step'], b['best'])
+
+
+# -- data order --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('causal', [True, False])
+@pytest.mark.parametrize('n_tokens', [1000, 1015, 1016, 1017, 40])
+def test_each_epoch_takes_every_window_once_on_a_grid_of_its_own(n_tokens, causal):
+    loader = Loader(np.arange(n_tokens), 16, 10 ** 6, BYTES, causal, seed=3)
+    grids = []
+    for epoch in range(8):
+        starts = loader.starts(range(epoch * loader.n_windows, (epoch + 1) * loader.n_windows))
+        assert sorted(starts) == list(range(min(starts), min(starts) + 16 * loader.n_windows, 16))
+        assert min(starts) < 16 and max(starts) + 16 + causal <= n_tokens
+        assert n_tokens - (max(starts) + 16 + causal) < 2 * 16  # and leaves out less than two windows
+        grids.append(list(starts))
+    if n_tokens > 100:
+        assert len({min(grid) for grid in grids}) > 3 and grids[0] != sorted(grids[0])
+    assert n_tokens < 100 or [g - min(grids[0]) for g in grids[0]] != [g - min(grids[1]) for g in grids[1]]
+
+
+def test_a_sequence_is_a_function_of_seed_and_number_alone():
+    tokens = np.random.default_rng(0).integers(0, 256, 5000)
+    make = lambda seed=3, causal=False: Loader(tokens, 32, 259, BYTES, causal, seed=seed)
+    numbers = list(range(290, 330))  # across an epoch's end
+    together = make().batch(numbers)
+    shuffled = make().batch(numbers[::-1])
+    for whole, reverse in zip(together, shuffled):
+        assert torch.equal(whole, reverse.flip(0))
+    for i, number in enumerate(numbers):
+        assert all(torch.equal(part[i], single[0]) for part, single in zip(together, make().batch([number])))
+    assert not torch.equal(together[0], make(seed=4).batch(numbers)[0])
+    idx, targets = make(causal=True).batch(numbers)
+    assert torch.equal(idx[:, 1:], targets[:, :-1])
+
+
+def test_processes_and_accumulation_share_one_global_order():
+    """Which sequences each step consumes, over 1, 2 and 4 processes and micro-batches of several sizes."""
+    taken = {}
+    for world in (1, 2, 4):
+        for micro in {1: (1, 4, 12), 2: (1, 2, 6), 4: (1, 3)}[world]:
+            seen = []
+            for step in range(3):
+                numbers = []
+                for rank in range(world):
+                    machine = train.SimpleNamespace(rank=rank, world=world, device='cpu')
+                    options = TrainOptions(batch_size=12, micro_batch_size=micro)
+                    _, n = train.accumulation(options, world)
+                    for k in range(n):
+                        numbers.extend(train.numbers_of(step, k, options, machine, micro))
+                assert len(set(numbers)) == 12
+                seen.append(sorted(numbers))
+            taken[world, micro] = seen
+    assert all(seen == [list(range(s * 12, s * 12 + 12)) for s in range(3)] for seen in taken.values())
+
+
+def test_masking_statistics():
+    tokens = np.random.default_rng(0).integers(0, 256, 60_000)
+    loader = Loader(tokens, 100, 259, BYTES, causal=False, seed=1, mask_prob=0.15)
+    idx, targets, positions = loader.batch(range(500))
+    plain = torch.from_numpy(np.stack([tokens[s:s + 100] for s in loader.starts(range(500))]))
+    assert positions.shape == targets.shape == (500, 15)  # a fixed number a sequence
+    assert all(len(set(row.tolist())) == 15 for row in positions)
+    assert torch.equal(plain.gather(1, positions), targets)
+    changed = torch.zeros_like(plain, dtype=torch.bool).scatter_(1, positions, True)
+    assert torch.equal(idx[~changed], plain[~changed])
+    seen = idx.gather(1, positions)
+    masked, kept = (seen == BYTES.mask).float().mean(), (seen == targets).float().mean()
+    noise = seen[(seen != BYTES.mask) & (seen != targets)]
+    for share, wanted in ((masked, 0.8), (kept, 0.1 + 0.1 / 256), (len(noise) / 7500, 0.1 * 255 / 256)):
+        assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 7500)
+    assert noise.max() < 256 and len(noise.unique()) > 200  # any real token, no special one
+    counts = torch.bincount(positions.flatten(), minlength=100)
+    assert ((counts - 75).abs() < 5 * math.sqrt(75)).all()  # no position is preferred
+
+
+def test_the_test_set_is_fixed_and_spread_over_the_file():
+    tokens = np.random.default_rng(0).integers(0, 256, 10_000)
+    loader = Loader(tokens, 32, 259, BYTES, causal=False, fixed=50)
+    starts = loader.starts(np.arange(50))
+    assert starts[0] == 0 and starts[-1] == (10_000 // 32 - 1) * 32 and len(set(starts)) == 50
+    whole = Loader(tokens, 32, 259, BYTES, causal=True, fixed=0)
+    assert whole.fixed == (10_000 - 1) // 32 == len(set(whole.starts(np.arange(whole.fixed))))
+
+
+# -- optimizers, schedules ---------------------------------------------------------------------------------------
+
+
+def test_every_parameter_is_in_exactly_one_group():
+    for options in (dict(attention='mla', kv_latent=8, q_latent=8, o_latent=8, o_norm='head', mlp_rank=4, vocab_rank=8),
+                    dict(tie_embeddings=False, bias=True, mlp_bias=True, qk_norm=True)):
+        model = make_model('transformer', vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16, **options)
+        for kind in ('adamw', 'muon'):
+            optimizers = train.make_optimizers(model, TrainOptions(optimizer=kind, weight_decay=0.5))
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            held = {p.data_ptr() for group in groups for p in group['params']}
+            wanted = {p.data_ptr() for p in model.parameters()}
+            assert sum(p.numel() for group in groups for p in group['params']) == model.n_params() and wanted <= held
+            decayed = {p.data_ptr() for group in groups if group['weight_decay'] for p in group['params']}
+            for name, p in model.named_parameters():
+                assert (p.data_ptr() in decayed) == (p.dim() == 2 and not name.endswith('gain')), name
+
+
+def test_muon_treats_each_projection_of_a_fused_matrix_by_itself():
+    torch.manual_seed(0)
+    fused = train.nn.Linear(8, 20, bias=False)
+    fused.splits = (12, 8, 0)
+    apart = [torch.nn.Parameter(rows.clone()) for rows in fused.weight.data.split((12, 8))]
+    ours = train.Muon([fused], lr=0.1, adjust_lr_fn='match_rms_adamw')
+    theirs = torch.optim.Muon(apart, lr=0.1, adjust_lr_fn='match_rms_adamw')
+    for _ in range(3):
+        fused.weight.grad = torch.randn(20, 8)
+        for part, grad in zip(apart, fused.weight.grad.split((12, 8))):
+            part.grad = grad.clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(fused.weight.data, torch.cat([p.data for p in apart]))
+
+
+def test_schedules():
+    base = dict(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+
+    def at(step, seconds=0.0, **options):
+        return learning_rate(TrainOptions(**base | options), step, seconds)
+
+    for schedule in ('cosine', 'linear', 'wsd'):
+        assert [at(step, schedule=schedule) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+        assert math.isclose(at(110, schedule=schedule), 0.1) and math.isclose(at(500, schedule=schedule), 0.1)
+    assert math.isclose(at(60), 0.1 + 0.9 * 0.5) and math.isclose(at(35), 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert math.isclose(at(60, schedule='linear'), 0.55)
+    assert at(70, schedule='wsd') == 1.0 and math.isclose(at(90, schedule='wsd'), 0.55)
+    assert math.isclose(at(60, schedule='linear', lr_decay_iters=210), 0.1 + 0.9 * 0.75)
+    # with max_seconds the decay follows the clock, the warmup still the steps
+    assert math.isclose(at(50, 30.0, schedule='linear', max_seconds=60.0), 0.55)
+    assert math.isclose(at(4, 30.0, schedule='linear', max_seconds=60.0), 0.275)
+
+
+# -- runs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('arguments', [[], ENCODER, ['--optimizer=muon', '--schedule=wsd', '--micro_batch_size=2']],
+                         ids=['decoder', 'encoder', 'muon'])
+def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
+    script(train, *SMALL, '--max_iters=60', '--eval_interval=30', '--learning_rate=1e-2', *arguments)
+    out = capsys.readouterr().out
+    assert 'data/text-byte is absent: preparing it' in out and '0:00:00 left' in out
+    assert {path.name for path in Path('run').iterdir()} == {'ckpt.pt', 'ckpt_best.pt', 'config.json', 'metrics.jsonl',
+                                                             'tokenizer.json', 'loss.png'}
+    lines = metrics()
+    evaluations = [line for line in lines if 'val_loss' in line]
+    assert [line['step'] for line in evaluations] == [0, 30, 60]
+    assert [line['step'] for line in lines if 'train_loss' in line] == list(range(1, 61))
+    assert abs(evaluations[0]['val_loss'] - math.log(259)) < 0.2
+    assert evaluations[-1]['val_loss'] < evaluations[0]['val_loss'] - 1.5
+    last = evaluations[-1]
+    assert last['tokens'] == 60 * 8 * 32 and math.isclose(last['val_perplexity'], math.exp(last['val_loss']))
+    if 'encoder' in str(arguments) or '--causal=False' in arguments:
+        assert last['val_masked_accuracy'] > 0.15 and '[right guess]' in out and 'val_bits_per_byte' not in last
+    else:
+        assert math.isclose(last['val_bits_per_byte'], last['val_loss'] / math.log(2) / (
+            json.loads(Path('data/text-byte/meta.json').read_text())['bytes_per_token']))
+    state = load_checkpoint('run/ckpt.pt')
+    assert state['provenance']['torch'] == torch.__version__ and 'train.py' in state['provenance']['command']
+    assert state['options'] == json.loads(Path('run/config.json').read_text())
+
+    model, tokenizer, options = load_run('run')
+    assert not model.training and options['n_embd'] == 32 and tokenizer.vocab_size == 259
+    assert all(torch.equal(weight, load_checkpoint('run/ckpt_best.pt')['model'][name])
+               for name, weight in model.state_dict().items())
+    capsys.readouterr()
+    script(train, '--init_from=run', '--eval_only=True', '--batch_size=8', '--eval_iters=2')
+    scores = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert math.isclose(scores['val_loss'], min(line['val_loss'] for line in evaluations), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize('arguments', [[*ENCODER], ['--micro_batch_size=2', '--dropout=0.1'],
+                                       ['--optimizer=muon', '--dropout=0.1']], ids=['encoder', 'accumulation', 'muon'])
+def test_a_resumed_run_is_bit_identical(data, script, arguments):
+    script(train, *SMALL, *arguments, '--out_dir=straight')
+    for stop in (3, 5):  # at an evaluation, and between two
+        script(train, *SMALL, *arguments, f'--max_iters={stop}', '--lr_decay_iters=6', f'--out_dir=run{stop}',
+               '--eval_interval=100')
+        script(train, *SMALL, *arguments, f'--out_dir=run{stop}', '--init_from=resume', '--eval_interval=100')
+        left, right = (load_checkpoint(f'{name}/ckpt.pt') for name in ('straight', f'run{stop}'))
+        assert all(torch.equal(left['model'][k], right['model'][k]) for k in left['model'])
+        train_lines = [[line for line in timeless(metrics(name)) if 'train_loss' in line]
+                       for name in ('straight', f'run{stop}')]
+        assert train_lines[0] == train_lines[1]
+
+
+def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
+    script(train, *SMALL, '--out_dir=straight', '--max_iters=400', '--eval_interval=1000', '--dropout=0.1')
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        command = [*SMALL, f'--out_dir={kind.name}', '--max_iters=400', '--eval_interval=1000', '--dropout=0.1',
+                   '--init_from=auto']
+        run = subprocess.Popen([sys.executable, str(REPOSITORY / 'train.py'), *command], stdout=subprocess.PIPE, text=True)
+        while not any('step 20/' in line for line in iter(run.stdout.readline, '')) and run.poll() is None:
+            pass
+        run.send_signal(kind)
+        out = run.communicate(timeout=60)[0]
+        assert run.returncode == 0 and 'stopped by a signal at step' in out
+        assert 20 <= load_checkpoint(f'{kind.name}/ckpt.pt')['step'] < 400
+        script(train, *command)
+        same_state('straight/ckpt.pt', f'{kind.name}/ckpt.pt')
+        assert timeless(metrics(kind.name)) == timeless(metrics('straight'))
+
+
+def test_two_processes_give_the_losses_of_one(data, script):
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d',
+                '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py')]
+    for name, arguments in (('encoder', [a for a in ENCODER if 'dropout' not in a]), ('decoder', [])):
+        script(train, *SMALL, *arguments, f'--out_dir={name}1')
+        run = shell(*torchrun, *SMALL, *arguments, '--micro_batch_size=2', f'--out_dir={name}2')
+        assert run.returncode == 0, run.stderr
+        one, two = metrics(f'{name}1'), metrics(f'{name}2')
+        assert len(one) == len(two) == 9
+        for a, b in zip(one, two):
+            assert a.keys() == b.keys()
+            for key in a.keys() - {'seconds', 'tokens_per_second'}:
+                assert math.isclose(a[key], b[key], rel_tol=2e-5), key
+
+
+def test_compiled_gives_the_same_losses(data, script):
+    for name, compile in (('plain', False), ('compiled', True)):
+        script(train, *SMALL, *[a for a in ENCODER if 'dropout' not in a], f'--compile={compile}', f'--out_dir={name}',
+               '--n_layer=1', '--eval_iters=1', '--max_iters=2')
+    for a, b in zip(metrics('plain'), metrics('compiled')):
+        for key in a.keys() - {'seconds', 'tokens_per_second'}:
+            assert math.isclose(a[key], b[key], rel_tol=1e-4), key
+
+
+def test_scratch_moves_an_earlier_run_aside(data, script, capsys):
+    script(train, *SMALL, '--max_iters=1')
+    script(train, *SMALL, '--max_iters=2')
+    moved = [path for path in Path().iterdir() if path.name.startswith('run-2')]
+    assert len(moved) == 1 and load_checkpoint(moved[0] / 'ckpt.pt')['step'] == 1
+    assert load_checkpoint('run/ckpt.pt')['step'] == 2 and f'renamed to {moved[0].name}' in capsys.readouterr().out
+
+
+def test_starting_from_another_run(data, script):
+    script(train, *SMALL, '--out_dir=first', '--learning_rate=1e-2', '--max_iters=20')
+    script(train, '--init_from=first', '--out_dir=second', '--eval_iters=2', '--batch_size=8', '--max_iters=1')
+    best = min(line['val_loss'] for line in metrics('first') if 'val_loss' in line)
+    assert math.isclose(metrics('second')[0]['val_loss'], best, rel_tol=1e-5)  # its model, its data, its weights
+    assert json.loads(Path('second/config.json').read_text())['learning_rate'] == 1e-3  # but not its recipe
+
+
+def test_max_seconds_ends_the_run_and_its_schedule(data, script):
+    script(train, *SMALL, '--max_iters=100000', '--max_seconds=1.5', '--eval_interval=100000', '--schedule=linear')
+    lines = [line for line in metrics() if 'lr' in line]
+    assert 1.2 < lines[-1]['seconds'] < 3 and lines[-1]['lr'] < 0.2 * max(line['lr'] for line in lines)
+    assert metrics()[-1]['step'] == lines[-1]['step']
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(data, script, capsys, monkeypatch):
+    script(train, *SMALL, '--max_iters=3')
+    before = load_checkpoint('run/ckpt.pt')
+    real = train.train_step
+
+    def poisoned(runner, *args):
+        next(runner.parameters()).data[0, 0] = math.nan
+        return real(runner, *args)
+
+    monkeypatch.setattr(train, 'train_step', poisoned)
+    with pytest.raises(SystemExit) as exit:
+        script(train, *SMALL, '--init_from=resume', '--log_interval=1000')
+    assert exit.value.code == 1 and 'not finite' in capsys.readouterr().err
+    same_state('run/ckpt.pt', 'run/ckpt_best.pt') if before['step'] == load_checkpoint('run/ckpt_best.pt')['step'] else None
+    assert load_checkpoint('run/ckpt.pt')['step'] == 3
+    assert all(torch.equal(a, b) for a, b in zip(before['model'].values(), load_checkpoint('run/ckpt.pt')['model'].values()))
+
+
+def test_dry_run_needs_no_data(workspace, script, capsys):
+    script(train, REPOSITORY / 'config/mla_o.py', '--dry_run=True')
+    assert '13,090,368 parameters (13,090,368 without positions)' in capsys.readouterr().out
+    script(train, REPOSITORY / 'config/decoder.py', '--dry_run=True')
+    assert '(16,036,800 without positions)' in capsys.readouterr().out
+    assert not list(workspace.iterdir())
+
+
+def test_wandb_offline(data, script):
+    script(train, *SMALL, '--max_iters=2', '--wandb=True')
+    assert list(Path('run/wandb').glob('offline-run-*/run-*.wandb'))
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--n_layr=2'], 'did you mean n_layer?'),
+    (['--batch_size=0'], 'batch_size=0: takes a finite number above zero'),
+    (['--learning_rate=-1.0'], 'learning_rate=-1.0: takes a finite number above zero'),
+    (['--max_seconds=1e999'], 'takes a finite number'),
+    (['--beta2=1.0'], 'below 1'),
+    (['--gradient_accumulation_steps=4'], 'set micro_batch_size'),
+    (['--wandb_log=True'], 'use --wandb=True'),
+    (['--arch=rnn'], 'takes one of transformer'),
+    (['--micro_batch_size=3'], 'does not divide into 1 processes x micro_batch_size=3'),
+    (['--block_size=100000'], 'block_size=100000: longer than the data'),
+    (['--vocab_size=100'], 'vocab_size=100: the tokenizer of data/text-byte needs 257'),
+    (['--n_embd=33'], 'not divisible by n_head'),
+    (['--rope_dims=3'], 'takes an even number'),
+    (['--kv_latent=3'], "attention='mha' has no kv_latent"),
+    (['--source=other.csv'], 'was prepared from corpus.csv, not other.csv'),
+    (['--init_from=resume', '--out_dir=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
+    (['--init_from=nothere'], 'nothere/ckpt_best.pt: there is no such checkpoint'),
+    (['--init_from=run', '--n_embd=64'], 'another architecture'),
+    (['--init_from=resume', '--n_layer=3'], 'another architecture'),
+    (['--eval_only=True'], '--init_from=RUN'),
+    (['--device=tpu'], '--device=tpu'),
+    (['--out_dir=corpus.csv/run'], 'cannot be used as a run folder'),
+])
+def test_refusals(data, script, arguments, message):
+    script(train, *SMALL, '--max_iters=1')
+    before = {path: path.stat().st_mtime_ns for path in data.rglob('*')}
+    with pytest.raises(UserError) as error:
+        script(train, *SMALL, *arguments)
+    assert message in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob('*')} == before  # nothing half-written
+
+
+@pytest.mark.parametrize('damage, message', [
+    (lambda raw: raw[:len(raw) // 2], 'truncated or damaged'),
+    (lambda raw: raw[:100], 'truncated or damaged'),
+    (lambda raw: b'', 'truncated or damaged'),
+    (lambda raw: raw[:5000] + bytes([raw[5000] ^ 1]) + raw[5001:], 'truncated or damaged'),
+])
+def test_damaged_checkpoints_are_refused(data, script, damage, message):
+    script(train, *SMALL, '--max_iters=1')
+    path = Path('run/ckpt.pt')
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=message):
+        script(train, *SMALL, '--init_from=resume')
+
+
+def test_a_checkpoint_cannot_run_code(data, script):
+    class Payload:
+        def __reduce__(self):
+            return Path.touch, (Path('owned'),)
+
+    script(train, *SMALL, '--max_iters=1')
+    torch.save(dict(model=Payload(), options={}, step=0), 'run/ckpt.pt')
+    with pytest.raises(UserError, match='no checkpoint of train.py'):
+        script(train, *SMALL, '--init_from=resume')
+    assert not Path('owned').exists()
+
+
+def test_token_ids_past_the_vocabulary_are_refused(data, script):
+    script(train, *SMALL, '--max_iters=1')
+    path = Path('data/text-byte/train.bin')
+    ids = np.fromfile(path, dtype=np.uint16)
+    ids[:] = 300
+    ids.tofile(path)
+    with pytest.raises(UserError, match='token id 300 is past vocab_size=259'):
+        script(train, *SMALL)
+
+
+CONFIGS = sorted(path for path in (REPOSITORY / 'config').glob('*.py') if path.stem != '__init__')
+SHRUNK = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_layer=2', '--batch_size=2', '--block_size=24',
+          '--micro_batch_size=1', '--max_iters=1', '--eval_iters=1', '--tokenizer=bpe', '--wandb=False']
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
+def test_every_config_takes_a_step(data, script, path):
+    assert path.read_text().startswith('"""')
+    script(train, path, *SHRUNK)
+    assert metrics(f'out/{path.stem}')[-1]['step'] == 1
