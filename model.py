@@ -113,9 +113,13 @@ class Attention(nn.Module):
         """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, T, d), v (B, Hkv, T, dv), rotated where the options say so."""
         raise NotImplementedError
 
-    def forward(self, x, rope=None, key_mask=None):
+    def heads(self, x, rope=None, key_mask=None):
+        """What the heads have read, side by side: (B, T, D) -> (B, T, H*dv)."""
         q, k, v = self.qkv(x, rope)
-        return self.o_proj(attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0))
+        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0)
+
+    def forward(self, x, rope=None, key_mask=None):
+        return self.o_proj(self.heads(x, rope, key_mask))
 
     def score_flops(self, T):
         """Forward FLOPs a token of q.k and of the weighted sum of v; a causal query sees (T+1)/2 keys on average."""

@@ -1,0 +1,95 @@
+"""The README's commands, taken from it and run in a copy of the repository, and its walkthrough, followed."""
+
+import re
+import shlex
+import shutil
+
+import pytest
+
+from conftest import REPOSITORY, corpus, shell
+
+README = (REPOSITORY / 'README.md').read_text()
+BLOCKS = {language: re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL) for language in ('bash', 'python')}
+COMMANDS = [line.split('  #')[0].strip() for block in BLOCKS['bash'] for line in block.splitlines()]
+CUT_SHORT = ['--max_iters=2', '--eval_iters=1', '--batch_size=4']
+NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_layer=2']  # the README's data is on the hub
+
+
+@pytest.fixture
+def copy(workspace):
+    """A copy of the repository, as a clone would be, with a small corpus in place of what the hub holds."""
+    for name in ('model.py', 'train.py', 'prepare.py', 'config'):
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
+    (workspace / 'corpus.csv').write_text('text\n' + '\n'.join(f'"{text.strip()}"' for text in corpus(200)) + '\n')
+    (workspace / 'input.txt').write_text(''.join(corpus(20)))
+    return workspace
+
+
+def run(command, *more):
+    words = shlex.split(command)
+    if words[0] == 'torchrun':
+        words = ['-m', 'torch.distributed.run', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
+                 '--nproc_per_node=2', *words[2:]]
+    else:
+        assert words[0] == 'python'
+        words = words[1:]
+    result = shell(*words, *more)
+    assert result.returncode == 0, f'{command}\n{result.stdout}{result.stderr}'
+    return result.stdout
+
+
+def test_the_first_command(copy):
+    """Every command chains from this one: install, then the quick run, here for two steps."""
+    install, quick = [part.strip() for part in COMMANDS[0].split('&&')]
+    assert install == 'pip install -r requirements.txt'
+    out = run(quick, '--max_iters=2', '--eval_iters=1')
+    assert 'data/wiki10k-bpe4096 is absent: preparing it' in out and '[right guess]' in out
+    loading = BLOCKS['python'][0]
+    (copy / 'load.py').write_text(loading + 'print(model.n_params(), tokenizer.vocab_size, options["n_embd"])\n')
+    assert run('python load.py').split()[1] == '4096'
+
+
+def test_the_test_command():
+    install, test = [part.strip() for part in COMMANDS[1].split('&&')]
+    assert install == 'pip install -r requirements-dev.txt' and test == 'python -m pytest'
+
+
+def test_the_commands_of_the_experiments(copy):
+    commands = [c for c in COMMANDS[2:] if ('train.py' in c) and 'gated' not in c]
+    assert len(commands) == 6
+    for command in commands:
+        if '--dry_run' in command:
+            assert '13,090,368' in run(command)
+        elif '--eval_only' in command:
+            assert 'val_masked_accuracy' in run(command, '--eval_iters=1')
+        else:
+            run(command, *NO_HUB, *CUT_SHORT)
+
+
+def test_the_commands_of_the_data(copy):
+    commands = [c for c in COMMANDS if 'prepare.py' in c]
+    assert len(commands) == 3
+    (copy / 'books').mkdir()
+    shutil.copy('input.txt', 'books/a.txt')
+    for command in commands:
+        more = ['--source=input.txt'] if 'wikitext103' in command else []
+        run(command, *more, *(['--vocab_size=280'] if '--vocab_size' in command else []),
+            *(['--dataset=text'] if 'wikitext103' in command else []))
+    assert len(list((copy / 'data').iterdir())) == 3
+
+
+def test_add_your_own_attention(copy):
+    attention, listing = BLOCKS['python'][1:]
+    command = next(c for c in COMMANDS if 'gated' in c)
+    model = (copy / 'model.py').read_text()
+    old = next(line for line in model.splitlines() if line.startswith('ATTENTIONS = '))
+    (copy / 'model.py').write_text(model.replace(old, f'{attention}\n\n{listing}'))
+    out = run(command, '--max_iters=2', '--eval_iters=1')
+    assert 'step 2: loss' in out
+
+
+def test_every_file_that_the_readme_names_exists():
+    for name in re.findall(r'`([\w./]+\.(?:py|md|txt))`', README):
+        if name not in ('input.txt',):
+            assert (REPOSITORY / name).exists() or (REPOSITORY / 'config' / name).exists(), name
