@@ -13,6 +13,7 @@ Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); group
 
 import math
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch
 import torch.nn as nn
@@ -299,15 +300,15 @@ class ModelConfig:
     q_latent: int | None = None  # mla: width of the query latent; None = queries straight from x
     kv_latent: int | None = None  # mla: width of the key-value latent
     o_latent: int | None = None  # mla: width of the shared output latent (MLA-o); None = dense output
-    o_norm: str = 'none'  # mla: norm in the output latent: none, sum or head
+    o_norm: Literal['none', 'sum', 'head'] = 'none'  # mla: RMSNorm in the output latent: of the sum, or of each head's part
     v_head_dim: int | None = None  # mla: width of a value head; None = head_dim
-    rope_key: str = 'per_head'  # mla: rotated key dimensions per_head, or one key shared by all heads
+    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: rotated key dimensions, each head's own or one key for all
     rope_dims: int = 0  # rotary dimensions of a head, its first ones; 0 = none
     rope_theta: float = 10000.0  # rotary base
     learned_positions: bool = True  # a learned embedding of the position
-    norm: str = 'layer'  # layer (LayerNorm without bias) or rms
+    norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
     final_norm: bool = True  # a norm before the vocabulary
-    mlp: str = 'gelu'  # gelu, swiglu or relu2
+    mlp: Literal['gelu', 'swiglu', 'relu2'] = 'gelu'  # feed-forward
     mlp_hidden: int | None = None  # hidden width of the feed-forward; None = 4 n_embd
     mlp_bias: bool = False  # biases in the feed-forward
     mlp_rank: int | None = None  # each feed-forward matrix as two of this rank; None = dense
@@ -336,13 +337,12 @@ class ModelConfig:
         self.check_attention()
 
     def check_ranges(self):
-        choices = dict(attention=ATTENTIONS, o_norm=('none', 'sum', 'head'), rope_key=('per_head', 'shared'),
-                       norm=('layer', 'rms'), mlp=('gelu', 'swiglu', 'relu2'))
         may_be_zero = ('dropout', 'attention_dropout', 'rope_dims', 'n_dense')
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
-            if name in choices and value not in choices[name]:
-                raise ConfigError(f'{name}={value!r}: takes one of {", ".join(choices[name])}')
+            choices = ATTENTIONS if name == 'attention' else get_args(field.type) if isinstance(value, str) else ()
+            if choices and value not in choices:
+                raise ConfigError(f'{name}={value!r}: takes one of {", ".join(map(str, choices))}')
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 if not 0 <= value < math.inf or value == 0 and name not in may_be_zero:
                     raise ConfigError(f'{name}={value}: takes a finite number above zero'

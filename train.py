@@ -327,11 +327,13 @@ def load_checkpoint(path):
         if broken:
             raise zipfile.BadZipFile(f'bad checksum in {broken}')
         state = torch.load(path, map_location='cpu', weights_only=True)
-        return state | {name: state[name] for name in ('model', 'options', 'step')}
     except (zipfile.BadZipFile, OSError, EOFError) as error:
         raise UserError(f'{path}: truncated or damaged ({error}): restore it, or use another checkpoint') from None
-    except Exception as error:  # torch.load raises what it meets: pickle errors, KeyError, RuntimeError
+    except Exception as error:  # another zip file, or a pickle that would run code: torch.load names it in many ways
         raise UserError(f'{path}: no checkpoint of train.py ({type(error).__name__})') from None
+    if not isinstance(state, dict) or not {'model', 'options', 'step'} <= state.keys():
+        raise UserError(f'{path}: no checkpoint of train.py (no model, options and step in it)')
+    return state
 
 
 def split_options(flat):

@@ -399,6 +399,9 @@ def test_a_checkpoint_cannot_run_code(data, script):
     with pytest.raises(UserError, match='no checkpoint of train.py'):
         script(train, *SMALL, '--init_from=resume')
     assert not Path('owned').exists()
+    torch.save(dict(weights=torch.ones(2)), 'run/ckpt.pt')
+    with pytest.raises(UserError, match='no model, options and step'):
+        script(train, *SMALL, '--init_from=resume')
 
 
 def test_token_ids_past_the_vocabulary_are_refused(data, script):
