@@ -7,6 +7,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -163,7 +164,7 @@ class Loader:
 
 
 def open_data(options, model_config, machine):
-    """(meta, tokenizer, training loader, validation loader); prepares the data set first if it is absent."""
+    """meta, tokenizer and the loaders train and val; prepares the data set first if it is absent."""
     folder = prepare.folder_of(options)
     if not folder.exists() and machine.local_rank == 0:
         print(f'{folder} is absent: preparing it', flush=True)
@@ -181,7 +182,7 @@ def open_data(options, model_config, machine):
     shared = model_config.block_size, vocab_size, tokenizer, causal
     train = Loader(prepare.read_tokens(folder, 'train'), *shared, seed=options.seed, mask_prob=options.mask_prob)
     val = Loader(prepare.read_tokens(folder, 'val'), *shared, fixed=options.eval_iters * options.batch_size)
-    return meta, tokenizer, train, val
+    return SimpleNamespace(meta=meta, tokenizer=tokenizer, train=train, val=val)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -377,9 +378,8 @@ def provenance(machine, meta):
                 torch=str(torch.__version__), numpy=np.__version__)
 
 
-def open_run(options, flat, tokenizer, resumed_step):
+def open_run(folder, flat, tokenizer, resumed_step):
     """Makes the run folder ready: moves an earlier run out of the way, or cuts its metrics back to the checkpoint."""
-    folder = Path(options.out_dir)
     latest = folder / 'ckpt.pt'
     if resumed_step is None and latest.exists():
         date = datetime.fromtimestamp(latest.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
@@ -397,7 +397,6 @@ def open_run(options, flat, tokenizer, resumed_step):
         tokenizer.save(folder / 'tokenizer.json')
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f'{folder}: cannot be used as a run folder ({error})') from None
-    return folder
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -477,11 +476,20 @@ def mfu(machine, flops_per_second):
     return f', {flops_per_second / machine.world / peak:.0%} MFU' if peak and machine.bf16 else ''
 
 
-def print_model(arch, model, block_size, predicted):
-    total, bare = model.n_params(), model.n_params(positions=False)
-    print(f'{arch}: {total:,} parameters ({bare:,} without positions), '
-          f'{model.flops_per_token(block_size, predicted) / 1e6:.1f} MFLOP a token in training'
-          + (f', {model.cache_bytes_per_token():,} cache bytes a token' if model.config.causal else ''))
+def describe(scores):
+    return ', '.join(f'{name.removeprefix("val_").replace("_", " ")} {value:.4f}' for name, value in scores.items())
+
+
+def predicted_share(options, c):
+    """Share of the tokens whose logits a training step needs."""
+    return 1.0 if c.causal else max(1, round(options.mask_prob * c.block_size)) / c.block_size
+
+
+def print_model(options, model):
+    c = model.config
+    print(f'{options.arch}: {model.n_params():,} parameters ({model.n_params(positions=False):,} without positions), '
+          f'{model.flops_per_token(c.block_size, predicted_share(options, c)) / 1e6:.1f} MFLOP a token in training'
+          + (f', {model.cache_bytes_per_token():,} cache bytes a token' if c.causal else ''))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -562,137 +570,141 @@ def stop_if_not_finite(step, *values):
         sys.exit(1)
 
 
-def main():
-    options, model_options, state = read_options(sys.argv[1:])
-    torch.manual_seed(options.seed)
-    with torch.device('meta') if options.dry_run else contextlib.nullcontext():
-        model = build(options.arch, model_options)
-    c = model.config
-    predicted = 1.0 if c.causal else max(1, round(options.mask_prob * c.block_size)) / c.block_size
-    if options.dry_run:
-        return print_model(options.arch, model, c.block_size, predicted)
+class Stopwatch:
+    """Training time in seconds; what happens inside `paused` is left out."""
 
-    machine = open_machine(options)
-    master = machine.rank == 0
-    say = print if master else lambda *args, **kwargs: None
+    def __init__(self, seconds):
+        self.since = time.perf_counter() - seconds
+
+    def read(self):
+        return time.perf_counter() - self.since
+
+    @contextlib.contextmanager
+    def paused(self):
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+
+def train(options, model, forward, state, machine, data):
+    """Trains to the end, or until a signal. forward: the model or its compiled form; state: a checkpoint to go on from."""
+    c, master = model.config, machine.rank == 0
+    say = functools.partial(print, flush=True) if master else lambda *words: None
     micro, n_accumulation = accumulation(options, machine.world)
-    meta, tokenizer, train_data, val_data = open_data(options, c, machine)
-    resuming = options.init_from == 'resume'
-    if state:
-        load_weights(model, state, options.out_dir if resuming else options.init_from)
-    model.to(machine.device)
-    compile = options.compile or (options.compile is None and machine.device.type == 'cuda')
-    forward = torch.compile(model) if compile else model
-
-    def score():
-        return evaluate(model, forward, val_data, micro, machine, meta['bytes_per_token'])
-
-    if options.eval_only:
-        say(f'{val_data.fixed:,} sequences of {prepare.folder_of(options)}')
-        scores = score()
-        return say(json.dumps(scores))
-
     optimizers = make_optimizers(model, options)
-    step, seconds, best = 0, 0.0, math.inf
-    if resuming:
-        if state['provenance']['data_sha256'] != meta['sha256']:
-            raise UserError(f'{options.out_dir}: was trained on other data than {prepare.folder_of(options)} holds; use '
-                            '--init_from=RUN --out_dir=NEW to go on from its weights')
-        step, seconds, best = state['step'], state['seconds'], state['best']
-        for optimizer, saved in zip(optimizers, state['optimizers']):
-            optimizer.load_state_dict(saved)
-    runner = forward
-    if machine.world > 1:
-        runner = DistributedDataParallel(forward, broadcast_buffers=False,
-                                         device_ids=[machine.device] if machine.device.type == 'cuda' else None)
-    flat = dataclasses.asdict(options) | dataclasses.asdict(c)
-    flops, where = model.flops_per_token(c.block_size, predicted), provenance(machine, meta)
+    step, seconds, best = (state['step'], state['seconds'], state['best']) if state else (0, 0.0, math.inf)
+    for optimizer, saved in zip(optimizers, state['optimizers'] if state else ()):
+        optimizer.load_state_dict(saved)
+    runner = forward if machine.world == 1 else DistributedDataParallel(
+        forward, broadcast_buffers=False, device_ids=[machine.device] if machine.device.type == 'cuda' else None)
+
+    flat, origin = dataclasses.asdict(options) | dataclasses.asdict(c), provenance(machine, data.meta)
+    folder, wandb_run = Path(options.out_dir), None
     if master:
-        folder = open_run(options, flat, tokenizer, step if resuming else None)
-        run = open_wandb(folder, flat) if options.wandb else None
+        open_run(folder, flat, data.tokenizer, step if state else None)
+        wandb_run = open_wandb(folder, flat) if options.wandb else None
+        print_model(options, model)
+    say(f'{origin["device"]}, {"bfloat16" if machine.bf16 else "float32"}{"" if forward is model else ", compiled"}; a step '
+        f'is {options.batch_size} sequences of {c.block_size} tokens (processes x accumulation x micro-batch: '
+        f'{machine.world} x {n_accumulation} x {micro}), of which {data.train.share_with_border():.0%} cross a document '
+        f'border; run folder {folder}')
 
     def record(**line):
-        with open(folder / 'metrics.jsonl', 'a') as file:
-            file.write(json.dumps(line) + '\n')
-        if run:
-            run.log(line, step=line['step'])
+        if master:
+            with open(folder / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+        if wandb_run:
+            wandb_run.log(line, step=line['step'])
 
     def save(name):
-        save_checkpoint(folder / name, dict(
-            model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], options=flat,
-            step=step, seconds=seconds, best=best, provenance=where))
+        if master:
+            save_checkpoint(folder / name, dict(
+                model=model.state_dict(), optimizers=[optimizer.state_dict() for optimizer in optimizers], options=flat,
+                step=step, seconds=seconds, best=best, provenance=origin))
 
-    if master:
-        print_model(options.arch, model, c.block_size, predicted)
-    say(f'{where["device"]}, {"bfloat16" if machine.bf16 else "float32"}{", compiled" if compile else ""}; a step is '
-        f'{options.batch_size} sequences of {c.block_size} tokens ({machine.world} process'
-        f'{"es" if machine.world > 1 else ""} x {n_accumulation} x {micro}), of which '
-        f'{train_data.share_with_border():.0%} cross a document border; run folder {options.out_dir}', flush=True)
-    stopped = []  # signals received: the step in hand is finished and saved, then the run ends with status 0
+    signals = []  # the step in hand is finished and saved, then the run ends with status 0
     for kind in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(kind, lambda number, frame: stopped.append(number))
-
-    loss = norm = None
-    started, tokens_a_step = step, options.batch_size * c.block_size
-    clock = logged = time.perf_counter()  # training time runs from `clock`, evaluation is taken out of it
-    before, logged_step = seconds, step
+        signal.signal(kind, lambda number, frame: signals.append(number))
+    first_step, tokens_a_step = step, options.batch_size * c.block_size
+    flops_per_token = model.flops_per_token(c.block_size, predicted_share(options, c))
+    watch, last = Stopwatch(seconds), SimpleNamespace(step=step, seconds=seconds)  # last: the line printed before this one
     while True:
-        # every process has to decide alike: one signal stops all, and the first process has the clock
-        stop, seconds = machine.total(len(stopped), before + time.perf_counter() - clock if master else 0.0)
+        # the processes decide alike: one signal stops all of them, and the clock is the first one's
+        stop, seconds = machine.total(len(signals), watch.read() if master else 0.0)
         done = step >= options.max_iters or (options.max_seconds is not None and seconds >= options.max_seconds)
-        due = done or step % options.eval_interval == 0
-        if step > started and (due or stop):
-            stop_if_not_finite(step, loss.item(), norm.item())
-        if due and (step > started or step == 0):
-            pause = time.perf_counter()
-            scores = score()
-            stop_if_not_finite(step, scores['val_loss'])
-            improved, best = scores['val_loss'] < best, min(best, scores['val_loss'])
-            say(f'step {step}: ' + ', '.join(f'{key[4:].replace("_", " ")} {value:.4f}' for key, value in scores.items()),
-                flush=True)
-            if master:
+        stepped = step > first_step
+        if stepped and (stop or done or step % options.eval_interval == 0):
+            stop_if_not_finite(step, loss.item(), norm.item())  # before anything is saved
+        if (stepped or step == 0) and (done or step % options.eval_interval == 0):
+            with watch.paused():
+                scores = evaluate(model, forward, data.val, micro, machine, data.meta['bytes_per_token'])
+                stop_if_not_finite(step, scores['val_loss'])
                 record(step=step, tokens=step * tokens_a_step, seconds=seconds, **scores)
+                say(f'step {step}: {describe(scores)}')
+                improved, best = scores['val_loss'] < best, min(best, scores['val_loss'])
                 save('ckpt.pt')
                 if improved:
                     save('ckpt_best.pt')
-            pause = time.perf_counter() - pause
-            clock, logged = clock + pause, logged + pause
-        elif stop and master:
+        elif stop:
             save('ckpt.pt')
         if done or stop:
             break
 
         lr = learning_rate(options, step, seconds)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group['lr'] = lr
-        loss, norm = train_step(runner, optimizers, train_data, step, options, machine, micro, n_accumulation)
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group['lr'] = lr
+        loss, norm = train_step(runner, optimizers, data.train, step, options, machine, micro, n_accumulation)
         step += 1
 
         if step % options.log_interval == 0:
-            train_loss = machine.total(loss.item())[0] / machine.world
-            stop_if_not_finite(step, train_loss, norm.item())
-            now = time.perf_counter()
-            rate = (step - logged_step) * tokens_a_step / (now - logged)
-            left = (options.max_iters - step) * (now - logged) / (step - logged_step)
-            if options.max_seconds is not None:
-                left = min(left, options.max_seconds - (before + now - clock))
-            logged, logged_step = now, step
-            if master:
-                record(step=step, tokens=step * tokens_a_step, seconds=before + now - clock, train_loss=train_loss,
-                       lr=lr, grad_norm=norm.item(), tokens_per_second=rate)
-            say(f'step {step}/{options.max_iters}: loss {train_loss:.4f}, lr {lr:.1e}, norm {norm.item():.2f}, '
-                f'{rate:,.0f} tokens/s{mfu(machine, rate * flops)}, {memory_gb(machine.device):.1f} GB, '
-                f'{timedelta(seconds=max(0, round(left)))} left', flush=True)
+            train_loss, grad_norm = machine.total(loss.item())[0] / machine.world, norm.item()
+            stop_if_not_finite(step, train_loss, grad_norm)
+            now = watch.read()
+            step_seconds = (now - last.seconds) / (step - last.step)
+            last = SimpleNamespace(step=step, seconds=now)
+            rate = tokens_a_step / step_seconds
+            record(step=step, tokens=step * tokens_a_step, seconds=now, train_loss=train_loss, lr=lr, grad_norm=grad_norm,
+                   tokens_per_second=rate)
+            left = min((options.max_iters - step) * step_seconds, (options.max_seconds or math.inf) - now)
+            say(f'step {step}/{options.max_iters}: loss {train_loss:.4f}, lr {lr:.1e}, norm {grad_norm:.2f}, '
+                f'{rate:,.0f} tokens/s{mfu(machine, rate * flops_per_token)}, {memory_gb(machine.device):.1f} GB, '
+                f'{timedelta(seconds=max(0, round(left)))} left')
 
-    if stop and not done:
+    if not done:
         say(f'stopped by a signal at step {step}, saved; --init_from=resume goes on')
     elif master:
         plot_losses(folder)
         if not c.causal:
-            show_guesses(model, val_data, machine.device)
-    if master and run:
-        run.finish()
+            show_guesses(model, data.val, machine.device)
+    if wandb_run:
+        wandb_run.finish()
+
+
+def main():
+    options, model_options, state = read_options(sys.argv[1:])
+    torch.manual_seed(options.seed)
+    with torch.device('meta') if options.dry_run else contextlib.nullcontext():
+        model = build(options.arch, model_options)
+    if options.dry_run:
+        return print_model(options, model)
+    machine = open_machine(options)
+    data = open_data(options, model.config, machine)
+    resuming = options.init_from == 'resume'
+    if state:
+        load_weights(model, state, options.out_dir if resuming else options.init_from)
+    if resuming and not options.eval_only and state['provenance']['data_sha256'] != data.meta['sha256']:
+        raise UserError(f'{options.out_dir}: was trained on other data than {prepare.folder_of(options)} holds; use '
+                        '--init_from=RUN --out_dir=NEW to go on from its weights')
+    model.to(machine.device)
+    compiling = machine.device.type == 'cuda' if options.compile is None else options.compile
+    forward = torch.compile(model) if compiling else model
+    if options.eval_only:
+        micro, _ = accumulation(options, machine.world)
+        scores = evaluate(model, forward, data.val, micro, machine, data.meta['bytes_per_token'])
+        if machine.rank == 0:
+            print(f'{data.val.fixed:,} sequences of {prepare.folder_of(options)}: {describe(scores)}')
+    else:
+        train(options, model, forward, state if resuming else None, machine, data)
     if machine.world > 1:
         dist.destroy_process_group()
 

@@ -62,7 +62,7 @@ def test_the_commands_of_the_experiments(copy):
         if '--dry_run' in command:
             assert '13,090,368' in run(command)
         elif '--eval_only' in command:
-            assert 'val_masked_accuracy' in run(command, '--eval_iters=1')
+            assert 'masked accuracy' in run(command, '--eval_iters=1')
         else:
             run(command, *NO_HUB, *CUT_SHORT)
 
