@@ -351,10 +351,10 @@ class ModelConfig:
                 raise ConfigError(f'{name}={value}: takes a probability below 1')
 
     def check_attention(self):
-        for other in ATTENTIONS.values():
-            for name in set(other.options) - set(ATTENTIONS[self.attention].options):
-                if getattr(self, name) != type(self).__dataclass_fields__[name].default:
-                    raise ConfigError(f'attention={self.attention!r} has no {name}: leave it out')
+        defaults = {field.name: field.default for field in fields(self)}
+        for name in (name for other in ATTENTIONS.values() for name in other.options):
+            if name not in ATTENTIONS[self.attention].options and getattr(self, name) != defaults[name]:
+                raise ConfigError(f'attention={self.attention!r} has no {name}: leave it at {defaults[name]}')
         if self.n_kv_head and self.n_head % self.n_kv_head:
             raise ConfigError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
         if self.attention != 'mla':
@@ -503,8 +503,9 @@ def linear_cross_entropy(x, weight, targets):
     x (N, D), weight (V, D), targets (N,) int64, -1 = not scored; no target at all gives 0. Returns the dict that
     models return: `loss`, and without gradients also `accuracy`.
     """
-    # A chunk is small enough to stay near the caches, and never are there more than 8: compiled, the loop unrolls.
-    n_chunks = min(8, max(1, x.size(0) * weight.size(0) // 2 ** 23))
+    n_chunks = max(1, x.size(0) * weight.size(0) // 2 ** 23)  # a chunk small enough to stay near the caches,
+    if torch.compiler.is_compiling():  # but compiled, the loop unrolls
+        n_chunks = min(8, n_chunks)
     if torch.is_grad_enabled():
         return {'loss': LinearCrossEntropy.apply(x, weight, targets, n_chunks)}
     loss, correct = 0.0, 0

@@ -16,6 +16,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import random
 import re
 import shutil
@@ -90,10 +91,17 @@ class Tokenizer:
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
 
-    def save(self, path):
+    def to_json(self):
         ranks = [base64.b64encode(token).decode() for token in self.ranks]
-        Path(path).write_text(json.dumps(dict(name=self.name, pattern=self.pattern, lowercase=self.lowercase,
-                                              special=SPECIAL, ranks=ranks)))
+        return json.dumps(dict(name=self.name, pattern=self.pattern, lowercase=self.lowercase, special=SPECIAL,
+                               ranks=ranks))
+
+    def digest(self):
+        """Eight hexadecimal digits that tell tokenizers apart."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+
+    def save(self, path):
+        Path(path).write_text(self.to_json())
 
     @classmethod
     def load(cls, path):
@@ -179,7 +187,6 @@ def rows(dataset, files, split):
         return
     import datasets
     path, name, column, _ = HUB.get(dataset, (None, None, 'text', None))
-    kinds = {'.parquet': 'parquet', '.csv': 'csv', '.tsv': 'csv', '.jsonl': 'json'}
     try:
         if files is None:
             print(f'{dataset}: reading {path} ({split}) from the hub', flush=True)
@@ -187,7 +194,7 @@ def rows(dataset, files, split):
             logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # its retries; the last word is ours
             parts = [datasets.load_dataset(path, name, split=split, streaming=True)]
         else:
-            parts = [load_local(datasets, file, kinds.get(Path(file).suffix, 'text'), dataset) for file in files]
+            parts = [load_local(datasets, file, dataset) for file in files]
         for part in parts:
             for batch in part.iter(batch_size=256):
                 wanted = [c for c in (column, 'text', 'sentence') if c in batch]
@@ -204,9 +211,15 @@ def rows(dataset, files, split):
         raise UserError(f'{dataset}: {", ".join(files[:3])} cannot be read ({what})') from None
 
 
-def load_local(datasets, file, kind, dataset):
-    options = {}
-    if file.endswith('.tsv'):
+def kind_of(file):
+    """Which of the library's readers takes a file: the one for its ending, before .gz."""
+    ending = Path(file.lower().removesuffix('.gz')).suffix
+    return {'.parquet': 'parquet', '.csv': 'csv', '.tsv': 'csv', '.jsonl': 'json', '.json': 'json'}.get(ending, 'text')
+
+
+def load_local(datasets, file, dataset):
+    kind, options = kind_of(file), {}
+    if kind == 'csv' and '.tsv' in file.lower():
         options = dict(sep='\t', quoting=3)  # GLUE's tsv quotes nothing
     elif kind == 'text':
         # a plain file is one document; WikiText's documents are found by their headings
@@ -250,85 +263,105 @@ def documents(dataset, files, split):
     return (text for text in (join_articles(texts) if dataset == 'wikitext103' else texts) if text.strip())
 
 
-def splits(options):
-    """(train, validation, how they were split); the first two are functions that return an iterator of documents."""
+def split_documents(options):
+    """(how the documents are split, a function that returns an iterator of (split, document) in one pass)."""
     dataset, source = options.dataset, options.source
     if dataset not in ('wiki10k', 'text', *HUB):
         raise UserError(f'--dataset={dataset}: takes wiki10k, {", ".join(HUB)}, or text with --source=YOUR_FILES')
     if dataset == 'text' and not source:
         raise UserError('--dataset=text reads your own files: say which with --source=PATH_OR_GLOB')
     train, validation = local_files(source) if source else (None, None)
-    if validation or (not source and dataset in ('wikitext103', 'sst2')):
-        return (lambda: documents(dataset, train, 'train'), lambda: documents(dataset, validation, 'validation'),
-                "the data set's own split")
-    if dataset == 'text' and all(Path(file).suffix not in ('.parquet', '.csv', '.tsv', '.jsonl') for file in train):
-        def piece(part):
-            for text in documents(dataset, train, 'train'):
-                cut = len(text) * 9 // 10
-                yield text[:cut] if part == 'train' else text[cut:]
-        return lambda: piece('train'), lambda: piece('val'), 'the last tenth of each file'
-    share = HUB.get(dataset, (None, None, None, None))[3] or HELD_OUT
+    share = HUB.get(dataset, (None, None, None, HELD_OUT))[3] or HELD_OUT
 
-    def chosen(held_out):
+    def own_split():
+        yield from (('train', text) for text in documents(dataset, train, 'train'))
+        yield from (('val', text) for text in documents(dataset, validation, 'validation'))
+
+    def last_tenth():
+        for text in documents(dataset, train, 'train'):
+            cut = len(text) * 9 // 10
+            yield from (('train', text[:cut]), ('val', text[cut:]))
+
+    def by_seed():
         for i, text in enumerate(documents(dataset, train, 'train')):
-            if (random.Random(f'{options.seed} {i}').random() < share) == held_out:
-                yield text
-    return lambda: chosen(False), lambda: chosen(True), f'{share:.1%} of the documents, chosen by seed {options.seed}'
+            yield 'val' if random.Random(f'{options.seed} {i}').random() < share else 'train', text
+
+    if validation or (not source and dataset in ('wikitext103', 'sst2')):
+        return "the data set's own split", own_split
+    if dataset == 'text' and all(kind_of(file) == 'text' for file in train):
+        return 'the last tenth of each file', last_tenth
+    return f'{share:.1%} of the documents, chosen by seed {options.seed}', by_seed
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # token files
 
 
-def folder_of(options):
-    """data/NAME-TOKENIZER, a folder of its own for each tokenization."""
-    size = default_vocab_size(options) if options.tokenizer == 'bpe' else ''
-    return Path('data') / f'{options.dataset}-{options.tokenizer}{size}{"-lower" if options.lowercase else ""}'
+def folder_of(options, tokenizer=None):
+    """data/NAME-TOKENIZER, a folder of its own for each tokenization; its digest is in the name of a borrowed one."""
+    size = vocab_size_of(options) if options.tokenizer == 'bpe' else ''
+    borrowed = f'-{tokenizer.digest()}' if tokenizer else ''
+    return Path('data') / f'{options.dataset}-{options.tokenizer}{size}{"-lower" if options.lowercase else ""}{borrowed}'
 
 
-def default_vocab_size(options):
-    return options.vocab_size or 8192
+def vocab_size_of(options):
+    """Ids of the tokenizer that the options name, special tokens included."""
+    return {'bpe': options.vocab_size or 8192, 'byte': 256 + len(SPECIAL), 'gpt2': 50256 + len(SPECIAL)}[options.tokenizer]
 
 
-def write_split(path, texts, tokenizer, dtype, digest):
-    """Writes the token file and returns its counts."""
+def pieces(text, length=2 ** 20):
+    """A long text in pieces that end at a line's end, so that a large file need not become one list of ids."""
+    start = 0
+    while len(text) - start > length and (end := text.rfind('\n', start, start + length) + 1) > start:
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def write_tokens(folder, documents, tokenizer, dtype):
+    """Writes train.bin and val.bin; returns the counts of each and a digest of both."""
     from datasets.utils import tqdm
-    count = dict(documents=0, tokens=0, bytes=0)
-    with open(path, 'wb') as file, tqdm(desc=path.name, unit=' documents', disable=not sys.stderr.isatty()) as bar:
-        while batch := list(itertools.islice(texts, 256)):
-            for text, ids in zip(batch, tokenizer.encode_batch(batch)):
-                block = np.array([tokenizer.eot, *ids], dtype=dtype).tobytes()
-                digest.update(block)
-                file.write(block)
-                count['documents'] += 1
-                count['tokens'] += len(ids) + 1
-                count['bytes'] += len(text.encode('utf-8', 'replace'))
-            bar.update(len(batch))
-    if not count['tokens']:
-        raise UserError(f'{path.stem} would be empty: the data set has too few documents to hold some out')
-    return count
+    counts = {split: dict(documents=0, tokens=0, bytes=0) for split in ('train', 'val')}
+    digests = {split: hashlib.sha256() for split in counts}
+    parts = ((split, i == 0, piece) for split, text in documents for i, piece in enumerate(pieces(text)))
+    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
+            tqdm(desc=folder.parent.name, unit=' documents', disable=not sys.stderr.isatty()) as bar:
+        files = dict(train=train, val=val)
+        while batch := list(itertools.islice(parts, 256)):
+            for (split, first, piece), ids in zip(batch, tokenizer.encode_batch([piece for _, _, piece in batch])):
+                block = np.array([tokenizer.eot, *ids] if first else ids, dtype=dtype)
+                files[split].write(block.tobytes())
+                digests[split].update(block.tobytes())
+                counts[split]['documents'] += first
+                counts[split]['tokens'] += len(block)
+                counts[split]['bytes'] += len(piece.encode('utf-8', 'replace'))
+            bar.update(sum(first for _, first, _ in batch))
+    for split, count in counts.items():
+        if not count['tokens']:
+            raise UserError(f'{split} would be empty: the data set has too few documents to hold some out')
+    return counts, hashlib.sha256(b''.join(digest.digest() for digest in digests.values())).hexdigest()
 
 
-def prepare(options):
-    """Writes the token files that `options` (DataOptions) describe and returns their folder."""
-    folder = folder_of(options)
+def prepare(options, tokenizer=None):
+    """Writes the token files that `options` (PrepareOptions) describe and returns their folder. A tokenizer that is
+    given, that of a run for instance, is used instead of a new one, and the folder says so."""
+    folder = folder_of(options, tokenizer)
     if options.vocab_size and options.tokenizer != 'bpe':
         raise UserError(f'--vocab_size={options.vocab_size}: the {options.tokenizer} tokenizer has its own vocabulary, '
                         'leave it out')
-    train, validation, how = splits(options)
-    partial = folder.with_name(f'.{folder.name}.partial-{os.getpid()}')
+    how, read = split_documents(options)
+    partial = folder.with_name(f'.{folder.name}.partial-{platform.node()}-{os.getpid()}')
     remove_leftovers(folder)
     try:
         partial.mkdir(parents=True)
-        tokenizer = make_tokenizer(options.tokenizer, train(), default_vocab_size(options), options.lowercase)
+        if tokenizer is None:
+            train = (text for split, text in read() if split == 'train')
+            tokenizer = make_tokenizer(options.tokenizer, train, vocab_size_of(options), options.lowercase)
         dtype = 'uint16' if tokenizer.vocab_size <= 2 ** 16 else 'uint32'
-        digest = hashlib.sha256()
-        counts = {split: write_split(partial / f'{split}.bin', texts(), tokenizer, dtype, digest)
-                  for split, texts in (('train', train), ('val', validation))}
-        total = {key: counts['train'][key] + counts['val'][key] for key in counts['train']}
+        counts, digest = write_tokens(partial, read(), tokenizer, dtype)
         meta = dict(dataset=options.dataset, source=options.source, tokenizer=options.tokenizer,
                     lowercase=options.lowercase, vocab_size=tokenizer.vocab_size, dtype=dtype, split=how, **counts,
-                    bytes_per_token=total['bytes'] / total['tokens'], sha256=digest.hexdigest())
+                    bytes_per_token=counts['val']['bytes'] / counts['val']['tokens'], sha256=digest)
         tokenizer.save(partial / 'tokenizer.json')
         (partial / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
         if folder.exists():  # a kill between the two renames leaves no data set, never half of one
@@ -344,19 +377,23 @@ def prepare(options):
 
 
 def remove_leftovers(folder):
-    """Deletes what a killed run left beside `folder`, but not what a run at work is writing."""
-    for leftover in folder.parent.glob(f'.{folder.name}.partial-*'):
-        pid = int(re.search(r'partial-(\d+)', leftover.name)[1])
+    """Deletes what a killed run of this machine left beside `folder`, but not what a run at work is writing."""
+    prefix = f'.{folder.name}.partial-{platform.node()}-'
+    for leftover in folder.parent.glob(f'{prefix}*'):
+        pid = int(re.match(r'\d+', leftover.name[len(prefix):])[0])
         try:
             os.kill(pid, 0)
+            at_work = pid != os.getpid()
         except ProcessLookupError:
-            shutil.rmtree(leftover)
+            at_work = False
         except PermissionError:
-            pass  # somebody else's, and alive
+            at_work = True  # somebody else's
+        if not at_work:
+            shutil.rmtree(leftover)
 
 
 def describe(folder, meta):
-    print(f'{folder}: {meta["vocab_size"]:,} ids, {meta["bytes_per_token"]:.2f} bytes a token; validation is {meta["split"]}')
+    print(f'{folder}: {meta["vocab_size"]:,} ids, {meta["bytes_per_token"]:.2f} bytes a validation token; validation is {meta["split"]}')
     for split in ('train', 'val'):
         print(f'  {split:5} {meta[split]["tokens"]:>13,} tokens in {meta[split]["documents"]:,} documents')
     if meta['dataset'] == 'wiki10k' and not meta['source']:

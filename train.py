@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,19 +138,22 @@ class Loader:
 
     def batch(self, numbers):
         """The arguments of a model for these sequences: (idx, targets), or (idx, targets, positions) for an encoder."""
-        windows = np.stack([self.tokens[start:start + self.width] for start in self.starts(numbers)]).astype(np.int64)
+        starts = self.starts(numbers)
+        windows = np.stack([self.tokens[start:start + self.width] for start in starts]).astype(np.int64)
         if windows.max() >= self.vocab_size:
             raise UserError(f'token id {windows.max()} is past vocab_size={self.vocab_size}: prepare the data again')
         if self.causal:
-            return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:])
+            return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:].copy())
         masked = windows.copy()
-        positions = np.stack([self.mask(window, number) for window, number in zip(masked, numbers)])
+        # a test window has its mask, however many others are scored with it
+        keys = numbers if self.fixed is None else starts
+        positions = np.stack([self.mask(window, int(key)) for window, key in zip(masked, keys)])
         targets = np.take_along_axis(windows, positions, axis=1)
         return tuple(map(torch.from_numpy, (masked, targets, positions)))
 
-    def mask(self, window, number):
+    def mask(self, window, key):
         """Picks n_masked positions and corrupts them in place: 80% become <|mask|>, 10% a random token, 10% stay."""
-        rng = np.random.default_rng((self.seed, number, 1))
+        rng = np.random.default_rng((self.seed, key, 1))
         positions = np.sort(rng.permutation(self.block_size)[:self.n_masked])
         draw = rng.random(self.n_masked)
         noise = rng.integers(len(self.tokenizer.ranks), size=self.n_masked)
@@ -158,19 +162,23 @@ class Loader:
 
     def share_with_border(self):
         """Share of windows in which attention crosses from one document to another."""
-        n = len(self.tokens) // self.block_size * self.block_size
-        grid = np.asarray(self.tokens[:n]).reshape(-1, self.block_size)
-        return float((grid[:, 1:] == self.tokenizer.eot).any(axis=1).mean()) if len(grid) else 0.0
+        starts = np.linspace(0, len(self.tokens) - self.width, 10_000).astype(np.int64)  # a sample is enough
+        return np.mean([(self.tokens[start + 1:start + self.block_size] == self.tokenizer.eot).any() for start in starts])
 
 
-def open_data(options, model_config, machine):
-    """meta, tokenizer and the loaders train and val; prepares the data set first if it is absent."""
+def open_data(options, model_config, machine, run_tokenizer=None):
+    """meta, tokenizer and the loaders train and val; prepares the data set first if it is absent. Where the model comes
+    from a run, the data has to be in that run's tokens: another corpus is prepared with them."""
     folder = prepare.folder_of(options)
+    if run_tokenizer and not (folder.exists() and Tokenizer.load(folder / 'tokenizer.json').digest()
+                              == run_tokenizer.digest()):
+        folder = prepare.folder_of(options, run_tokenizer)
     if not folder.exists() and machine.local_rank == 0:
         print(f'{folder} is absent: preparing it', flush=True)
         fields = {f.name: getattr(options, f.name) for f in dataclasses.fields(DataOptions)}
-        prepare.prepare(prepare.PrepareOptions(**fields | ({} if options.tokenizer == 'bpe' else {'vocab_size': None})))
-    machine.total(0)  # the other processes wait here
+        fields |= {} if options.tokenizer == 'bpe' else {'vocab_size': None}
+        prepare.prepare(prepare.PrepareOptions(**fields), run_tokenizer)
+    machine.wait()
     meta, tokenizer = prepare.read_meta(folder), Tokenizer.load(folder / 'tokenizer.json')
     if options.source and meta['source'] != options.source:
         raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: remove the folder, or run '
@@ -182,7 +190,7 @@ def open_data(options, model_config, machine):
     shared = model_config.block_size, vocab_size, tokenizer, causal
     train = Loader(prepare.read_tokens(folder, 'train'), *shared, seed=options.seed, mask_prob=options.mask_prob)
     val = Loader(prepare.read_tokens(folder, 'val'), *shared, fixed=options.eval_iters * options.batch_size)
-    return SimpleNamespace(meta=meta, tokenizer=tokenizer, train=train, val=val)
+    return SimpleNamespace(folder=folder, meta=meta, tokenizer=tokenizer, train=train, val=val)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -208,8 +216,10 @@ def open_machine(options):
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=timedelta(minutes=10))
-        control = dist.new_group(backend='gloo')  # flags and clocks travel here and never wait for a GPU
+        patience = timedelta(minutes=10)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', timeout=patience)
+        preparing = dist.new_group(backend='gloo', timeout=timedelta(days=2))
+        control = dist.new_group(backend='gloo', timeout=patience)  # flags and clocks travel here and never wait for a GPU
 
     def total(*values):
         """Each number summed over the processes."""
@@ -218,8 +228,15 @@ def open_machine(options):
             dist.all_reduce(tensor, group=control)
         return tensor.tolist()
 
+    def put(batch):
+        """The tensors of a batch on the device; to a GPU from pinned memory, so that nothing waits for the copy."""
+        if device.type == 'cuda':
+            return [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+        return [tensor.to(device) for tensor in batch]
+
     return SimpleNamespace(
-        device=device, rank=rank, local_rank=local_rank, world=world, bf16=bf16, total=total,
+        device=device, rank=rank, local_rank=local_rank, world=world, bf16=bf16, total=total, put=put,
+        wait=lambda: dist.barrier(group=preparing) if world > 1 else None,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext())
 
 
@@ -267,6 +284,8 @@ class Muon(torch.optim.Muon):
         for weight, rows, view in self.views:
             view.grad = weight.grad[rows]
         super().step(closure)
+        for _, _, view in self.views:
+            view.grad = None
 
 
 def make_optimizers(model, options):
@@ -351,14 +370,16 @@ def build(arch, model_options):
 
 
 def load_weights(model, state, path):
-    """The weights of a checkpoint into a model; what does not fit is a UserError that names it."""
-    ours, theirs = model.state_dict(), state['model']
-    for name in sorted(set(ours) | set(theirs)):
-        shapes = [tuple(weights[name].shape) if name in weights else None for weights in (theirs, ours)]
-        if shapes[0] != shapes[1]:
-            raise UserError(f'{path}: another architecture: {name} is {shapes[0] or "absent"} there and '
-                            f'{shapes[1] or "absent"} here')
-    model.load_state_dict(theirs)
+    """The weights of a checkpoint into a model. Another architecture is a UserError that names what differs; dropout
+    may differ, and block_size where no weight depends on it."""
+    saved = split_options(state['options'])[1]
+    for name, value in dataclasses.asdict(model.config).items():
+        if name in saved and saved[name] != value and name not in ('dropout', 'attention_dropout', 'block_size'):
+            raise UserError(f'{path}: another architecture: it was trained with {name}={saved[name]}, not {value}')
+    try:
+        model.load_state_dict(state['model'])
+    except RuntimeError as error:
+        raise UserError(f'{path}: another architecture: {str(error).splitlines()[-1].strip()}') from None
 
 
 def load_run(folder, checkpoint='ckpt_best.pt', device='cpu'):
@@ -372,31 +393,41 @@ def load_run(folder, checkpoint='ckpt_best.pt', device='cpu'):
 
 def provenance(machine, meta):
     """Where a checkpoint comes from."""
-    commit = subprocess.run(['git', 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return dict(command=' '.join(sys.argv), commit=commit.stdout.strip() or 'unknown', data_sha256=meta['sha256'],
+    git = shutil.which('git')
+    commit = git and subprocess.run([git, 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True,
+                                    text=True).stdout.strip()
+    return dict(command=' '.join(sys.argv), commit=commit or 'unknown', data_sha256=meta['sha256'],
                 device=device_name(machine.device), processes=machine.world, python=platform.python_version(),
                 torch=str(torch.__version__), numpy=np.__version__)
 
 
 def open_run(folder, flat, tokenizer, resumed_step):
     """Makes the run folder ready: moves an earlier run out of the way, or cuts its metrics back to the checkpoint."""
-    latest = folder / 'ckpt.pt'
-    if resumed_step is None and latest.exists():
-        date = datetime.fromtimestamp(latest.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
-        aside = folder.with_name(f'{folder.name}-{date}')
-        folder.rename(aside)
-        print(f'{folder} holds an earlier run: renamed to {aside}')
+    latest, metrics = folder / 'ckpt.pt', folder / 'metrics.jsonl'
     try:
+        if resumed_step is None and latest.exists():
+            date = datetime.fromtimestamp(latest.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
+            aside = folder.with_name(f'{folder.name}-{date}')
+            folder.rename(aside)
+            print(f'{folder} holds an earlier run: renamed to {aside}')
         folder.mkdir(parents=True, exist_ok=True)
-        lines = []
-        if resumed_step is not None:
-            lines = [line for line in (folder / 'metrics.jsonl').read_text().splitlines(keepends=True)
-                     if json.loads(line)['step'] <= resumed_step]
-        (folder / 'metrics.jsonl').write_text(''.join(lines))
+        lines = [] if resumed_step is None else [line for line in read_metrics(folder) if line['step'] <= resumed_step]
+        partial = metrics.with_name('metrics.jsonl.partial')
+        partial.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+        partial.replace(metrics)
         (folder / 'config.json').write_text(json.dumps(flat, indent=2) + '\n')
         tokenizer.save(folder / 'tokenizer.json')
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
         raise UserError(f'{folder}: cannot be used as a run folder ({error})') from None
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl as dicts; one that a kill cut off is left out."""
+    path, lines = Path(folder) / 'metrics.jsonl', []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -404,25 +435,29 @@ def open_run(folder, flat, tokenizer, resumed_step):
 
 
 @torch.no_grad()
-def evaluate(model, forward, loader, batch_size, machine, bytes_per_token):
-    """Mean loss over the loader's fixed windows, sharded over the processes, and what follows from it.
+def evaluate(model, forward, data, batch_size, machine):
+    """Mean loss over the fixed windows of data.val, sharded over the processes, and what follows from it.
     forward: the model itself or its compiled form."""
+    loader = data.val
     model.eval()
     loss, correct, count = 0.0, 0.0, 0
     mine = np.arange(loader.fixed)[machine.rank::machine.world]
-    for numbers in np.split(mine, range(batch_size, len(mine), batch_size)) if len(mine) else ():
-        batch = [tensor.to(machine.device) for tensor in loader.batch(numbers)]
+    for start in range(0, len(mine), batch_size):
+        numbers = mine[start:start + batch_size]
+        n = len(numbers)
+        batch = loader.batch(np.resize(numbers, batch_size))  # shapes are static: the last batch is filled up,
+        batch[1][n:] = -1  # and what fills it is not scored
         with machine.autocast():
-            out = forward(*batch)
-        loss += out['loss'].item() * len(numbers)
-        correct += out['accuracy'].item() * len(numbers)
-        count += len(numbers)
+            out = forward(*machine.put(batch))
+        loss += out['loss'].item() * n
+        correct += out['accuracy'].item() * n
+        count += n
     model.train()
     loss, correct, count = machine.total(loss, correct, count)
     loss, accuracy = loss / count, correct / count
     scores = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)))
     if loader.causal:
-        return scores | dict(val_bits_per_byte=loss / math.log(2) / bytes_per_token)
+        return scores | dict(val_bits_per_byte=loss / math.log(2) / data.meta['bytes_per_token'])
     return scores | dict(val_masked_accuracy=accuracy)
 
 
@@ -440,8 +475,8 @@ def show_guesses(model, loader, device, n_sentences=4, length=40):
         for t in range(min(length, idx.size(1))):
             truth = tokenizer.decode([text[t]])
             if t in positions[row]:
-                guess = tokenizer.decode([guesses[row, t]])
-                truth = f'[{truth}]' if guess == truth else f'[{guess}|{truth}]'
+                right = guesses[row, t] == text[t]
+                truth = f'[{truth}]' if right else f'[{tokenizer.decode([guesses[row, t]])}|{truth}]'
             parts.append(truth)
         print('  ' + ' '.join(''.join(parts).split()))
     print()
@@ -452,7 +487,7 @@ def plot_losses(folder):
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    lines = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
+    lines = read_metrics(folder)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
     for key, style in (('train_loss', dict(linewidth=0.8, alpha=0.6)), ('val_loss', dict(marker='o', markersize=3))):
         points = [(line['step'], line[key]) for line in lines if key in line]
@@ -467,7 +502,10 @@ def plot_losses(folder):
 
 def open_wandb(folder, flat):
     import wandb
-    return wandb.init(project='encoder-pretrain', name=folder.name, dir=folder, config=flat)
+    try:
+        return wandb.init(project='encoder-pretrain', name=folder.name, dir=folder, config=flat)
+    except wandb.errors.Error as error:
+        raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set WANDB_MODE=offline') from None
 
 
 def mfu(machine, flops_per_second):
@@ -500,7 +538,7 @@ def read_options(argv):
     """(options, model options, state of the checkpoint to start from or None) of a command line."""
     model_classes = [config_class for _, config_class in ARCHITECTURES.values()]
     values, name = config.load(argv, TrainOptions, ModelConfig, *model_classes, doc=__doc__, refused=REFUSED)
-    out_dir = values.setdefault('out_dir', None) or f'out/{name or "default"}'
+    out_dir = values.get('out_dir') or f'out/{name or "default"}'
     init_from, state, saved = values.get('init_from', 'scratch'), None, {}
     latest = Path(out_dir) / 'ckpt.pt'
     if init_from == 'auto':
@@ -509,21 +547,24 @@ def read_options(argv):
         state = load_checkpoint(latest)
         saved = state['options']
         for key, value in values.items():
+            if key in saved and value != saved[key] and key in ('batch_size', 'seed', 'optimizer', 'mask_prob'):
+                raise UserError(f'{latest}: cannot go on with {key}={value}, it was {saved[key]}; use --init_from=RUN '
+                                '--out_dir=NEW to start anew from its weights')
             if key in saved and value != saved[key] and key not in ('init_from', 'out_dir'):
                 print(f'{latest}: {key} was {saved[key]}, is now {value}')
     elif init_from != 'scratch':
         state = load_checkpoint(Path(init_from) / 'ckpt_best.pt')
-        # of another run, what the model is and what it reads; the rest is this run's own
-        inherited = {field.name for field in dataclasses.fields(DataOptions)} | {'arch'}
         training, model_options = split_options(state['options'])
-        saved = {k: v for k, v in training.items() if k in inherited} | model_options
+        # of another run, what the model is and what it reads; the recipe, dropout included, is this run's own
+        inherited = {field.name for field in dataclasses.fields(DataOptions)} | {'arch'}
+        if values.get('eval_only'):
+            inherited |= {'batch_size', 'eval_iters'}  # scored on as much as it was in training
+        saved = {k: v for k, v in training.items() if k in inherited}
+        saved |= {k: v for k, v in model_options.items() if k not in ('dropout', 'attention_dropout')}
     flat = {**saved, **values, 'out_dir': out_dir, 'init_from': init_from}
     training, model_options = split_options(flat)
     options = TrainOptions(**training, vocab_size=flat.get('vocab_size'))
-    if model_options.get('vocab_size') is None:
-        causal = model_options.get('causal', True)
-        model_options['vocab_size'] = {'bpe': prepare.default_vocab_size(options), 'byte': 256 + 3,
-                                       'gpt2': 50257 if causal else 50257 + 2}[options.tokenizer]
+    model_options['vocab_size'] = flat.get('vocab_size') or prepare.vocab_size_of(options)
     return options, model_options, state
 
 
@@ -545,11 +586,12 @@ def numbers_of(step, k, options, machine, micro):
 
 def train_step(runner, optimizers, data, step, options, machine, micro, n_accumulation):
     """One optimizer step on the step's own sequences; returns (mean loss, gradient norm) as tensors."""
-    torch.manual_seed((options.seed * 2 ** 32 + step) * 2 ** 10 + machine.rank)  # dropout: a function of these three
+    # dropout: a function of seed, step and rank (the CPU's generator keeps 32 bits of a seed, so they are hashed)
+    torch.manual_seed(int(np.random.SeedSequence((options.seed, step, machine.rank)).generate_state(1)[0]))
     total = 0.0
     for k in range(n_accumulation):
         numbers = numbers_of(step, k, options, machine, micro)
-        batch = [tensor.to(machine.device, non_blocking=True) for tensor in data.batch(numbers)]
+        batch = machine.put(data.batch(numbers))
         last = k == n_accumulation - 1
         with contextlib.nullcontext() if last or machine.world == 1 else runner.no_sync():
             with machine.autocast():
@@ -594,7 +636,11 @@ def train(options, model, forward, state, machine, data):
     optimizers = make_optimizers(model, options)
     step, seconds, best = (state['step'], state['seconds'], state['best']) if state else (0, 0.0, math.inf)
     for optimizer, saved in zip(optimizers, state['optimizers'] if state else ()):
-        optimizer.load_state_dict(saved)
+        # the moments are the run's, weight decay and the like are as the options now say
+        optimizer.load_state_dict(saved | {'param_groups': optimizer.state_dict()['param_groups']})
+    if machine.total(step)[0] != step * machine.world:
+        raise UserError(f'the processes found checkpoints of different steps in {options.out_dir}: it has to be on a disk '
+                        'that all of them share')
     runner = forward if machine.world == 1 else DistributedDataParallel(
         forward, broadcast_buffers=False, device_ids=[machine.device] if machine.device.type == 'cuda' else None)
 
@@ -611,8 +657,11 @@ def train(options, model, forward, state, machine, data):
 
     def record(**line):
         if master:
-            with open(folder / 'metrics.jsonl', 'a') as file:
-                file.write(json.dumps(line) + '\n')
+            try:
+                with open(folder / 'metrics.jsonl', 'a') as file:
+                    file.write(json.dumps(line) + '\n')
+            except OSError as error:
+                raise UserError(f'{folder}/metrics.jsonl: cannot be written ({error}); the last checkpoint stands') from None
         if wandb_run:
             wandb_run.log(line, step=line['step'])
 
@@ -637,7 +686,7 @@ def train(options, model, forward, state, machine, data):
             stop_if_not_finite(step, loss.item(), norm.item())  # before anything is saved
         if (stepped or step == 0) and (done or step % options.eval_interval == 0):
             with watch.paused():
-                scores = evaluate(model, forward, data.val, micro, machine, data.meta['bytes_per_token'])
+                scores = evaluate(model, forward, data, micro, machine)
                 stop_if_not_finite(step, scores['val_loss'])
                 record(step=step, tokens=step * tokens_a_step, seconds=seconds, **scores)
                 say(f'step {step}: {describe(scores)}')
@@ -688,21 +737,24 @@ def main():
     if options.dry_run:
         return print_model(options, model)
     machine = open_machine(options)
-    data = open_data(options, model.config, machine)
     resuming = options.init_from == 'resume'
+    origin = Path(options.out_dir if resuming else options.init_from)
     if state:
-        load_weights(model, state, options.out_dir if resuming else options.init_from)
+        load_weights(model, state, origin)
+    data = open_data(options, model.config, machine, Tokenizer.load(origin / 'tokenizer.json') if state else None)
     if resuming and not options.eval_only and state['provenance']['data_sha256'] != data.meta['sha256']:
-        raise UserError(f'{options.out_dir}: was trained on other data than {prepare.folder_of(options)} holds; use '
+        raise UserError(f'{options.out_dir}: was trained on other data than {data.folder} holds; use '
                         '--init_from=RUN --out_dir=NEW to go on from its weights')
     model.to(machine.device)
     compiling = machine.device.type == 'cuda' if options.compile is None else options.compile
-    forward = torch.compile(model) if compiling else model
+    if compiling and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++', 'cc'))):
+        raise UserError('torch.compile needs a C++ compiler and there is none here: install one, or use --compile=False')
+    forward = torch.compile(model, dynamic=False) if compiling else model  # static shapes
     if options.eval_only:
         micro, _ = accumulation(options, machine.world)
-        scores = evaluate(model, forward, data.val, micro, machine, data.meta['bytes_per_token'])
+        scores = evaluate(model, forward, data, micro, machine)
         if machine.rank == 0:
-            print(f'{data.val.fixed:,} sequences of {prepare.folder_of(options)}: {describe(scores)}')
+            print(f'{data.val.fixed:,} sequences of {data.folder}: {describe(scores)}')
     else:
         train(options, model, forward, state if resuming else None, machine, data)
     if machine.world > 1:

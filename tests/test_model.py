@@ -371,7 +371,7 @@ def test_loss_under_autocast_keeps_float32_gradients():
         loss = model(idx, targets)['loss']
         plain = F.cross_entropy(model(idx).flatten(0, 1).float(), targets.flatten())
     loss.backward()
-    assert abs(loss.item() - plain.item()) < 0.02 * plain.item()
+    assert abs(loss.item() - plain.item()) < 1e-3 * plain.item()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 

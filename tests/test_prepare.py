@@ -38,6 +38,9 @@ def write_files(folder, documents):
         table.to_json(folder / f'{part}.jsonl', orient='records', lines=True)
         table.assign(text=[text.strip() for text in texts]).to_csv(folder / f'{part}.tsv', sep='\t', index=False,
                                                                    quoting=csv.QUOTE_NONE)
+    for path in list(folder.iterdir()):
+        if path.suffix != '.parquet':
+            path.with_name(f'{path.name}.gz').write_bytes(gzip.compress(path.read_bytes()))
 
 
 def test_headings_of_wikitext():
@@ -72,7 +75,7 @@ def test_the_seed_chooses_what_is_held_out(workspace, script):
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-@pytest.mark.parametrize('kind', ['parquet', 'csv', 'tsv', 'jsonl'])
+@pytest.mark.parametrize('kind', ['parquet', 'csv', 'tsv', 'jsonl', 'csv.gz', 'tsv.gz', 'jsonl.gz'])
 def test_tables_are_rows_of_documents(workspace, script, kind):
     documents = ['a "quoted", text é\n'] + corpus(60)
     write_files(workspace / 'files', documents)
@@ -89,6 +92,17 @@ def test_plain_text_keeps_every_byte_and_holds_out_the_last_tenth(workspace, scr
         script(prepare, '--dataset=text', f'--source={source}', '--tokenizer=byte')
         (train,), (val,) = (decode(workspace / 'data/text-byte', split) for split in ('train', 'val'))
         assert train + val == text and len(val) == -(-len(text) // 10)
+
+
+def test_a_long_file_is_encoded_in_pieces(workspace, script, monkeypatch):
+    text = ''.join(corpus(300))
+    assert list(prepare.pieces('ab\n' * 9, 7)) == ['ab\nab\n'] * 4 + ['ab\n'] and list(prepare.pieces('x' * 9, 4)) == ['x' * 9]
+    (workspace / 'a.txt').write_text(text)
+    cut = prepare.pieces
+    monkeypatch.setattr(prepare, 'pieces', lambda text: cut(text, 1000))
+    script(prepare, '--dataset=text', '--source=a.txt', '--vocab_size=300')
+    (train,), (val,) = (decode(workspace / 'data/text-bpe300', split) for split in ('train', 'val'))
+    assert train + val == text
 
 
 def test_wikitext_from_gzip_lines_with_its_own_validation_file(workspace, script):
@@ -235,13 +249,17 @@ def test_an_interrupted_run_leaves_the_old_data_set(workspace, script):
     (workspace / 'b.txt').write_text('other words ' * 3_000_000)
     run = subprocess.Popen([sys.executable, REPOSITORY / 'prepare.py', '--dataset=text', '--source=b.txt',
                             '--tokenizer=byte'], stderr=subprocess.PIPE, text=True)
-    while not list((workspace / 'data').glob('.text-byte.partial-*')) and run.poll() is None:
+    while not list((workspace / 'data').glob('.text-byte.partial-*/train.bin')) and run.poll() is None:
         time.sleep(0.05)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert (workspace / 'data/text-byte/train.bin').read_bytes() == before
     script(prepare, '--dataset=text', '--source=a.txt', '--tokenizer=byte')  # and sweeps up what the killed run left
     assert [path.name for path in (workspace / 'data').iterdir()] == ['text-byte']
+    other = workspace / 'data' / '.text-byte.partial-othermachine-1'
+    other.mkdir()  # may be at work there
+    script(prepare, '--dataset=text', '--source=a.txt', '--tokenizer=byte')
+    assert other.exists()
 
 
 def test_ctrl_c_is_one_line(workspace):
