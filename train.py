@@ -60,7 +60,7 @@ class TrainOptions(DataOptions):
     max_seconds: float | None = None  # stop after so much training time, and let the schedule follow it
     learning_rate: float = 1e-3  # highest learning rate
     min_lr: float = 0.0  # where the schedule ends
-    warmup_iters: int = 100  # steps of linear warmup
+    warmup_iters: int | None = None  # steps of linear warmup; None = a tenth of max_iters
     lr_decay_iters: int | None = None  # step at which the schedule ends; None = max_iters
     schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # decay; wsd is constant until the last 40%
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: on hidden matrices, adamw on the rest
@@ -302,11 +302,12 @@ def make_optimizers(model, options):
 
 def learning_rate(options, step, seconds):
     """Linear warmup over steps, then the decay: over steps to lr_decay_iters, or over time if there is max_seconds."""
+    warmup = options.max_iters // 10 if options.warmup_iters is None else options.warmup_iters
     if options.max_seconds:
         progress = seconds / options.max_seconds
     else:
         end = options.lr_decay_iters or options.max_iters
-        progress = (step - options.warmup_iters) / max(1, end - options.warmup_iters)
+        progress = (step - warmup) / max(1, end - warmup)
     progress = min(1.0, max(0.0, progress))
     if options.schedule == 'cosine':
         factor = 0.5 * (1 + math.cos(math.pi * progress))
@@ -315,7 +316,7 @@ def learning_rate(options, step, seconds):
     else:
         factor = min(1.0, (1 - progress) / WSD_DECAY)
     lr = options.min_lr + factor * (options.learning_rate - options.min_lr)
-    return lr * min(1.0, (step + 1) / max(1, options.warmup_iters))
+    return lr * min(1.0, (step + 1) / max(1, warmup))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -546,11 +547,13 @@ def read_options(argv):
     if init_from == 'resume':
         state = load_checkpoint(latest)
         saved = state['options']
-        for key, value in values.items():
-            if key in saved and value != saved[key] and key in ('batch_size', 'seed', 'optimizer', 'mask_prob'):
+        changed = {key: value for key, value in values.items()
+                   if key in saved and value != saved[key] and key not in ('init_from', 'out_dir')}
+        for key, value in changed.items():
+            if key in ('batch_size', 'seed', 'optimizer', 'mask_prob'):
                 raise UserError(f'{latest}: cannot go on with {key}={value}, it was {saved[key]}; use --init_from=RUN '
                                 '--out_dir=NEW to start anew from its weights')
-            if key in saved and value != saved[key] and key not in ('init_from', 'out_dir'):
+            if os.environ.get('RANK', '0') == '0':
                 print(f'{latest}: {key} was {saved[key]}, is now {value}')
     elif init_from != 'scratch':
         state = load_checkpoint(Path(init_from) / 'ckpt_best.pt')

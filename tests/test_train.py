@@ -209,6 +209,7 @@ def test_schedules():
     assert math.isclose(at(60, schedule='linear'), 0.55)
     assert at(70, schedule='wsd') == 1.0 and math.isclose(at(90, schedule='wsd'), 0.55)
     assert math.isclose(at(60, schedule='linear', lr_decay_iters=210), 0.1 + 0.9 * 0.75)
+    assert math.isclose(at(4, warmup_iters=None, max_iters=100), 0.5)  # a tenth of max_iters
     # with max_seconds the decay follows the clock, the warmup still the steps
     assert math.isclose(at(50, 30.0, schedule='linear', max_seconds=60.0), 0.55)
     assert math.isclose(at(4, 30.0, schedule='linear', max_seconds=60.0), 0.275)
