@@ -1,29 +1,43 @@
-"""The first five minutes: an MLA-o encoder on the embedded corpus, on a laptop's CPU."""
+"""The first five minutes: an MLA-o encoder learns English word order from 10,000 Wikipedia summaries, on two CPU cores.
+
+Asks: does it work here, and what does masked-language modelling learn in four minutes? Expect a masked accuracy of
+about 0.37 on held-out articles (0.04 for the most frequent token, 0.34 for a table of neighbour counts).
+"""
+
+# data: comes with requirements.txt, prepared in seconds
 dataset = 'wiki10k'
+tokenizer = 'bpe'
 vocab_size = 4096
+block_size = 128
+
+# model: small, because what four minutes lack is steps
 arch = 'transformer'
 causal = False
 attention = 'mla'
 q_latent = 64
 kv_latent = 64
 o_latent = 64
+n_layer = 2
+n_embd = 128
+n_head = 4
 rope_key = 'per_head'
 rope_dims = 32
+rope_theta = 100.0  # windows are short: slow rotations would tell no neighbours apart
 learned_positions = False
 norm = 'rms'
 mlp = 'relu2'
-n_layer = 4
-n_head = 6
-n_embd = 192
-block_size = 128
-batch_size = 32
-mask_prob = 0.3
-learning_rate = 2e-3
-weight_decay = 0.01
-warmup_iters = 20
-schedule = 'wsd'
-max_iters = 100000
+init_std = 0.1  # near 1/sqrt(n_embd); from 0.02 the heads find the neighbours a minute later
+
+# recipe
+batch_size = 16
+max_iters = 1_000_000  # the clock decides
 max_seconds = 240.0
-eval_interval = 200
-eval_iters = 0
-log_interval = 20
+optimizer = 'muon'
+learning_rate = 1e-2
+schedule = 'wsd'
+warmup_iters = 20
+weight_decay = 0.01
+mask_prob = 0.4  # more to learn from each window; evaluation masks 15%
+eval_interval = 500
+eval_iters = 0  # all held-out articles
+log_interval = 50
