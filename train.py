@@ -718,7 +718,8 @@ def train(options, model, forward, state, machine, data):
             record(step=step, tokens=step * tokens_a_step, seconds=now, train_loss=train_loss, lr=lr, grad_norm=grad_norm,
                    tokens_per_second=rate)
             left = min((options.max_iters - step) * step_seconds, (options.max_seconds or math.inf) - now)
-            say(f'step {step}/{options.max_iters}: loss {train_loss:.4f}, lr {lr:.1e}, norm {grad_norm:.2f}, '
+            total = '' if options.max_seconds else f'/{options.max_iters}'
+            say(f'step {step}{total}: loss {train_loss:.4f}, lr {lr:.1e}, norm {grad_norm:.2f}, '
                 f'{rate:,.0f} tokens/s{mfu(machine, rate * flops_per_token)}, {memory_gb(machine.device):.1f} GB, '
                 f'{timedelta(seconds=max(0, round(left)))} left')
 

@@ -11,6 +11,12 @@ os.environ |= dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', WANDB_MODE='offl
 
 import pytest
 
+
+def pytest_configure(config):
+    # torch.compile imports a part of torch that torch itself has deprecated
+    config.addinivalue_line('filterwarnings', 'ignore:`torch.jit:DeprecationWarning')
+
+
 REPOSITORY = Path(__file__).parent.parent
 sys.path.insert(0, str(REPOSITORY))
 

@@ -20,10 +20,11 @@ from train import Loader
 
 def most_frequent(keys, values):
     """{key: its most frequent value}, as sorted keys and their values."""
-    pairs, counts = np.unique(np.stack([keys, values]), axis=1, return_counts=True)
-    order = np.lexsort((-counts, pairs[0]))
-    unique, first = np.unique(pairs[0][order], return_index=True)
-    return unique, pairs[1][order][first]
+    n = values.max() + 1
+    pairs, counts = np.unique(keys * n + values, return_counts=True)
+    order = np.lexsort((-counts, pairs // n))
+    unique, first = np.unique(pairs[order] // n, return_index=True)
+    return unique, pairs[order][first] % n
 
 
 def look_up(table, keys):
