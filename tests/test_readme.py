@@ -87,7 +87,7 @@ def test_add_your_own_attention(copy):
     model = (copy / 'model.py').read_text()
     old = next(line for line in model.splitlines() if line.startswith('ATTENTIONS = '))
     (copy / 'model.py').write_text(model.replace(old, f'{attention}\n\n{listing}'))
-    out = run(command, '--max_iters=2', '--eval_iters=1')
+    out = run(command, *CUT_SHORT)
     assert 'step 2: loss' in out
 
 
