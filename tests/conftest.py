@@ -18,7 +18,7 @@ def pytest_configure(config):
 
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.insert(0, str(REPOSITORY))
+sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / 'tests')]
 
 WORDS = 'the river of old stone runs under a bridge where two small boats wait for rain and nobody asks why'.split()
 

@@ -497,3 +497,31 @@ def test_every_config_takes_a_step(data, script, path):
     assert path.read_text().startswith('"""')
     script(train, path, *SHRUNK)
     assert metrics(f'out/{path.stem}')[-1]['step'] == 1
+
+
+def test_count_table_is_its_definition(data, script):
+    """The baseline of the README, against dictionaries: (left, right), else left, else right, else the most frequent."""
+    import collections
+    from count_table import count_table_accuracy, unigram_loss
+    script(prepare, *SMALL[:3])
+    folder = Path('data/text-byte')
+    tokens = prepare.read_tokens(folder, 'train').tolist()
+    tables = [collections.defaultdict(collections.Counter) for _ in range(3)]
+    for left, token, right in zip(tokens, tokens[1:], tokens[2:]):
+        for table, key in zip(tables, ((left, right), left, right)):
+            table[key][token] += 1
+    loader = Loader(prepare.read_tokens(folder, 'val'), 32, 259, BYTES, causal=False, fixed=0)
+    right_guesses = total = 0
+    for row, answers, places in zip(*loader.batch(np.arange(loader.fixed))):
+        row = [None, *row.tolist(), None]
+        for answer, place in zip(answers.tolist(), places.tolist()):
+            keys = (row[place], row[place + 2]), row[place], row[place + 2]
+            counts = next((table[key] for table, key in zip(tables, keys) if key in table), collections.Counter(tokens))
+            best = max(counts.values())
+            right_guesses += answer == min(token for token, count in counts.items() if count == best)
+            total += 1
+    accuracy, _, n = count_table_accuracy(folder, 32)
+    assert n == total and math.isclose(accuracy, right_guesses / total)
+    frequency = collections.Counter(tokens)
+    plain = [-math.log((frequency[token] + 1) / (len(tokens) + 259)) for token in prepare.read_tokens(folder, 'val').tolist()]
+    assert math.isclose(unigram_loss(folder, 259), sum(plain) / len(plain), rel_tol=1e-9)
