@@ -294,7 +294,7 @@ class ModelConfig:
     dropout: float = 0.0  # on the embeddings and on what each branch adds
     attention_dropout: float | None = None  # on the attention weights; None = dropout
     bias: bool = False  # biases in the attention projections
-    attention: str = 'mha'  # mha or mla
+    attention: str = 'mha'  # mha, mla, or another key of model.ATTENTIONS
     n_kv_head: int | None = None  # mha: key and value heads (grouped queries); None = n_head
     qk_norm: bool = False  # mha: RMSNorm on the queries and keys of a head
     q_latent: int | None = None  # mla: width of the query latent; None = queries straight from x
@@ -329,7 +329,8 @@ class ModelConfig:
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            raise ConfigError(f'rope_dims={self.rope_dims}: takes an even number up to head_dim={self.head_dim}')
+            raise ConfigError(f'rope_dims={self.rope_dims}: takes an even number up to head_dim={self.head_dim} '
+                              '(n_embd / n_head, unless set)')
         if self.vocab_rank and not self.tie_embeddings:
             raise ConfigError('vocab_rank shares its matrices with the head: it needs tie_embeddings=True')
         if self.n_dense > self.n_layer:

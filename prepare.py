@@ -96,9 +96,9 @@ class Tokenizer:
         return json.dumps(dict(name=self.name, pattern=self.pattern, lowercase=self.lowercase, special=SPECIAL,
                                ranks=ranks))
 
-    def digest(self):
-        """Eight hexadecimal digits that tell tokenizers apart."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()[:8]
+    def digest(self, source=None):
+        """Eight hexadecimal digits that tell tokenizers, or what they are used on, apart."""
+        return hashlib.sha256(f'{self.to_json()}{source}'.encode()).hexdigest()[:8]
 
     def save(self, path):
         Path(path).write_text(self.to_json())
@@ -298,9 +298,10 @@ def split_documents(options):
 
 
 def folder_of(options, tokenizer=None):
-    """data/NAME-TOKENIZER, a folder of its own for each tokenization; its digest is in the name of a borrowed one."""
+    """data/NAME-TOKENIZER, a folder of its own for each tokenization. With a borrowed tokenizer, that of a run,
+    the name ends in a digest of it and of the source."""
     size = vocab_size_of(options) if options.tokenizer == 'bpe' else ''
-    borrowed = f'-{tokenizer.digest()}' if tokenizer else ''
+    borrowed = f'-{tokenizer.digest(options.source)}' if tokenizer else ''
     return Path('data') / f'{options.dataset}-{options.tokenizer}{size}{"-lower" if options.lowercase else ""}{borrowed}'
 
 

@@ -170,8 +170,8 @@ def open_data(options, model_config, machine, run_tokenizer=None):
     """meta, tokenizer and the loaders train and val; prepares the data set first if it is absent. Where the model comes
     from a run, the data has to be in that run's tokens: another corpus is prepared with them."""
     folder = prepare.folder_of(options)
-    if run_tokenizer and not (folder.exists() and Tokenizer.load(folder / 'tokenizer.json').digest()
-                              == run_tokenizer.digest()):
+    if run_tokenizer and not (folder.exists() and options.source in (None, prepare.read_meta(folder)['source'])
+                              and Tokenizer.load(folder / 'tokenizer.json').digest() == run_tokenizer.digest()):
         folder = prepare.folder_of(options, run_tokenizer)
     if not folder.exists() and machine.local_rank == 0:
         print(f'{folder} is absent: preparing it', flush=True)
@@ -181,12 +181,15 @@ def open_data(options, model_config, machine, run_tokenizer=None):
     machine.wait()
     meta, tokenizer = prepare.read_meta(folder), Tokenizer.load(folder / 'tokenizer.json')
     if options.source and meta['source'] != options.source:
-        raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: remove the folder, or run '
-                        'prepare.py')
+        prepare.local_files(options.source)
+        raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: remove that folder, or run '
+                        'prepare.py with this source, which replaces it')
     vocab_size, causal = model_config.vocab_size, model_config.causal
     needed = tokenizer.eot + 1 if causal else tokenizer.vocab_size  # a causal model never sees <|mask|> and <|pad|>
     if vocab_size < needed:
         raise UserError(f'vocab_size={vocab_size}: the tokenizer of {folder} needs {needed}')
+    if vocab_size > 2 * tokenizer.vocab_size and machine.rank == 0:
+        print(f'vocab_size={vocab_size}, but {folder} has {tokenizer.vocab_size} ids: --vocab_size=None takes just those')
     shared = model_config.block_size, vocab_size, tokenizer, causal
     train = Loader(prepare.read_tokens(folder, 'train'), *shared, seed=options.seed, mask_prob=options.mask_prob)
     val = Loader(prepare.read_tokens(folder, 'val'), *shared, fixed=options.eval_iters * options.batch_size)
@@ -383,12 +386,18 @@ def load_weights(model, state, path):
         raise UserError(f'{path}: another architecture: {str(error).splitlines()[-1].strip()}') from None
 
 
-def load_run(folder, checkpoint='ckpt_best.pt', device='cpu'):
-    """(model, tokenizer, options) of a run folder: the model in eval mode, options as a flat dict."""
-    state = load_checkpoint(Path(folder) / checkpoint)
+def best_checkpoint(folder):
+    """The checkpoint that speaks for a run: the best, or the latest of a run stopped before its first evaluation."""
+    best = Path(folder) / 'ckpt_best.pt'
+    return best if best.exists() else Path(folder) / 'ckpt.pt'
+
+
+def load_run(folder, device='cpu'):
+    """(model, tokenizer, options) of a run folder: its best model in eval mode, options as a flat dict."""
+    state = load_checkpoint(best_checkpoint(folder))
     training, model_options = split_options(state['options'])
     model = build(training['arch'], model_options)
-    load_weights(model, state, Path(folder) / checkpoint)
+    load_weights(model, state, folder)
     return model.to(device).eval(), Tokenizer.load(Path(folder) / 'tokenizer.json'), state['options']
 
 
@@ -548,7 +557,8 @@ def read_options(argv):
         state = load_checkpoint(latest)
         saved = state['options']
         changed = {key: value for key, value in values.items()
-                   if key in saved and value != saved[key] and key not in ('init_from', 'out_dir')}
+                   if key in saved and value not in (saved[key], None)
+                   and key not in ('init_from', 'out_dir', 'eval_only', 'dry_run', 'wandb')}
         for key, value in changed.items():
             if key in ('batch_size', 'seed', 'optimizer', 'mask_prob'):
                 raise UserError(f'{latest}: cannot go on with {key}={value}, it was {saved[key]}; use --init_from=RUN '
@@ -556,7 +566,7 @@ def read_options(argv):
             if os.environ.get('RANK', '0') == '0':
                 print(f'{latest}: {key} was {saved[key]}, is now {value}')
     elif init_from != 'scratch':
-        state = load_checkpoint(Path(init_from) / 'ckpt_best.pt')
+        state = load_checkpoint(best_checkpoint(init_from))
         training, model_options = split_options(state['options'])
         # of another run, what the model is and what it reads; the recipe, dropout included, is this run's own
         inherited = {field.name for field in dataclasses.fields(DataOptions)} | {'arch'}
@@ -574,7 +584,7 @@ def read_options(argv):
 def accumulation(options, world):
     """(sequences a device takes at a time, how often it does so in a step)."""
     share, rest = divmod(options.batch_size, world)
-    micro = options.micro_batch_size or share
+    micro = min(options.micro_batch_size or share, share)
     if rest or share % micro:
         raise UserError(f'batch_size={options.batch_size} does not divide into {world} processes x micro_batch_size='
                         f'{micro}: change one of them')
@@ -645,7 +655,7 @@ def train(options, model, forward, state, machine, data):
         raise UserError(f'the processes found checkpoints of different steps in {options.out_dir}: it has to be on a disk '
                         'that all of them share')
     runner = forward if machine.world == 1 else DistributedDataParallel(
-        forward, broadcast_buffers=False, device_ids=[machine.device] if machine.device.type == 'cuda' else None)
+        forward, forward_sync_buffers=False, device_ids=[machine.device] if machine.device.type == 'cuda' else None)
 
     flat, origin = dataclasses.asdict(options) | dataclasses.asdict(c), provenance(machine, data.meta)
     folder, wandb_run = Path(options.out_dir), None
@@ -693,10 +703,11 @@ def train(options, model, forward, state, machine, data):
                 stop_if_not_finite(step, scores['val_loss'])
                 record(step=step, tokens=step * tokens_a_step, seconds=seconds, **scores)
                 say(f'step {step}: {describe(scores)}')
-                improved, best = scores['val_loss'] < best, min(best, scores['val_loss'])
-                save('ckpt.pt')
-                if improved:
-                    save('ckpt_best.pt')
+                if stepped:  # untrained weights are nobody's best
+                    improved, best = scores['val_loss'] < best, min(best, scores['val_loss'])
+                    save('ckpt.pt')
+                    if improved:
+                        save('ckpt_best.pt')
         elif stop:
             save('ckpt.pt')
         if done or stop:
@@ -725,9 +736,11 @@ def train(options, model, forward, state, machine, data):
 
     if not done:
         say(f'stopped by a signal at step {step}, saved; --init_from=resume goes on')
-    elif master:
+    elif step == first_step:
+        say(f'nothing left to do: the run is at step {step} after {seconds:.0f} s; raise max_iters or max_seconds to go on')
+    if master:
         plot_losses(folder)
-        if not c.causal:
+        if done and not c.causal:
             show_guesses(model, data.val, machine.device)
     if wandb_run:
         wandb_run.finish()
@@ -758,7 +771,7 @@ def main():
         micro, _ = accumulation(options, machine.world)
         scores = evaluate(model, forward, data, micro, machine)
         if machine.rank == 0:
-            print(f'{data.val.fixed:,} sequences of {data.folder}: {describe(scores)}')
+            print(f'step {state["step"]} of {origin} on {data.val.fixed:,} validation sequences of {data.folder}: {describe(scores)}')
     else:
         train(options, model, forward, state if resuming else None, machine, data)
     if machine.world > 1:

@@ -71,7 +71,10 @@ def load(argv, *classes, doc='', takes_config=True, refused={}):
     values = {}
     for path in paths:
         for name, value in run_config_file(path).items():
-            values[name] = check(name, value, known, refused, where=f'{path}: {name}={value!r}')
+            try:
+                values[name] = check(name, value, known, refused, where=f'{name}={value!r}')
+            except UserError as error:
+                raise UserError(f'{path}: {error}') from None
     for argument in argv:
         if argument in paths:
             continue

@@ -251,7 +251,7 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     capsys.readouterr()
     script(train, '--init_from=run', '--eval_only=True')
     best = min(line['val_loss'] for line in evaluations)
-    assert f'16 sequences of data/text-byte: loss {best:.4f}, perplexity' in capsys.readouterr().out
+    assert f'of run on 16 validation sequences of data/text-byte: loss {best:.4f}, perplexity' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('arguments', [[*ENCODER], ['--micro_batch_size=2', '--dropout=0.1'],
@@ -359,7 +359,7 @@ def test_a_run_scores_other_data_in_its_own_tokens(data, script, capsys):
     shutil.move('data/text-bpe300', 'data/elsewhere')
     script(train, '--init_from=run', '--eval_only=True', '--dataset=text', '--source=other.csv')
     other = capsys.readouterr().out
-    assert 'sequences of data/text-bpe300: loss' in own
+    assert 'sequences of data/text-bpe300: loss' in own and 'step 20 of run' in own
     folder = next(Path('data').glob('text-bpe300-*'))
     assert f'sequences of {folder}: loss' in other
     tokenizer = Tokenizer.load('run/tokenizer.json')
@@ -428,9 +428,10 @@ def test_wandb_offline(data, script):
     (['--n_embd=33'], 'not divisible by n_head'),
     (['--rope_dims=3'], 'takes an even number'),
     (['--kv_latent=3'], "attention='mha' has no kv_latent"),
-    (['--source=other.csv'], 'was prepared from corpus.csv, not other.csv'),
+    (['--source=run/metrics.jsonl'], 'was prepared from corpus.csv, not run/metrics.jsonl'),
+    (['--source=absent.csv'], '--source=absent.csv: there is no such file'),
     (['--init_from=resume', '--out_dir=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
-    (['--init_from=nothere'], 'nothere/ckpt_best.pt: there is no such checkpoint'),
+    (['--init_from=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
     (['--init_from=run', '--n_embd=64'], 'another architecture: it was trained with n_embd=32, not 64'),
     (['--init_from=resume', '--n_layer=3'], 'another architecture: it was trained with n_layer=2, not 3'),
     (['--init_from=run', '--causal=False'], 'another architecture: it was trained with causal=True, not False'),
