@@ -68,10 +68,11 @@ def test_embedded_corpus(workspace, script, capsys):
 
 
 def test_the_seed_chooses_what_is_held_out(workspace, script):
+    write_files(workspace / 'files', corpus(200))
     chosen = []
     for seed in (1, 1, 2):
-        script(prepare, '--tokenizer=byte', f'--seed={seed}')
-        chosen.append((workspace / 'data/wiki10k-byte/val.bin').read_bytes())
+        script(prepare, '--dataset=text', '--source=files/*.csv', '--tokenizer=byte', f'--seed={seed}')
+        chosen.append((workspace / 'data/text-byte/val.bin').read_bytes())
     assert chosen[0] == chosen[1] != chosen[2]
 
 

@@ -269,9 +269,9 @@ def test_a_resumed_run_is_bit_identical(data, script, arguments):
 
 
 def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
-    script(train, *SMALL, '--out_dir=straight', '--max_iters=400', '--eval_interval=1000', '--dropout=0.1')
+    script(train, *SMALL, '--out_dir=straight', '--max_iters=250', '--eval_interval=1000', '--dropout=0.1')
     for kind in (signal.SIGTERM, signal.SIGINT):
-        command = [*SMALL, f'--out_dir={kind.name}', '--max_iters=400', '--eval_interval=1000', '--dropout=0.1',
+        command = [*SMALL, f'--out_dir={kind.name}', '--max_iters=250', '--eval_interval=1000', '--dropout=0.1',
                    '--init_from=auto']
         run = subprocess.Popen([sys.executable, str(REPOSITORY / 'train.py'), *command], stdout=subprocess.PIPE, text=True)
         while not any('step 20/' in line for line in iter(run.stdout.readline, '')) and run.poll() is None:
@@ -279,7 +279,7 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
         run.send_signal(kind)
         out = run.communicate(timeout=60)[0]
         assert run.returncode == 0 and 'stopped by a signal at step' in out
-        assert 20 <= load_checkpoint(f'{kind.name}/ckpt.pt')['step'] < 400
+        assert 20 <= load_checkpoint(f'{kind.name}/ckpt.pt')['step'] < 250
         script(train, *command)
         same_state('straight/ckpt.pt', f'{kind.name}/ckpt.pt')
         assert timeless(metrics(kind.name)) == timeless(metrics('straight'))
