@@ -326,7 +326,7 @@ def write_tokens(folder, documents, tokenizer, dtype):
     digests = {split: hashlib.sha256() for split in counts}
     parts = ((split, i == 0, piece) for split, text in documents for i, piece in enumerate(pieces(text)))
     with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
-            tqdm(desc=folder.parent.name, unit=' documents', disable=not sys.stderr.isatty()) as bar:
+            tqdm(desc='tokenizing', unit=' documents', disable=not sys.stderr.isatty()) as bar:
         files = dict(train=train, val=val)
         while batch := list(itertools.islice(parts, 256)):
             for (split, first, piece), ids in zip(batch, tokenizer.encode_batch([piece for _, _, piece in batch])):

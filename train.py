@@ -703,11 +703,12 @@ def train(options, model, forward, state, machine, data):
                 stop_if_not_finite(step, scores['val_loss'])
                 record(step=step, tokens=step * tokens_a_step, seconds=seconds, **scores)
                 say(f'step {step}: {describe(scores)}')
-                if stepped:  # untrained weights are nobody's best
-                    improved, best = scores['val_loss'] < best, min(best, scores['val_loss'])
+                improved = stepped and scores['val_loss'] < best  # untrained weights are nobody's best
+                best = scores['val_loss'] if improved else best
+                if stepped or stop:
                     save('ckpt.pt')
-                    if improved:
-                        save('ckpt_best.pt')
+                if improved:
+                    save('ckpt_best.pt')
         elif stop:
             save('ckpt.pt')
         if done or stop:
