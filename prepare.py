@@ -162,13 +162,13 @@ def make_tokenizer(kind, documents, vocab_size, lowercase):
 # documents
 
 
-def local_files(source):
+def local_files(source, option='--source'):
     """(train, validation) files of a path, folder or glob. Names that say so are held out; test files are left alone."""
     if Path(source).is_dir():
         source = f'{source}/*'
     files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
     if not files:
-        raise UserError(f'--source={source}: there is no such file')
+        raise UserError(f'{option}={source}: there is no such file')
 
     def named(path, *words):
         return any(word in words for word in re.split(r'[^a-z]+', Path(path).name.lower()))
@@ -176,17 +176,15 @@ def local_files(source):
     validation = [path for path in files if named(path, 'val', 'valid', 'validation', 'dev')]
     train = [path for path in files if path not in validation and not named(path, 'test')]
     if not train:
-        raise UserError(f'--source={source}: no training file among {", ".join(map(os.path.basename, files))}')
+        raise UserError(f'{option}={source}: no training file among {", ".join(map(os.path.basename, files))}')
     return train, validation
 
 
-def rows(dataset, files, split):
-    """The texts of one split, as they come: from local `files`, or from the hub if that is None."""
-    if dataset == 'wiki10k' and files is None:
-        yield from wiki10k()
-        return
+def batches(dataset, files, split, remedy='--source=PATH_OR_GLOB'):
+    """The rows of one split, as dicts of columns: from local `files`, or from the hub if that is None. remedy: the
+    option that names local files, for the message where there is no hub."""
     import datasets
-    path, name, column, _ = HUB.get(dataset, (None, None, 'text', None))
+    path, name = HUB.get(dataset, (None, None))[:2]
     try:
         if files is None:
             print(f'{dataset}: reading {path} ({split}) from the hub', flush=True)
@@ -196,19 +194,26 @@ def rows(dataset, files, split):
         else:
             parts = [load_local(datasets, file, dataset) for file in files]
         for part in parts:
-            for batch in part.iter(batch_size=256):
-                wanted = [c for c in (column, 'text', 'sentence') if c in batch]
-                if not wanted:
-                    raise UserError(f"{dataset}: no column '{column}' among {', '.join(batch)}")
-                yield from (str(text) for text in batch[wanted[0]] if text is not None)
-    except UserError:
-        raise
+            yield from part.iter(batch_size=256)
     except Exception as error:  # whatever a reader of the user's files, or the network, has to say
         what = f'{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ""}'
         if files is None:
             raise UserError(f'{dataset}: {path} cannot be read from the hub ({what}): check the network, or give '
-                            'local files with --source=PATH_OR_GLOB') from None
+                            f'local files with {remedy}') from None
         raise UserError(f'{dataset}: {", ".join(files[:3])} cannot be read ({what})') from None
+
+
+def rows(dataset, files, split):
+    """The texts of one split, as they come."""
+    if dataset == 'wiki10k' and files is None:
+        yield from wiki10k()
+        return
+    column = HUB.get(dataset, (None, None, 'text'))[2]
+    for batch in batches(dataset, files, split):
+        wanted = [c for c in (column, 'text', 'sentence') if c in batch]
+        if not wanted:
+            raise UserError(f"{dataset}: no column '{column}' among {', '.join(batch)}")
+        yield from (str(text) for text in batch[wanted[0]] if text is not None)
 
 
 def kind_of(file):
@@ -219,8 +224,10 @@ def kind_of(file):
 
 def load_local(datasets, file, dataset):
     kind, options = kind_of(file), {}
-    if kind == 'csv' and '.tsv' in file.lower():
-        options = dict(sep='\t', quoting=3)  # GLUE's tsv quotes nothing
+    if kind == 'csv':
+        options = dict(keep_default_na=False)  # 'null' is text
+        if '.tsv' in file.lower():
+            options |= dict(sep='\t', quoting=3)  # GLUE's tsv quotes nothing
     elif kind == 'text':
         # a plain file is one document; WikiText's documents are found by their headings
         options = dict(sample_by='line', keep_linebreaks=True) if dataset == 'wikitext103' else dict(sample_by='document')

@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -50,7 +51,24 @@ REFUSED = {
 
 
 @dataclass
-class TrainOptions(DataOptions):
+class MachineOptions:
+    """Machine"""
+
+    device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
+    seed: int = 1337  # of weights, order of the data, masks and dropout
+    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
+
+    def check_numbers(self, *zero_is_fine):
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                if not 0 <= value < math.inf or value == 0 and name not in zero_is_fine:
+                    raise UserError(f'{name}={value}: takes a finite number '
+                                    + ('from zero up' if name in zero_is_fine else 'above zero'))
+
+
+@dataclass
+class TrainOptions(MachineOptions, DataOptions):
     """Training"""
 
     arch: str = 'transformer'  # architecture, a key of model.ARCHITECTURES
@@ -76,19 +94,10 @@ class TrainOptions(DataOptions):
     init_from: str = 'scratch'  # scratch, resume, auto (resume if there is a run), or another run's folder
     eval_only: bool = False  # score the model of init_from and end
     dry_run: bool = False  # print parameters, FLOPs and cache bytes and end; needs no data
-    device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
     compile: bool | None = None  # torch.compile; None = on CUDA only
-    seed: int = 1337  # of weights, data order, masks and dropout
-    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
     def __post_init__(self):
-        zero_is_fine = ('min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'eval_iters', 'seed')
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if not 0 <= value < math.inf or value == 0 and name not in zero_is_fine:
-                    raise UserError(f'{name}={value}: takes a finite number '
-                                    + ('from zero up' if name in zero_is_fine else 'above zero'))
+        self.check_numbers('min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'eval_iters', 'seed')
         for name in ('beta1', 'beta2', 'mask_prob'):
             if getattr(self, name) >= 1:
                 raise UserError(f'{name}={getattr(self, name)}: takes a number below 1')
@@ -166,6 +175,11 @@ class Loader:
         return np.mean([(self.tokens[start + 1:start + self.block_size] == self.tokenizer.eot).any() for start in starts])
 
 
+def ids_needed(tokenizer, causal):
+    """Smallest vocab_size of a model for this tokenizer: a causal one never sees <|mask|> and <|pad|>."""
+    return tokenizer.eot + 1 if causal else tokenizer.vocab_size
+
+
 def open_data(options, model_config, machine, run_tokenizer=None):
     """meta, tokenizer and the loaders train and val; prepares the data set first if it is absent. Where the model comes
     from a run, the data has to be in that run's tokens: another corpus is prepared with them."""
@@ -185,8 +199,7 @@ def open_data(options, model_config, machine, run_tokenizer=None):
         raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: remove that folder, or run '
                         'prepare.py with this source, which replaces it')
     vocab_size, causal = model_config.vocab_size, model_config.causal
-    needed = tokenizer.eot + 1 if causal else tokenizer.vocab_size  # a causal model never sees <|mask|> and <|pad|>
-    if vocab_size < needed:
+    if vocab_size < (needed := ids_needed(tokenizer, causal)):
         raise UserError(f'vocab_size={vocab_size}: the tokenizer of {folder} needs {needed}')
     if vocab_size > 2 * tokenizer.vocab_size and machine.rank == 0:
         print(f'vocab_size={vocab_size}, but {folder} has {tokenizer.vocab_size} ids: --vocab_size=None takes just those')
@@ -341,6 +354,16 @@ def save_checkpoint(path, state):
         raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it stands') from None
 
 
+def save_text(path, text):
+    """Writes a small file whole or not at all."""
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error})') from None
+
+
 def load_checkpoint(path):
     """A checkpoint as a dict of tensors and plain values; its own checksums are verified, nothing in it is executed."""
     if not Path(path).is_file():
@@ -394,26 +417,31 @@ def best_checkpoint(folder):
 
 def load_run(folder, device='cpu'):
     """(model, tokenizer, options) of a run folder: its best model in eval mode, options as a flat dict."""
-    state = load_checkpoint(best_checkpoint(folder))
+    path = best_checkpoint(folder)
+    state, tokenizer = load_checkpoint(path), Tokenizer.load(Path(folder) / 'tokenizer.json')
     training, model_options = split_options(state['options'])
     model = build(training['arch'], model_options)
-    load_weights(model, state, folder)
-    return model.to(device).eval(), Tokenizer.load(Path(folder) / 'tokenizer.json'), state['options']
+    load_weights(model, state, path)
+    if (state['provenance']['tokenizer'] != tokenizer.digest()
+            or model.config.vocab_size < ids_needed(tokenizer, model.config.causal)):
+        raise UserError(f'{folder}/tokenizer.json: another tokenizer than {path.name} was trained with: copy both from one '
+                        'run')
+    return model.to(device).eval(), tokenizer, state['options']
 
 
-def provenance(machine, meta):
+def provenance(machine, meta, tokenizer):
     """Where a checkpoint comes from."""
     git = shutil.which('git')
     commit = git and subprocess.run([git, 'rev-parse', 'HEAD'], cwd=Path(__file__).parent, capture_output=True,
                                     text=True).stdout.strip()
     return dict(command=' '.join(sys.argv), commit=commit or 'unknown', data_sha256=meta['sha256'],
-                device=device_name(machine.device), processes=machine.world, python=platform.python_version(),
-                torch=str(torch.__version__), numpy=np.__version__)
+                tokenizer=tokenizer.digest(), device=device_name(machine.device), processes=machine.world,
+                python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
 def open_run(folder, flat, tokenizer, resumed_step):
     """Makes the run folder ready: moves an earlier run out of the way, or cuts its metrics back to the checkpoint."""
-    latest, metrics = folder / 'ckpt.pt', folder / 'metrics.jsonl'
+    latest = folder / 'ckpt.pt'
     try:
         if resumed_step is None and latest.exists():
             date = datetime.fromtimestamp(latest.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
@@ -422,9 +450,7 @@ def open_run(folder, flat, tokenizer, resumed_step):
             print(f'{folder} holds an earlier run: renamed to {aside}')
         folder.mkdir(parents=True, exist_ok=True)
         lines = [] if resumed_step is None else [line for line in read_metrics(folder) if line['step'] <= resumed_step]
-        partial = metrics.with_name('metrics.jsonl.partial')
-        partial.write_text(''.join(json.dumps(line) + '\n' for line in lines))
-        partial.replace(metrics)
+        save_text(folder / 'metrics.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
         (folder / 'config.json').write_text(json.dumps(flat, indent=2) + '\n')
         tokenizer.save(folder / 'tokenizer.json')
     except OSError as error:
@@ -510,12 +536,34 @@ def plot_losses(folder):
     plt.close(figure)
 
 
-def open_wandb(folder, flat):
+def open_wandb(project, name, folder, flat):
     import wandb
     try:
-        return wandb.init(project='encoder-pretrain', name=folder.name, dir=folder, config=flat)
+        return wandb.init(project=project, name=name, dir=folder, config=flat)
     except wandb.errors.Error as error:
         raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set WANDB_MODE=offline') from None
+
+
+def log_line(path, wandb_run, line):
+    """Appends a dict of numbers to a jsonl file, and sends it to wandb if there is a run."""
+    try:
+        with open(path, 'a') as file:
+            file.write(json.dumps(line) + '\n')
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error}); the last checkpoint stands') from None
+    if wandb_run:
+        wandb_run.log(line, step=line['step'])
+
+
+def mean_and_interval(values):
+    """Mean of a few repetitions and half its 95% interval by Student's t; None where there is but one."""
+    n = len(values)
+    if n == 1:
+        return values[0], None
+    # quantiles of t for 1, 2, ... degrees of freedom; beyond the table an expansion in 1/df is good to a thousandth
+    table = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    t = table[n - 2] if n - 2 < len(table) else 1.960 + 2.372 / (n - 1) + 2.82 / (n - 1) ** 2
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
 
 
 def mfu(machine, flops_per_second):
@@ -657,11 +705,11 @@ def train(options, model, forward, state, machine, data):
     runner = forward if machine.world == 1 else DistributedDataParallel(
         forward, forward_sync_buffers=False, device_ids=[machine.device] if machine.device.type == 'cuda' else None)
 
-    flat, origin = dataclasses.asdict(options) | dataclasses.asdict(c), provenance(machine, data.meta)
+    flat, origin = dataclasses.asdict(options) | dataclasses.asdict(c), provenance(machine, data.meta, data.tokenizer)
     folder, wandb_run = Path(options.out_dir), None
     if master:
         open_run(folder, flat, data.tokenizer, step if state else None)
-        wandb_run = open_wandb(folder, flat) if options.wandb else None
+        wandb_run = open_wandb('encoder-pretrain', folder.name, folder, flat) if options.wandb else None
         print_model(options, model)
     say(f'{origin["device"]}, {"bfloat16" if machine.bf16 else "float32"}{"" if forward is model else ", compiled"}; a step '
         f'is {options.batch_size} sequences of {c.block_size} tokens (processes x accumulation x micro-batch: '
@@ -670,13 +718,7 @@ def train(options, model, forward, state, machine, data):
 
     def record(**line):
         if master:
-            try:
-                with open(folder / 'metrics.jsonl', 'a') as file:
-                    file.write(json.dumps(line) + '\n')
-            except OSError as error:
-                raise UserError(f'{folder}/metrics.jsonl: cannot be written ({error}); the last checkpoint stands') from None
-        if wandb_run:
-            wandb_run.log(line, step=line['step'])
+            log_line(folder / 'metrics.jsonl', wandb_run, line)
 
     def save(name):
         if master:

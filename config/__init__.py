@@ -8,6 +8,7 @@ dataclass that declares it: the annotation, the default, and the comment behind 
 import ast
 import difflib
 import inspect
+import os
 import re
 import runpy
 import sys
@@ -39,6 +40,9 @@ def run(main):
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader left, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
 
 
 def options_of(*classes):
@@ -133,8 +137,8 @@ def check(name, value, known, refused, where, text=None):
                 return tuple(value)
         if type(value) is choice:
             return value
-        if choice is str and text is not None:
-            return text  # --out_dir=2024 names a folder
+    if str in choices and text is not None:
+        return text  # --out_dir=2024 names a folder
     raise UserError(f'{where}: takes {describe(kind)}')
 
 

@@ -19,6 +19,7 @@ class Options:
     rate: float = 0.5  # how fast
     flag: bool = False  # whether
     size: int | None = None  # how large
+    folder: str | None = 'data'  # where
     kind: Literal['a', 'b'] = 'a'  # which
     widths: tuple[int, ...] = (1, 2)  # how wide
 
@@ -31,6 +32,7 @@ def test_overrides_are_typed_literals_split_at_the_first_equals_sign():
     values, name = load('--name=a=b', '--n_layer=3', '--rate=1', '--flag=True', '--size=None', '--widths=(3, 4)')
     assert values == dict(name='a=b', n_layer=3, rate=1.0, flag=True, size=None, widths=(3, 4)) and name is None
     assert isinstance(values['rate'], float)
+    assert load('--folder=None')[0] == {'folder': None} and load('--folder=7')[0] == {'folder': '7'}
     assert load('--name=2024')[0] == {'name': '2024'} and load('--rate=1e-3')[0] == {'rate': 1e-3}
 
 
@@ -88,7 +90,7 @@ def test_help_prints_every_option_with_default_type_and_meaning(capsys):
     assert lines[0] == 'Some script.' and 'Some options' in lines
     assert [' '.join(line.split()) for line in lines if line.startswith('  --')] == [
         '--name=x a word [a string]', '--n_layer=2 how many [an int]', '--rate=0.5 how fast [a float]',
-        '--flag=False whether [True or False]', '--size=None how large [an int or None]', '--kind=a which [a or b]',
+        '--flag=False whether [True or False]', '--size=None how large [an int or None]', '--folder=data where [a string or None]', '--kind=a which [a or b]',
         '--widths=(1, 2) how wide [(an int, ...)]']
 
 

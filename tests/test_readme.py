@@ -18,7 +18,7 @@ NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_laye
 @pytest.fixture
 def copy(workspace):
     """A copy of the repository, as a clone would be, with a small corpus in place of what the hub holds."""
-    for name in ('model.py', 'train.py', 'prepare.py', 'config'):
+    for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'config'):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
     (workspace / 'corpus.csv').write_text('text\n' + '\n'.join(f'"{text.strip()}"' for text in corpus(200)) + '\n')
@@ -65,6 +65,20 @@ def test_the_commands_of_the_experiments(copy):
             assert 'masked accuracy' in run(command, '--eval_iters=1')
         else:
             run(command, *NO_HUB, *CUT_SHORT)
+
+
+def test_the_commands_of_fine_tuning(copy):
+    commands = [c for c in COMMANDS if 'finetune_sst2.py' in c]
+    assert len(commands) == 4
+    run('python train.py config/mla_o.py', *NO_HUB, *CUT_SHORT)
+    (copy / 'sst2').mkdir()
+    for name, n in (('train', 100), ('dev', 20)):
+        rows = ''.join(f'the river runs {i}\t{i % 2}\n' for i in range(n))
+        (copy / f'sst2/{name}.tsv').write_text('sentence\tlabel\n' + rows)
+    for command in commands:
+        predicting = '--predict' in command
+        out = run(command, *([] if predicting else ['--data_dir=sst2', '--epochs=1', '--train_examples=64']))
+        assert ('probability of positive' if predicting else 'test accuracy') in out
 
 
 def test_the_commands_of_the_data(copy):
