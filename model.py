@@ -67,8 +67,9 @@ def rope_table(length, rope_dims, theta):
 
 
 def rotate(x, rope):
-    """Rotates the first rope_dims dimensions of x (B, H, T, d): pairs are i and i + rope_dims/2."""
-    cos, sin = rope  # float32: in bfloat16 neighbouring positions would share an angle
+    """Rotates the first rope_dims dimensions of x (..., T, d), which holds the last T positions of the table: pairs are
+    i and i + rope_dims/2."""
+    cos, sin = (table[-x.size(-2):] for table in rope)  # float32: in bfloat16 neighbours would share an angle
     half = cos.size(-1)
     a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
     return torch.cat(((a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest), dim=-1)
@@ -81,16 +82,20 @@ def split_heads(x, n_head):
 def attend(q, k, v, causal=False, key_mask=None, dropout=0.0):
     """Softmax attention, (B, H, T, d), (B, Hkv, S, d), (B, Hkv, S, dv) -> (B, T, H*dv).
 
-    key_mask (B, S) bool, True = may be attended to. Scale 1/sqrt(d). The flash kernels want heads of one width:
-    the narrower of d and dv is padded with zeros, which changes no product and is cheaper than the unfused path.
+    key_mask (B, S) bool, True = may be attended to. causal: the queries are the last T of the S positions. Scale
+    1/sqrt(d). The flash kernels want heads of one width: the narrower of d and dv is padded with zeros, which changes
+    no product and is cheaper than the unfused path.
     """
+    T, S = q.size(2), k.size(2)
     d, dv = q.size(-1), v.size(-1)
     if d < dv:
         q, k = F.pad(q, (0, dv - d)), F.pad(k, (0, dv - d))
     elif dv < d:
         v = F.pad(v, (0, d - dv))
     mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, S)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal,
+    if causal and 1 < T < S:  # is_causal would take the queries for the first T positions
+        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and T == S,
                                        scale=d ** -0.5, enable_gqa=q.size(1) != k.size(1))
     return y[..., :dv].transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
 
@@ -101,7 +106,11 @@ def attend(q, k, v, causal=False, key_mask=None, dropout=0.0):
 
 class Attention(nn.Module):
     """What every attention shares. A subclass builds its projections, `o_proj` among them, and says in `qkv` how
-    queries, keys and values come from x; `options` names the options that it alone understands."""
+    queries, keys and values come about; `options` names the options that it alone understands.
+
+    Keys and values come from x, or in cross-attention from `source`, another sequence at the same positions. With a
+    cache, x and source hold the new tokens alone, and the keys and values of those before come from it.
+    """
 
     options = ()
 
@@ -110,17 +119,17 @@ class Attention(nn.Module):
         self.n_head, self.head_dim, self.v_head_dim = config.n_head, config.head_dim, config.head_dim
         self.causal, self.dropout = config.causal, config.attention_dropout
 
-    def qkv(self, x, rope):
-        """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, T, d), v (B, Hkv, T, dv), rotated where the options say so."""
+    def qkv(self, x, rope, source, cache):
+        """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv), rotated where the options say so."""
         raise NotImplementedError
 
-    def heads(self, x, rope=None, key_mask=None):
+    def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
         """What the heads have read, side by side: (B, T, D) -> (B, T, H*dv)."""
-        q, k, v = self.qkv(x, rope)
+        q, k, v = self.qkv(x, rope, source, cache)
         return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0)
 
-    def forward(self, x, rope=None, key_mask=None):
-        return self.o_proj(self.heads(x, rope, key_mask))
+    def forward(self, x, *context):
+        return self.o_proj(self.heads(x, *context))
 
     def score_flops(self, T):
         """Forward FLOPs a token of q.k and of the weighted sum of v; a causal query sees (T+1)/2 keys on average."""
@@ -129,6 +138,16 @@ class Attention(nn.Module):
     def cache_width(self):
         """Numbers that generation has to keep for a token in this layer."""
         raise NotImplementedError
+
+
+def project(layer, x, source):
+    """The projections of a fused_linear: all of them of x, or in cross-attention the first, the queries', of x and the
+    others of source."""
+    if source is None:
+        return layer(x).split(layer.splits, dim=-1)
+    n, rest = layer.splits[0], layer.splits[1:]
+    b_q, b_kv = (None, None) if layer.bias is None else (layer.bias[:n], layer.bias[n:])
+    return F.linear(x, layer.weight[:n], b_q), *F.linear(source, layer.weight[n:], b_kv).split(rest, dim=-1)
 
 
 class MHA(Attention):
@@ -145,12 +164,14 @@ class MHA(Attention):
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
 
-    def qkv(self, x, rope):
-        q, k, v = self.qkv_proj(x).split(self.qkv_proj.splits, dim=-1)
+    def qkv(self, x, rope, source, cache):
+        q, k, v = project(self.qkv_proj, x, source)
         q = self.q_norm(split_heads(q, self.n_head))
         k = self.k_norm(split_heads(k, self.n_kv_head))
         v = split_heads(v, self.n_kv_head)
-        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        return (q, k, v) if cache is None else (q, *cache.extend(self, k, v))
 
     def cache_width(self):
         return 2 * self.n_kv_head * self.head_dim
@@ -163,8 +184,9 @@ class MLA(Attention):
 
     Inside a head the rotated dimensions come first. rope_key='per_head': each head's first rope_dims key dimensions
     are rotated. 'shared' (DeepSeek): a key is [one rotated key of rope_dims for all heads, straight from x | the
-    head's own head_dim - rope_dims]. No biases. Only latents would be cached, but for 'per_head' generation has to
-    make the rotated keys of all cached tokens again at each step, S*H*rope_dims*kv_latent multiply-adds a layer.
+    head's own head_dim - rope_dims]. No biases. Only latents are cached, but for 'per_head' generation has to make the
+    rotated keys of all cached tokens again at each step, S*H*rope_dims*kv_latent multiply-adds a layer: at 8 heads of
+    32 and a latent of 32 about 17 times the arithmetic of MHA, where the shared key costs 1.25 times.
     """
 
     options = ('q_latent', 'kv_latent', 'o_latent', 'rope_key', 'v_head_dim', 'o_norm')
@@ -172,7 +194,7 @@ class MLA(Attention):
     def __init__(self, config):
         super().__init__(config)
         self.v_head_dim = config.v_head_dim or config.head_dim
-        self.kv_latent = config.kv_latent
+        self.kv_latent, self.rope_dims = config.kv_latent, config.rope_dims
         self.shared_dims = config.rope_dims if config.rope_key == 'shared' else 0
         q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
         k_width = q_width - self.n_head * self.shared_dims
@@ -187,15 +209,43 @@ class MLA(Attention):
         else:
             self.o_proj = nn.Linear(v_width, config.n_embd, bias=False)
 
-    def qkv(self, x, rope):
-        q, kv, k_shared = self.qkv_a_proj(x).split(self.qkv_a_proj.splits, dim=-1)
-        q = split_heads(self.q_b_proj(self.q_a_norm(q)), self.n_head)
-        k, v = self.kv_b_proj(self.kv_a_norm(kv)).split(self.kv_b_proj.splits, dim=-1)
+    def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
+        q, latent, k_shared = project(self.qkv_a_proj, x, source)
+        q, latent = split_heads(self.q_b_proj(self.q_a_norm(q)), self.n_head), self.kv_a_norm(latent)
+        if rope is not None:
+            q = rotate(q, rope)
+            k_shared = rotate(k_shared, rope) if self.shared_dims else k_shared
+        if cache is not None:
+            latent, k_shared = cache.extend(self, latent, k_shared)
+            if x.size(1) == 1:
+                return self.absorbed(q[:, :, 0], latent, k_shared, rope)
+        k, v = self.kv_b_proj(latent).split(self.kv_b_proj.splits, dim=-1)
         k, v = split_heads(k, self.n_head), split_heads(v, self.n_head)
         if self.shared_dims:
-            k_shared = k_shared[:, None].expand(-1, self.n_head, -1, -1)  # (B, T, r) -> (B, H, T, r)
+            k_shared = k_shared[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
             k = torch.cat((k_shared, k), dim=-1)
-        return (q, k, v) if rope is None else (rotate(q, rope), rotate(k, rope), v)
+        elif rope is not None:
+            k = rotate(k, rope)
+        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0)
+
+    def absorbed(self, q, latent, k_shared, rope):
+        """`heads` for one token of generation, q (B, H, d), latent (B, S, L), k_shared (B, S, r): kv_b_proj is applied to
+        the query and to the weighted sum of latents, not to S keys and values (DeepSeek-V2, section 2.1.2)."""
+        to_k, to_v = self.kv_b_proj.weight.split(self.kv_b_proj.splits)
+        to_k, to_v = to_k.unflatten(0, (self.n_head, -1)), to_v.unflatten(0, (self.n_head, -1))  # (H, d, L), (H, dv, L)
+        q_rotated, q_plain = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
+        scores = 0.0
+        if self.shared_dims:
+            scores = q_rotated @ k_shared.transpose(1, 2)  # (B, H, S)
+        elif self.rope_dims:
+            to_rotated, to_k = to_k.split((self.rope_dims, self.head_dim - self.rope_dims), dim=1)
+            k_rotated = rotate(split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head), rope)
+            scores = (k_rotated @ q_rotated[..., None])[..., 0]  # (B, H, S, r) -> (B, H, S)
+        q_latent = (q_plain[:, :, None] @ to_k)[:, :, 0]  # (B, H, L)
+        scores = scores + q_latent @ latent.transpose(1, 2)
+        weights = (scores * self.head_dim ** -0.5).softmax(dim=-1)
+        y = (weights @ latent)[:, :, None] @ to_v.transpose(1, 2)  # (B, H, 1, dv)
+        return y.transpose(1, 2).flatten(2)  # (B, 1, H*dv)
 
     def cache_width(self):
         return self.kv_latent + self.shared_dims
@@ -272,8 +322,22 @@ class Block(nn.Module):
         self.mlp = MLP(config, rank=None if dense else config.mlp_rank)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, rope=None, key_mask=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, key_mask))
+    def forward(self, x, rope=None, key_mask=None, cache=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, key_mask, None, cache))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class CrossBlock(Block):
+    """A block that also reads another sequence, between its attention and its feed-forward."""
+
+    def __init__(self, config, layer):
+        super().__init__(config, layer)
+        self.cross_norm, self.source_norm = (make_norm(config.norm, config.n_embd) for _ in range(2))
+        self.cross = (MHA if layer < config.n_dense else ATTENTIONS[config.attention])(config.cross())
+
+    def forward(self, x, source, rope=None, cross_rope=None, cache=None):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, None, None, cache))
+        x = x + self.dropout(self.cross(self.cross_norm(x), cross_rope, None, self.source_norm(source), cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
@@ -316,6 +380,7 @@ class ModelConfig:
     n_dense: int = 0  # first layers that keep mha and dense feed-forwards
     tie_embeddings: bool = True  # the head is the embedding, transposed
     init_std: float = 0.02  # standard deviation of the initial weights
+    subtract_next_position: bool = False  # causal: take the next position's embedding off before the vocabulary
 
     def __post_init__(self):
         self.check_ranges()
@@ -335,6 +400,9 @@ class ModelConfig:
             raise ConfigError('vocab_rank shares its matrices with the head: it needs tie_embeddings=True')
         if self.n_dense > self.n_layer:
             raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
+        if self.subtract_next_position and not (self.learned_positions and self.causal):
+            raise ConfigError('subtract_next_position takes the embedding of the next position off the last state of a '
+                              'causal model: it needs learned_positions=True and causal=True')
         self.check_attention()
 
     def check_ranges(self):
@@ -376,26 +444,56 @@ class TransformerConfig(ModelConfig):
     causal: bool = True  # decoder; False = encoder, trained by masked-language modelling
 
 
+@dataclass
+class EncoderDecoderConfig(ModelConfig):
+    """Two causal stacks, the second of which reads the first."""
+
+    causal = True  # not an option
+    n_decoder_layer: int | None = None  # blocks of the decoder; None = n_layer, those of the encoder
+    cross_n_head: int | None = None  # heads of the cross-attention, n_embd / cross_n_head wide; None = 2 n_head
+    embedding_loss: Literal['none', 'mse', 'cosine', 'log_cosine'] = 'none'  # between mean embeddings and encoder output
+    embedding_loss_coeff: float = 1.0  # its weight beside the cross-entropy
+    embedding_loss_affine: bool = True  # gains and biases in its two LayerNorms: with them it can shrink itself
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.n_decoder_layer = self.n_decoder_layer or self.n_layer
+        self.cross_n_head = self.cross_n_head or 2 * self.n_head
+        if self.n_embd % self.cross_n_head:
+            raise ConfigError(f'n_embd={self.n_embd} is not divisible by cross_n_head={self.cross_n_head}: change one')
+        self.cross()
+
+    def cross(self):
+        """The options of the cross-attention. Its heads rotate as many dimensions as they have, up to rope_dims."""
+        width = self.n_embd // self.cross_n_head
+        options = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        options |= dict(n_head=self.cross_n_head, head_dim=width, rope_dims=min(self.rope_dims, width // 2 * 2))
+        return TransformerConfig(**options)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # models
 
 
-def init_weights(model, config):
+def init_weights(model):
     """The one place where weights get their first values: matrices and embeddings normal with init_std, biases 0,
-    gains 1. Matrices that write into the residual stream are divided by sqrt(2 n_layer), GPT-2's rule, so that its
-    variance at the end does not grow with depth."""
+    gains 1. Matrices that write into a residual stream are divided by the root of how many of them write into it,
+    GPT-2's rule, so that its variance at the end does not grow with depth."""
+    writers = [name for name, _ in model.named_parameters()
+               if any(part in name for part in ('o_proj.weight', 'o_b_proj', 'out_proj.weight', 'out_proj.1.weight'))]
+    stacks = [name.split('.')[0] for name in writers]
     for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or name.endswith('gain'):
-            continue  # norms start at 1 and are left there
-        writes_residual = any(part in name for part in ('o_proj.weight', 'o_b_proj', 'out_proj.weight', 'out_proj.1'))
-        nn.init.normal_(parameter, std=config.init_std / (math.sqrt(2 * config.n_layer) if writes_residual else 1))
+        if parameter.dim() >= 2 and not name.endswith('gain'):  # norms start at 1 and are left there
+            n_writers = stacks.count(name.split('.')[0]) if name in writers else 1
+            nn.init.normal_(parameter, std=model.config.init_std / math.sqrt(n_writers))
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
-class Transformer(nn.Module):
-    """Embedding, blocks, head: a decoder with causal=True, an encoder otherwise."""
+class LanguageModel(nn.Module):
+    """What every architecture shares: embedding, final norm, head, loss, generation. A subclass builds its blocks and
+    says in `trunk` what they do with the embedded tokens."""
 
     def __init__(self, config):
         super().__init__()
@@ -404,35 +502,50 @@ class Transformer(nn.Module):
         if config.vocab_rank:
             self.vocab_proj = nn.Linear(config.vocab_rank, config.n_embd, bias=False)
         if config.learned_positions:
-            self.pos_emb = nn.Embedding(config.block_size, config.n_embd)
+            self.pos_emb = nn.Embedding(config.block_size + config.subtract_next_position, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = make_norm(config.norm, config.n_embd) if config.final_norm else nn.Identity()
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        if config.rope_dims:
-            cos, sin = rope_table(config.block_size, config.rope_dims, config.rope_theta)
-            self.register_buffer('rope_cos', cos, persistent=False)
-            self.register_buffer('rope_sin', sin, persistent=False)
-        init_weights(self, config)
 
-    def hidden(self, idx, key_mask=None):
-        """idx (B, T) int64 -> final hidden states (B, T, D). key_mask (B, T) bool, True = a real token; encoders only."""
-        T = idx.size(1)
-        if T > self.config.block_size:
-            raise ValueError(f'{T} tokens, but block_size is {self.config.block_size}')
+    def add_rope(self, name, rope_dims):
+        """Registers the tables NAME_cos and NAME_sin; `rope` cuts them to a length."""
+        if rope_dims:
+            tables = rope_table(self.config.block_size, rope_dims, self.config.rope_theta)
+            for part, table in zip(('cos', 'sin'), tables):
+                self.register_buffer(f'{name}_{part}', table, persistent=False)
+
+    def rope(self, name, end):
+        tables = [getattr(self, f'{name}_{part}', None) for part in ('cos', 'sin')]
+        return None if tables[0] is None else [table[:end] for table in tables]
+
+    def trunk(self, x, end, key_mask, cache):
+        """Embedded tokens x (B, T, D), the last of which has position end - 1 -> (states (B, T, D) before the final norm,
+        further scalars by name: those with an option NAME_coeff are added to the loss, others are only reported)."""
+        raise NotImplementedError
+
+    def states(self, idx, key_mask=None, cache=None):
+        """idx (B, T) -> (final hidden states (B, T, D), further scalars as `trunk` gives them)."""
+        start = 0 if cache is None else cache.n_tokens
+        end = start + idx.size(1)
+        if end > (self.config.block_size if cache is None else cache.length):
+            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}' if cache is None else
+                             f'{end} tokens, but the cache has room for {cache.length}')
         if key_mask is not None and self.config.causal:
             raise ValueError('a causal model takes no key_mask: give it sequences of one length')
         x = self.tok_emb(idx)
         if self.config.vocab_rank:
             x = self.vocab_proj(x)
         if self.config.learned_positions:
-            x = x + self.pos_emb.weight[:T]
-        x = self.dropout(x)
-        rope = (self.rope_cos[:T], self.rope_sin[:T]) if self.config.rope_dims else None
-        for block in self.blocks:
-            x = block(x, rope, key_mask)
-        return self.norm(x)
+            x = x + self.pos_emb.weight[start:end]
+        x, extra = self.trunk(self.dropout(x), end, key_mask, cache)
+        if cache is not None:
+            cache.n_tokens = end
+        return self.norm(x), extra
+
+    def hidden(self, idx, key_mask=None, cache=None):
+        """idx (B, T) int64 -> final hidden states (B, T, D). key_mask (B, T) bool, True = a real token; encoders only."""
+        return self.states(idx, key_mask, cache)[0]
 
     def to_vocab(self, x):
         """Hidden states (..., D) and the (V, R) matrix whose products with them are the logits."""
@@ -442,44 +555,164 @@ class Transformer(nn.Module):
             x = x @ self.vocab_proj.weight  # (..., D) -> (..., R): the embedding's second matrix, transposed
         return x, self.tok_emb.weight
 
-    def forward(self, idx, targets=None, positions=None, key_mask=None):
+    def forward(self, idx, targets=None, positions=None, key_mask=None, cache=None):
         """idx (B, T) int64 -> logits (B, T, V); with targets, a dict of scalars of which `loss` is the one to minimise.
 
-        targets: (B, T), -1 = not scored. With positions (B, M), targets are (B, M) too and only those rows meet the
-        vocabulary. Without gradients the dict also has `accuracy`, the share of scored targets that rank first.
+        targets: (B, T), -1 = not scored. positions (B, M): only those rows meet the vocabulary, logits are (B, M, V)
+        and targets (B, M). Without gradients the dict also has `accuracy`, the share of scored targets that rank
+        first. With a cache, idx holds the tokens that come after those that the cache has seen, one or many.
         """
-        x = self.hidden(idx, key_mask)
-        if targets is None:
-            x, weight = self.to_vocab(x)
-            return F.linear(x, weight)
+        x, extra = self.states(idx, key_mask, cache)
+        if self.config.subtract_next_position:
+            end = idx.size(1) if cache is None else cache.n_tokens
+            x = x - self.pos_emb.weight[end - idx.size(1) + 1:end + 1]
         if positions is not None:
             x = x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))  # (B, T, D) -> (B, M, D)
         x, weight = self.to_vocab(x)
-        return linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        if targets is None:
+            return F.linear(x, weight)
+        out = linear_cross_entropy(x.flatten(0, 1), weight, targets.flatten())
+        if extra:
+            losses = [getattr(self.config, f'{name}_coeff', 0.0) * value for name, value in extra.items()]
+            out |= dict(cross_entropy=out['loss'], **extra, loss=out['loss'] + sum(losses))
+        return out
 
     def n_params(self, positions=True):
         """Number of parameters; positions=False leaves the learned position embedding out, as papers often do."""
         total = sum(p.numel() for p in self.parameters())
         return total if positions or not self.config.learned_positions else total - self.pos_emb.weight.numel()
 
+    def attentions(self):
+        return [module for module in self.modules() if isinstance(module, Attention)]
+
     def flops_per_token(self, T, predicted=1.0):
         """Training FLOPs a token at length T: matrix products forward (2 a multiply-add) and backward (twice that).
         Only useful work counts: a causal query meets (T+1)/2 keys, and logits are made for a share `predicted` of
         the tokens. Norms, activations and softmax are left out."""
         c = self.config
-        weights = sum(m.weight.numel() for m in self.blocks.modules() if isinstance(m, nn.Linear))
+        outside = (getattr(self, 'vocab_proj', None), getattr(self, 'lm_head', None))
+        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear) and m not in outside)
         width = c.vocab_rank or c.n_embd
         projection = c.vocab_rank * c.n_embd if c.vocab_rank else 0  # once for the embedding, once for the head
         head = width * c.vocab_size + projection
-        scores = sum(block.attn.score_flops(T) for block in self.blocks)
+        scores = sum(attention.score_flops(T) for attention in self.attentions())
         return 3 * (2 * (weights + projection + predicted * head) + scores)
 
     def cache_bytes_per_token(self):
         """Bytes that generation keeps for each token, at the precision of the weights."""
-        return sum(block.attn.cache_width() for block in self.blocks) * self.tok_emb.weight.element_size()
+        return sum(attention.cache_width() for attention in self.attentions()) * self.tok_emb.weight.element_size()
+
+    def init_cache(self, batch, length):
+        """An empty Cache for `batch` sequences of up to `length` tokens, at most block_size."""
+        if not self.config.causal:
+            raise ValueError('an encoder has nothing to cache: every token sees those that follow it')
+        if length > self.config.block_size:
+            raise ValueError(f'a cache of {length} tokens, but block_size is {self.config.block_size}')
+        return Cache(batch, length)
+
+    def generate(self, idx, max_new_tokens, **sampling):
+        """idx (B, T) -> (B, T + n), n <= max_new_tokens: `stream` with the prompt in front."""
+        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **sampling))], dim=1)
+
+    @torch.no_grad()
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=None, n_ids=None,
+               use_cache=True):
+        """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, max_new_tokens times, or until
+        each has had the token `stop`, after which it only repeats it. The model sees the last block_size tokens.
+
+        temperature: 0 takes the likeliest token. top_k, top_p: see sample_token. seed: of the draws; None goes on with
+        torch's own generator. n_ids: only ids below it are drawn (a vocabulary may have rows without a meaning). Without the cache the window is computed anew for every token, with the same result.
+        """
+        size = self.config.block_size
+        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+        window = new = idx[:, -size:]
+        cache = self.init_cache(idx.size(0), size)
+        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if not use_cache or cache.n_tokens + new.size(1) > size:  # the window slides: every position is another
+                cache.n_tokens, new = 0, window
+            last = torch.full((idx.size(0), 1), new.size(1) - 1, device=idx.device)
+            logits = self(new, positions=last, cache=cache if use_cache else None)[:, 0, :n_ids]
+            token = sample_token(logits, temperature, top_k, top_p, generator)
+            if stop is not None:
+                token = torch.where(done, stop, token)
+                done |= token == stop
+            yield token
+            if done.all():
+                return
+            new = token[:, None]
+            window = torch.cat((window, new), dim=1)[:, -size:]
 
 
-ARCHITECTURES = {'transformer': (Transformer, TransformerConfig)}
+class Transformer(LanguageModel):
+    """Embedding, blocks, head: a decoder with causal=True, an encoder otherwise."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.add_rope('rope', config.rope_dims)
+        init_weights(self)
+
+    def trunk(self, x, end, key_mask, cache):
+        rope = self.rope('rope', end)
+        for block in self.blocks:
+            x = block(x, rope, key_mask, cache)
+        return x, {}
+
+
+class EncoderDecoder(LanguageModel):
+    """Autoregressive end to end: a causal encoder of the sequence, and a decoder that starts from the encoder's output
+    and attends to it, causally too, in every block. Generation extends all three caches, the encoder's, the decoder's
+    and the cross-attention's, by one token a step.
+
+    The embedding loss (training only) pulls the running mean of the embeddings, A_t = mean over i <= t of LN_1(E)_i,
+    to the encoder's output LN_2(enc_t), which it takes as given; E and enc are the raw residual streams. With
+    embedding_loss_affine both norms learn a gain and a bias, and the loss can fall by shrinking the gains alone: their
+    mean size is reported as `embedding_gain` and `encoder_gain`.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.encoder = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.decoder_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.decoder = nn.ModuleList(CrossBlock(config, layer) for layer in range(config.n_decoder_layer))
+        if config.embedding_loss != 'none':
+            self.embedding_loss_norm, self.encoder_loss_norm = (
+                nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=config.embedding_loss_affine) for _ in range(2))
+        self.add_rope('rope', config.rope_dims)
+        self.add_rope('cross_rope', config.cross().rope_dims)
+        init_weights(self)
+
+    def trunk(self, x, end, key_mask, cache):
+        embedded, rope, cross_rope = x, self.rope('rope', end), self.rope('cross_rope', end)
+        for block in self.encoder:
+            x = block(x, rope, None, cache)
+        encoded, x = x, self.decoder_proj(x)
+        for block in self.decoder:
+            x = block(x, encoded, rope, cross_rope, cache)
+        if not self.training or self.config.embedding_loss == 'none':
+            return x, {}
+        extra = {'embedding_loss': self.embedding_loss(embedded, encoded.detach())}
+        if self.config.embedding_loss_affine:
+            extra['embedding_gain'] = self.embedding_loss_norm.weight.detach().abs().mean()
+            extra['encoder_gain'] = self.encoder_loss_norm.weight.detach().abs().mean()
+        return x, extra
+
+    def embedding_loss(self, embedded, encoded):
+        """embedded and encoded (B, T, D) -> scalar: mean squared error, 1 - (cos+1)/2, or -log((cos+1)/2)."""
+        counts = torch.arange(1, embedded.size(1) + 1, device=embedded.device)[:, None]  # (T, 1)
+        mean = self.embedding_loss_norm(embedded).cumsum(dim=1) / counts
+        target = self.encoder_loss_norm(encoded)
+        if self.config.embedding_loss == 'mse':
+            return F.mse_loss(mean, target)
+        closeness = (F.cosine_similarity(mean, target, dim=-1) + 1) / 2  # (B, T), from 0 to 1
+        if self.config.embedding_loss == 'cosine':
+            return (1 - closeness).mean()
+        return -closeness.clamp(min=1e-6).log().mean()
+
+
+ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
+                 'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig)}
 
 
 def make_model(arch, **options):
@@ -550,3 +783,49 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dweight, n = ctx.saved_tensors
         scale = grad / n
         return (dx * scale).to(ctx.dtypes[0]), (dweight * scale).to(ctx.dtypes[1]), None, None
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# generation
+
+
+class Cache:
+    """What generation keeps of the tokens so far: for each attention static buffers of `length` rows, made when it first
+    stores something. n_tokens: how many rows are filled; setting it back forgets the later ones."""
+
+    def __init__(self, batch, length):
+        self.batch, self.length, self.n_tokens, self.buffers = batch, length, 0, {}
+
+    @torch.no_grad()
+    def extend(self, owner, *new):
+        """Stores what an attention computed for T new tokens, tensors (B, ..., T, width); returns each with what was
+        stored before in front of it, (B, ..., S, width)."""
+        if new[0].size(0) != self.batch:
+            raise ValueError(f'{new[0].size(0)} sequences, but the cache was made for {self.batch}')
+        if owner not in self.buffers:
+            self.buffers[owner] = [x.new_empty(*x.shape[:-2], self.length, x.size(-1)) for x in new]
+        end = self.n_tokens + new[0].size(-2)
+        for buffer, x in zip(self.buffers[owner], new):
+            buffer[..., self.n_tokens:end, :] = x
+        return [buffer[..., :end, :] for buffer in self.buffers[owner]]
+
+    def n_bytes(self):
+        return sum(buffer.nbytes for buffers in self.buffers.values() for buffer in buffers)
+
+
+def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
+    """logits (B, V) -> a token of each row, (B,) int64. temperature divides the logits, 0 takes the largest. top_k: only
+    the k likeliest; top_p: only the fewest likeliest whose probabilities reach p (nucleus, arXiv 1904.09751)."""
+    if temperature < 0:
+        raise ValueError(f'temperature={temperature}: takes zero (the likeliest token) or more')
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # what stands before it reaches p already
+        return order.gather(1, p.multinomial(1, generator=generator))[:, 0]
+    return logits.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]

@@ -646,24 +646,25 @@ def numbers_of(step, k, options, machine, micro):
 
 
 def train_step(runner, optimizers, data, step, options, machine, micro, n_accumulation):
-    """One optimizer step on the step's own sequences; returns (mean loss, gradient norm) as tensors."""
+    """One optimizer step on the step's own sequences; returns the means of what the model reports (`loss` and its parts)
+    and the gradient norm, as tensors."""
     # dropout: a function of seed, step and rank (the CPU's generator keeps 32 bits of a seed, so they are hashed)
     torch.manual_seed(int(np.random.SeedSequence((options.seed, step, machine.rank)).generate_state(1)[0]))
-    total = 0.0
+    means = {}
     for k in range(n_accumulation):
         numbers = numbers_of(step, k, options, machine, micro)
         batch = machine.put(data.batch(numbers))
         last = k == n_accumulation - 1
         with contextlib.nullcontext() if last or machine.world == 1 else runner.no_sync():
             with machine.autocast():
-                loss = runner(*batch)['loss'] / n_accumulation
-            loss.backward()
-        total = total + loss.detach()
+                out = runner(*batch)
+            (out['loss'] / n_accumulation).backward()
+        means = {name: means.get(name, 0.0) + value.detach() / n_accumulation for name, value in out.items()}
     norm = nn.utils.clip_grad_norm_(runner.parameters(), options.grad_clip or math.inf)
     for optimizer in optimizers:
         optimizer.step()
     runner.zero_grad(set_to_none=True)
-    return total, norm
+    return means, norm
 
 
 def stop_if_not_finite(step, *values):
@@ -738,7 +739,7 @@ def train(options, model, forward, state, machine, data):
         done = step >= options.max_iters or (options.max_seconds is not None and seconds >= options.max_seconds)
         stepped = step > first_step
         if stepped and (stop or done or step % options.eval_interval == 0):
-            stop_if_not_finite(step, loss.item(), norm.item())  # before anything is saved
+            stop_if_not_finite(step, means['loss'].item(), norm.item())  # before anything is saved
         if (stepped or step == 0) and (done or step % options.eval_interval == 0):
             with watch.paused():
                 scores = evaluate(model, forward, data, micro, machine)
@@ -759,21 +760,23 @@ def train(options, model, forward, state, machine, data):
         lr = learning_rate(options, step, seconds)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group['lr'] = lr
-        loss, norm = train_step(runner, optimizers, data.train, step, options, machine, micro, n_accumulation)
+        means, norm = train_step(runner, optimizers, data.train, step, options, machine, micro, n_accumulation)
         step += 1
 
         if step % options.log_interval == 0:
-            train_loss, grad_norm = machine.total(loss.item())[0] / machine.world, norm.item()
-            stop_if_not_finite(step, train_loss, grad_norm)
+            sums = machine.total(*(value.item() for value in means.values()))
+            parts, grad_norm = {name: total / machine.world for name, total in zip(means, sums)}, norm.item()
+            stop_if_not_finite(step, train_loss := parts.pop('loss'), grad_norm)
             now = watch.read()
             step_seconds = (now - last.seconds) / (step - last.step)
             last = SimpleNamespace(step=step, seconds=now)
             rate = tokens_a_step / step_seconds
             record(step=step, tokens=step * tokens_a_step, seconds=now, train_loss=train_loss, lr=lr, grad_norm=grad_norm,
-                   tokens_per_second=rate)
+                   tokens_per_second=rate, **{f'train_{name}': value for name, value in parts.items()})
             left = min((options.max_iters - step) * step_seconds, (options.max_seconds or math.inf) - now)
             total = '' if options.max_seconds else f'/{options.max_iters}'
-            say(f'step {step}{total}: loss {train_loss:.4f}, lr {lr:.1e}, norm {grad_norm:.2f}, '
+            shown = describe({'loss': train_loss} | parts)
+            say(f'step {step}{total}: {shown}, lr {lr:.1e}, norm {grad_norm:.2f}, '
                 f'{rate:,.0f} tokens/s{mfu(machine, rate * flops_per_token)}, {memory_gb(machine.device):.1f} GB, '
                 f'{timedelta(seconds=max(0, round(left)))} left')
 

@@ -39,10 +39,22 @@ VARIANTS = {
 }
 
 
-def tiny(seed=0, dtype=torch.float64, **options):
-    """A small transformer whose every weight is random, gains and biases too, so that none can hide."""
+ENCDEC_VARIANTS = {
+    'encdec': {},
+    'encdec_subtract': dict(subtract_next_position=True, embedding_loss='mse'),
+    'encdec_unequal': dict(n_layer=1, n_decoder_layer=3, cross_n_head=4, bias=True),
+    'encdec_gqa': dict(ROPE, n_kv_head=2, n_dense=1),
+    'encdec_mla': dict(MLA, n_decoder_layer=1),
+    'encdec_mla_o_shared': dict(MLA, o_latent=12, o_norm='sum', rope_key='shared', rope_dims=2, n_dense=1),
+}
+EVERY = {name: dict(options, arch='encoder_decoder' if name in ENCDEC_VARIANTS else 'transformer')
+         for name, options in (VARIANTS | {'subtract': dict(subtract_next_position=True)} | ENCDEC_VARIANTS).items()}
+
+
+def tiny(seed=0, dtype=torch.float64, arch='transformer', **options):
+    """A small model whose every weight is random, gains and biases too, so that none can hide."""
     torch.manual_seed(seed)
-    model = make_model('transformer', **{**TINY, **options}).to(dtype)
+    model = make_model(arch, **{**TINY, **options}).to(dtype)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
     return model
@@ -126,10 +138,62 @@ def test_reference_outputs(name):
         close(model.get_parameter(parameter).grad, grad)
 
 
+ENCDEC_NAMES = [('encoder_transformer_blocks.', 'encoder.'), ('decoder_transformer_blocks.', 'decoder.'),
+                ('decoder_multi_attn_head.', 'attn.'), ('cross_multi_attn_head.residual_proj', 'cross.o_proj'),
+                ('multi_attn_head.', 'attn.'), ('batch_attn_weights', 'qkv_proj'), ('attn.residual_proj', 'attn.o_proj'),
+                ('decoder_feed_forward.weight', 'decoder_proj.weight'), ('decoder_feed_forward', 'feed_forward'),
+                ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
+                ('encoder_cross_ln', 'source_norm'), ('decoder_cross_ln', 'cross_norm'), ('decoder_ln', 'ln'),
+                ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'), ('encoder_out_ln', 'encoder_loss_norm'),
+                ('embeddings_ln', 'embedding_loss_norm'), ('token_embedding', 'tok_emb'), ('positional_embedding', 'pos_emb')]
+
+
+def our_encdec_arrays(arrays, kind):
+    """The arrays `param:*` or `grad:*` under our names; cross-attention's query and key-value matrices are one of ours."""
+    theirs = {name.split(':')[1]: array for name, array in arrays.items() if name.startswith(kind)}
+    ours = {}
+    for name, array in theirs.items():
+        if 'k_v_weights' in name:
+            continue
+        if 'q_weights' in name:
+            array = np.concatenate((array, theirs[name.replace('q_weights', 'k_v_weights')]))
+            name = name.replace('cross_multi_attn_head.q_weights', 'cross.qkv_proj')
+        for their, our in ENCDEC_NAMES:
+            name = name.replace(their, our)
+        ours[name.replace('ln.', 'norm.', 1) if name.startswith('ln.') else name] = array
+    return ours
+
+
+@pytest.mark.parametrize('name', ['encdec_plain', 'encdec_mse_pos_sub', 'encdec_cosine'])
+def test_reference_outputs_of_the_encoder_decoder(name):
+    arrays = dict(np.load(GOLDEN / f'{name}.npz'))
+    options = {k: v for k, v in json.loads(str(arrays['config'])).items() if v is not None}
+    model = make_model('encoder_decoder', **options)
+    model.load_state_dict({k: torch.from_numpy(v) for k, v in our_encdec_arrays(arrays, 'param').items()})
+    idx, targets = torch.from_numpy(arrays['input_ids']), torch.from_numpy(arrays['targets'])
+    close(model(idx), arrays['logits'])
+    out = model(idx, targets)
+    close(out['loss'], arrays['train_loss'])
+    if 'embedding_loss' in arrays:
+        close(out['embedding_loss'], arrays['embedding_loss'])
+        close(out['cross_entropy'] + options['embedding_loss_coeff'] * out['embedding_loss'], arrays['train_loss'])
+    out['loss'].backward()
+    grads = our_encdec_arrays(arrays, 'grad')
+    assert len(grads) >= 19
+    for parameter, grad in grads.items():
+        close(model.get_parameter(parameter).grad, grad)
+    model.eval()
+    assert set(model(idx, targets)) == {'loss'}
+    close(model(idx, targets)['loss'], arrays['eval_loss'])
+
+
 # -- parameter counts of the published configurations ------------------------------------------------------------
 
 ENCODER = dict(vocab_size=30522, block_size=128, n_layer=6, n_head=8, n_embd=256, causal=False, mlp='swiglu',
                mlp_hidden=1024, mlp_bias=True, norm='rms', final_norm=False, learned_positions=False, rope_dims=32)
+
+
+ENCDEC = dict(vocab_size=50257, block_size=200, n_layer=13, n_head=5, n_embd=150, cross_n_head=10)
 
 
 @pytest.mark.parametrize('options, count', [
@@ -142,6 +206,19 @@ ENCODER = dict(vocab_size=30522, block_size=128, n_layer=6, n_head=8, n_embd=256
 def test_parameter_counts(options, count):
     with torch.device('meta'):
         assert make_model('transformer', **options).n_params(positions=False) == count
+
+
+@pytest.mark.parametrize('options, count', [
+    (ENCDEC, 15_762_900),
+    (dict(ENCDEC, subtract_next_position=True), 15_762_900),
+    (dict(ENCDEC, embedding_loss='mse'), 15_763_500),
+    (dict(ENCDEC, embedding_loss='cosine', embedding_loss_affine=False), 15_762_900),
+])
+def test_parameter_counts_of_the_encoder_decoder(options, count):
+    with torch.device('meta'):
+        model = make_model('encoder_decoder', **options)
+    assert model.n_params(positions=False) == count
+    assert model.n_params() - count == (201 if 'subtract_next_position' in options else 200) * 150
 
 
 # -- plain formulas, written out head by head --------------------------------------------------------------------
@@ -255,10 +332,10 @@ def test_norms_have_their_eps():
     assert {n.eps for n in tiny(**VARIANTS['subspaces']).modules() if isinstance(n, torch.nn.RMSNorm)} == {1e-6}
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', EVERY)
 def test_initial_loss_is_that_of_guessing(name):
     torch.manual_seed(0)
-    model = make_model('transformer', **{**TINY, **VARIANTS[name]})
+    model = make_model(**{**TINY, **EVERY[name]}).eval()
     idx, targets = tokens(8, 16), tokens(8, 16, seed=2)
     assert abs(model(idx, targets)['loss'].item() - math.log(61)) < 0.05
 
@@ -267,10 +344,10 @@ def test_initial_loss_is_that_of_guessing(name):
 
 
 @pytest.mark.parametrize('train', [True, False])
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', EVERY)
 def test_causal(name, train):
     """The suffix from every position on is replaced: nothing before it may change, and what follows must."""
-    model = tiny(**VARIANTS[name]).train(train)
+    model = tiny(**EVERY[name]).train(train)
     idx = tokens(1, 11)
     logits = model(idx)
     for t in range(1, 11):
@@ -286,8 +363,9 @@ def test_causal(name, train):
     assert reached.tolist() == [True] * 6 + [False] * 5
 
 
-def test_a_prefix_does_not_depend_on_what_follows():
-    model = tiny(**MLA)
+@pytest.mark.parametrize('name', ['mla', 'subtract', 'encdec_subtract', 'encdec_mla'])
+def test_a_prefix_does_not_depend_on_what_follows(name):
+    model = tiny(**EVERY[name])
     idx = tokens(2, 16)
     assert torch.allclose(model(idx)[:, :6], model(idx[:, :6]), atol=1e-12)
 
@@ -387,23 +465,83 @@ def test_masked_rows_only(name):
     assert torch.allclose(model(idx, full)['loss'], plain, rtol=1e-9)
 
 
+# -- the encoder-decoder -----------------------------------------------------------------------------------------
+
+
+def test_encoder_decoder_is_its_formula():
+    """out = ln(decoder(linear(enc), enc)), with attention_plain in each place and cross-attention written out here."""
+    model = tiny(**EVERY['encdec_subtract'], mlp='relu2')
+    c, idx = model.config, tokens(1, 9)
+    norm = lambda x, layer: F.layer_norm(x, x.shape[-1:], layer.weight, eps=1e-5)
+    mlp = lambda x, block: (norm(x, block.mlp_norm) @ block.mlp.in_proj.weight.T).relu() ** 2 @ block.mlp.out_proj.weight.T
+    x = model.tok_emb.weight[idx[0]] + model.pos_emb.weight[:9]
+    for block in model.encoder:
+        x = x + attention_plain(block.attn, norm(x, block.attn_norm), c)
+        x = x + mlp(x, block)
+    enc, x = x, x @ model.decoder_proj.weight.T
+    for block in model.decoder:
+        x = x + attention_plain(block.attn, norm(x, block.attn_norm), c)
+        w, source, d = block.cross.qkv_proj.weight, norm(enc, block.source_norm), c.n_embd // c.cross_n_head
+        q, k, v = norm(x, block.cross_norm) @ w[:32].T, source @ w[32:64].T, source @ w[64:].T
+        heads = [softmax_attention(*(part[:, h * d:(h + 1) * d] for part in (q, k, v)), True) for h in range(c.cross_n_head)]
+        x = x + torch.cat(heads, -1) @ block.cross.o_proj.weight.T
+        x = x + mlp(x, block)
+    x = norm(x, model.norm)
+    assert torch.allclose(model.hidden(idx)[0], x, rtol=1e-9)
+    assert torch.allclose(model(idx)[0], (x - model.pos_emb.weight[1:10]) @ model.tok_emb.weight.T, rtol=1e-9)
+
+
+@pytest.mark.parametrize('kind', ['mse', 'cosine', 'log_cosine'])
+@pytest.mark.parametrize('affine', [True, False])
+def test_embedding_loss_is_its_formula(kind, affine):
+    options = dict(embedding_loss=kind, embedding_loss_affine=affine, embedding_loss_coeff=3.0)
+    model = tiny(**EVERY['encdec'] | options)
+    idx, targets = tokens(2, 9), tokens(2, 9, seed=2)
+    embedded, encoded = model.tok_emb.weight[idx] + model.pos_emb.weight[:9], None
+    encoded = embedded
+    for block in model.encoder:
+        encoded = block(encoded)
+
+    def norm(x, layer):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
+        return x * layer.weight + layer.bias if affine else x
+
+    losses = []
+    for b in range(2):
+        for t in range(9):
+            mean = norm(embedded[b, :t + 1], model.embedding_loss_norm).mean(0)
+            target = norm(encoded[b, t], model.encoder_loss_norm)
+            cos = mean @ target / mean.norm() / target.norm()
+            losses.append({'mse': (mean - target).square().mean(), 'cosine': 1 - (cos + 1) / 2,
+                           'log_cosine': -torch.log((cos + 1) / 2)}[kind])
+    out = model(idx, targets)
+    plain = sum(losses) / len(losses)
+    assert torch.allclose(out['embedding_loss'], plain, rtol=1e-9)
+    assert torch.allclose(out['loss'], out['cross_entropy'] + 3 * plain, rtol=1e-9)
+    assert ('encoder_gain' in out) == affine
+    # the encoder's output is taken as given: no gradient goes through it
+    last = model.encoder[-1].mlp.out_proj.weight
+    assert torch.autograd.grad(out['embedding_loss'], last, allow_unused=True)[0] is None
+
+
 # -- closed formulas ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('causal', [True, False])
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name, causal', [(name, causal) for name in EVERY for causal in (True, False)
+                                          if causal or name in VARIANTS])
 def test_flops_formula_is_what_happens(name, causal):
-    model, T, M = tiny(dtype=torch.float32, **VARIANTS[name], causal=causal), 16, 4
+    options = EVERY[name] | ({} if name in ENCDEC_VARIANTS else dict(causal=causal))
+    model, T, M = tiny(dtype=torch.float32, **options), 16, 4
     idx, positions = tokens(2, T), torch.arange(M).repeat(2, 1)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model(idx, tokens(2, M, seed=2), positions)['loss'].backward()
     c = model.config
     counted = counter.get_total_flops() / (2 * T)
     # the kernels pad the narrower heads, and without the flash kernel causal attention forms all T*T scores
-    dv = c.v_head_dim or c.head_dim
-    wide = max(c.head_dim, dv)
-    useful = (c.head_dim + dv) * ((T + 1) / 2 if causal else T)
-    counted -= 3 * 2 * c.n_layer * c.n_head * (2 * wide * T - useful)
+    for attention in model.attentions():
+        d, dv = attention.head_dim, attention.v_head_dim
+        useful = (d + dv) * ((T + 1) / 2 if causal else T)
+        counted -= 3 * 2 * attention.n_head * (2 * max(d, dv) * T - useful)
     assert math.isclose(model.flops_per_token(T, predicted=M / T), counted, rel_tol=1e-9)
 
 
@@ -449,10 +587,25 @@ def test_initialisation():
     (dict(init_std=math.nan), 'finite'),
     (dict(mlp='glu'), 'takes one of gelu, swiglu, relu2'),
     (dict(n_decoder_layer=3), 'has no n_decoder_layer'),
+    (dict(subtract_next_position=True, learned_positions=False), 'needs learned_positions=True'),
+    (dict(subtract_next_position=True, causal=False), 'and causal=True'),
 ])
 def test_contradictions_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         make_model('transformer', **{**TINY, **options})
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(cross_n_head=5), 'not divisible by cross_n_head=5'),
+    (dict(n_layer=2, causal=True), 'has no causal'),
+    (dict(embedding_loss='l1'), 'takes one of none, mse, cosine, log_cosine'),
+    (dict(embedding_loss_coeff=0.0), 'above zero'),
+    (dict(MLA, rope_key='shared', rope_dims=4), "rope_key='shared' needs rope_dims"),
+    (dict(subtract_next_position=True, learned_positions=False), 'needs learned_positions=True'),
+])
+def test_contradictions_of_the_encoder_decoder_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_model('encoder_decoder', **{**TINY, **options})
 
 
 def test_unknown_architecture():
@@ -465,17 +618,17 @@ def test_too_long_a_sequence():
         tiny()(tokens(1, 17))
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'subspaces'])
+@pytest.mark.parametrize('name', ['gpt2', 'subspaces', 'encdec_subtract'])
 def test_one_batch_can_be_learned_by_heart(name):
     torch.manual_seed(0)
-    model = make_model('transformer', **{**TINY, **VARIANTS[name]})
+    model = make_model(**{**TINY, **EVERY[name]})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     idx, targets = tokens(4, 16), tokens(4, 16, seed=2)
     for _ in range(200):
         optimizer.zero_grad()
         model(idx, targets)['loss'].backward()
         optimizer.step()
-    assert model(idx, targets)['loss'].item() < 0.1
+    assert model.eval()(idx, targets)['loss'].item() < 0.1  # in evaluation the cross-entropy alone
 
 
 def test_compiled_without_graph_breaks_and_equal():

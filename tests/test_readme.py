@@ -18,7 +18,7 @@ NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_laye
 @pytest.fixture
 def copy(workspace):
     """A copy of the repository, as a clone would be, with a small corpus in place of what the hub holds."""
-    for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'config'):
+    for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'config'):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
     (workspace / 'corpus.csv').write_text('text\n' + '\n'.join(f'"{text.strip()}"' for text in corpus(200)) + '\n')
@@ -67,6 +67,17 @@ def test_the_commands_of_the_experiments(copy):
             run(command, *NO_HUB, *CUT_SHORT)
 
 
+def test_the_commands_of_generation(copy):
+    commands = [c for c in COMMANDS if 'sample.py' in c or 'bench.py' in c]
+    assert len(commands) == 3
+    small = NO_HUB + CUT_SHORT + ['--tokenizer=bpe', '--micro_batch_size=4']
+    run('python train.py config/decoder.py', *small)
+    (copy / 'prompt.txt').write_text('the river')
+    for command in commands[:2]:
+        assert 'he' in run(command, '--max_new_tokens=5')
+    assert 'encdec_mse_pos' in run(commands[2], '--n_layer=1', '--vocab_size=300', '--rounds=1')
+
+
 def test_the_commands_of_fine_tuning(copy):
     commands = [c for c in COMMANDS if 'finetune_sst2.py' in c]
     assert len(commands) == 4
@@ -107,5 +118,5 @@ def test_add_your_own_attention(copy):
 
 def test_every_file_that_the_readme_names_exists():
     for name in re.findall(r'[`(]([\w./]+\.(?:py|md|txt))[`)]', README):
-        if name not in ('input.txt',):
+        if name not in ('input.txt', 'prompt.txt'):
             assert (REPOSITORY / name).exists() or (REPOSITORY / 'config' / name).exists(), name

@@ -1,0 +1,8 @@
+"""encdec_mse.py with the cosine in place of the squared error: it sees directions alone.
+
+Parameters: 15,763,500 (positions not counted).
+"""
+from config.encdec import *
+
+embedding_loss = 'cosine'
+embedding_loss_coeff = 1.0

@@ -1,0 +1,16 @@
+"""encdec_mse_pos.py at the size of GPT-2 small: 768 wide, heads of 64, 1,024 tokens.
+
+Asks: what it does at a size that people use. Nothing is published for it; meant for 8 GPUs:
+torchrun --nproc_per_node=8 train.py config/encdec_gpt2.py
+"""
+from config.encdec_mse_pos import *
+
+block_size = 1024
+n_layer = 6  # and as many in the decoder: twelve blocks, as GPT-2 small has
+n_embd = 768
+n_head = 12
+cross_n_head = 12
+batch_size = 480
+micro_batch_size = 12
+learning_rate = 6e-4
+min_lr = 6e-5

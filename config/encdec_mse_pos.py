@@ -1,0 +1,9 @@
+"""encdec.py with both: an embedding loss (squared error, coefficient 8) and subtracted positions.
+
+The best published variant: validation loss 3.378 after 9,000 steps, against 3.424 of decoder.py.
+Parameters: 15,763,500 (positions not counted).
+"""
+from config.encdec_pos import *
+
+embedding_loss = 'mse'
+embedding_loss_coeff = 8.0

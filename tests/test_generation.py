@@ -1,0 +1,124 @@
+"""Caches hold what they say and change no logit; sampling draws from the distribution that it names."""
+
+import math
+
+import pytest
+import torch
+
+from model import Cache, make_model, sample_token
+from test_model import EVERY, MLA, VARIANTS, tiny, tokens
+
+CAUSAL = [name for name in EVERY]
+
+
+@pytest.mark.parametrize('pieces', [(16,), (1,) * 16, (5, 1, 1, 4, 1, 3, 1), (15, 1)])
+@pytest.mark.parametrize('name', CAUSAL)
+def test_cached_logits_are_the_uncached_ones(name, pieces):
+    model = tiny(**EVERY[name]).eval()
+    idx, cache = tokens(3, 16), model.init_cache(3, 16)
+    parts, start = [], 0
+    with torch.no_grad():
+        whole = model(idx)
+        for n in pieces:
+            parts.append(model(idx[:, start:start + n], cache=cache))
+            start += n
+    assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-9
+    assert cache.n_bytes() == 3 * 16 * model.cache_bytes_per_token()  # the formula, counted
+    cache.n_tokens = 7  # going back forgets what came later
+    with torch.no_grad():
+        again = model(idx[:, 7:9], cache=cache)
+    assert (again - whole[:, 7:9]).abs().max() < 1e-9
+
+
+def test_a_cache_is_static():
+    """Room is taken once, at the first token."""
+    model = tiny(**MLA).eval()
+    cache = model.init_cache(2, 16)
+    with torch.no_grad():
+        model(tokens(2, 3), cache=cache)
+        before = [buffer.data_ptr() for buffers in cache.buffers.values() for buffer in buffers]
+        for t in range(13):
+            model(tokens(2, 1, seed=t), cache=cache)
+    assert [buffer.data_ptr() for buffers in cache.buffers.values() for buffer in buffers] == before
+    assert cache.n_tokens == 16
+    with pytest.raises(ValueError, match='17 tokens, but the cache has room for 16'):
+        model(tokens(2, 1), cache=cache)
+    with pytest.raises(ValueError, match='1 sequences, but the cache was made for 2'):
+        model(tokens(1, 1), cache=Cache(2, 16))
+    with pytest.raises(ValueError, match='block_size is 16'):
+        model.init_cache(1, 17)
+    with pytest.raises(ValueError, match='an encoder has nothing to cache'):
+        tiny(**MLA, causal=False).init_cache(1, 16)
+
+
+def test_single_tokens_are_absorbed(monkeypatch):
+    """One token a step makes no keys and values of the whole context, only what has to be rotated."""
+    import model as m
+    model = tiny(**VARIANTS['mla_shared']).eval()
+    cache, rows = model.init_cache(1, 16), []
+    plain = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, 'forward', lambda self, x: rows.append(x.size(1)) or plain(self, x))
+    with torch.no_grad():
+        model(tokens(1, 9), cache=cache)
+        assert set(rows) == {9}
+        rows.clear()
+        monkeypatch.setattr(m, 'attend', None)  # not needed either
+        model(tokens(1, 1), cache=cache)
+    assert set(rows) == {1}
+
+
+@pytest.mark.parametrize('name', ['gpt2', 'mla_shared', 'subtract', 'encdec_subtract', 'encdec_mla'])
+def test_generation_past_the_window(name):
+    """Greedy tokens are those of the plain loop over the last block_size tokens, with the cache and without."""
+    model, idx = tiny(**EVERY[name]).eval(), tokens(2, 5)
+    expected = idx
+    with torch.no_grad():
+        for _ in range(24):
+            expected = torch.cat((expected, model(expected[:, -16:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(idx, 24, temperature=0), expected)
+    assert torch.equal(model.generate(idx, 24, temperature=0, use_cache=False), expected)
+    long = tokens(2, 30)
+    assert torch.equal(model.generate(long, 3, temperature=0)[:, 30:], model.generate(long[:, -16:], 3, temperature=0)[:, 16:])
+
+
+def test_several_samples_of_one_prompt_and_seeds():
+    model = tiny(**MLA).eval()
+    idx = tokens(1, 4).expand(5, -1)
+    out = model.generate(idx, 8, seed=3)
+    assert torch.equal(out, model.generate(idx, 8, seed=3)) and not torch.equal(out, model.generate(idx, 8, seed=4))
+    assert len({tuple(row.tolist()) for row in out}) == 5
+    assert torch.equal(out, model.generate(idx, 8, seed=3, use_cache=False))
+
+
+def test_stops_at_the_end_of_text():
+    model = tiny(**MLA).eval()
+    idx = tokens(4, 3)
+    free = model.generate(idx, 12, seed=0)
+    stop = free[0, 5].item()
+    out = model.generate(idx, 12, seed=0, stop=stop)
+    assert (out[0, 5:] == stop).all()
+    for row, same in zip(out, free):
+        ends = (row[3:] == stop).nonzero()
+        n = 3 + (ends[0].item() + 1 if len(ends) else len(row) - 3)
+        assert torch.equal(row[:n], same[:n]) and (row[n:] == stop).all()
+    one = model.generate(idx[:1], 12, seed=0, temperature=0)
+    assert model.generate(idx[:1], 12, temperature=0, stop=one[0, 4].item()).size(1) <= 5
+
+
+def test_sampling_draws_from_its_distribution():
+    logits = torch.tensor([2.0, 1.0, 0.5, -1.0, -9.0])
+    p = (logits / 0.7).softmax(-1)
+    kept = {'all': [0, 1, 2, 3, 4], 'top_k': [0, 1], 'top_p': [0, 1]}
+    assert p[0] < 0.8 <= p[0] + p[1]  # so that a nucleus of 0.8 is two tokens
+    for name, options in (('all', {}), ('top_k', dict(top_k=2)), ('top_p', dict(top_p=0.8))):
+        generator = torch.Generator().manual_seed(0)
+        draws = sample_token(logits.expand(20_000, -1), 0.7, generator=generator, **options)
+        share = torch.bincount(draws, minlength=5) / 20_000
+        wanted = torch.zeros(5)
+        wanted[kept[name]] = p[kept[name]] / p[kept[name]].sum()
+        assert (share - wanted).abs().max() < 0.012, name
+    assert sample_token(logits[None], top_k=99).shape == (1,)
+    assert set(sample_token(logits.expand(500, -1), top_p=1e-9).tolist()) == {0}  # never nothing
+    assert sample_token(logits[None], 0).item() == 0
+    with pytest.raises(ValueError, match='temperature=-1'):
+        sample_token(logits[None], -1)

@@ -1,0 +1,121 @@
+"""sample.py and the decode part of bench.py, on runs of a few steps."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench
+import sample
+import train
+from config import UserError
+from conftest import corpus, shell, REPOSITORY
+from train import load_run
+
+SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=1', '--n_head=2',
+         '--n_embd=32', '--batch_size=8', '--max_iters=2', '--eval_iters=1', '--log_interval=1', '--device=cpu']
+ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True']
+
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    """Two causal runs and an encoder: decoder, encdec, encoder."""
+    folder = tmp_path_factory.mktemp('runs')
+    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(100))
+    (folder / 'corpus.csv').write_text(f'text\n{lines}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, options in (('decoder', []), ('encdec', ENCDEC), ('encoder', ['--causal=False'])):
+            patch.setattr('sys.argv', ['train.py', *SMALL, *options, f'--out_dir={name}'])
+            train.main()
+    return folder
+
+
+@pytest.fixture
+def folder(runs, workspace):
+    shutil.copytree(runs, workspace, dirs_exist_ok=True)
+    return workspace
+
+
+def test_the_parts_of_the_loss_are_recorded(folder):
+    lines = [json.loads(line) for line in Path('encdec/metrics.jsonl').read_text().splitlines()]
+    parts = next(line for line in lines if 'train_loss' in line)
+    assert parts['train_loss'] == pytest.approx(parts['train_cross_entropy'] + parts['train_embedding_loss'], rel=1e-5)
+    assert parts['train_embedding_gain'] == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize('run', ['decoder', 'encdec'])
+def test_text_is_what_the_model_draws(folder, script, capsys, run):
+    arguments = [f'--out_dir={run}', '--start=the river', '--max_new_tokens=60', '--device=cpu', '--seed=4']
+    script(sample, *arguments)
+    out = capsys.readouterr()
+    model, tokenizer, _ = load_run(run)
+    prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode('the river')]])
+    ids = model.generate(prompt, 60, temperature=0.8, top_k=200, seed=4, stop=tokenizer.eot, n_ids=257)[0, 1:].tolist()
+    ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
+    assert out.out == tokenizer.decode(ids) + '\n'
+    assert 'tokens/s' in out.err
+    script(sample, *arguments)
+    assert capsys.readouterr().out == out.out
+    Path('prompt.txt').write_text('the river')
+    script(sample, *[a.replace('the river', 'FILE:prompt.txt') for a in arguments], '--num_samples=3')
+    several = capsys.readouterr().out.split('\n---\n')
+    assert len(several) == 3 and len(set(several)) == 3 and all(text.startswith('the river') for text in several)
+
+
+def test_characters_are_shown_whole(capsys):
+    tokenizer = train.Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
+    sample.show(tokenizer, [*'é漢'.encode(), tokenizer.eot, tokenizer.eot, 0xe6])
+    assert capsys.readouterr().out == 'é漢\ufffd\n'
+
+
+def test_a_long_start_says_what_is_dropped(folder, script, capsys):
+    script(sample, '--out_dir=decoder', f'--start={"x" * 50}', '--max_new_tokens=3', '--device=cpu')
+    assert 'the start has 51 tokens, the model sees 32: the first 19 are dropped' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['--out_dir=encoder'], 'encoder: an encoder, which fills gaps and writes no text'),
+    (['--out_dir=nowhere'], 'nowhere/ckpt.pt: there is no such checkpoint'),
+    ([], 'which run? --out_dir=RUN'),
+    (['--out_dir=decoder', '--temperature=-0.5'], 'temperature=-0.5: takes a finite number from zero up'),
+    (['--out_dir=decoder', '--top_p=1.5'], 'top_p=1.5: takes a probability'),
+    (['--out_dir=decoder', '--top_k=0'], 'top_k=0: takes a finite number above zero'),
+    (['--out_dir=decoder', '--start=FILE:nowhere.txt'], 'FILE:nowhere.txt: cannot be read as text'),
+    (['--out_dir=decoder', '--start=FILE:decoder/ckpt.pt'], 'FILE:decoder/ckpt.pt: cannot be read as text'),
+])
+def test_refusals(folder, script, arguments, message):
+    with pytest.raises(UserError) as error:
+        script(sample, *arguments, '--device=cpu')
+    assert message in str(error.value)
+
+
+def test_refuses_a_run_without_a_tokenizer(folder, script):
+    Path('decoder/tokenizer.json').unlink()
+    with pytest.raises(UserError, match='decoder/tokenizer.json: there is no such tokenizer file'):
+        script(sample, '--out_dir=decoder')
+
+
+def test_a_reader_that_leaves_early_is_no_error(folder):
+    """As `| head` does: the pipe is closed before anything is written."""
+    result = shell('-c', 'import os, sys; sys.path.insert(0, sys.argv[1]); os.close(1); r, w = os.pipe(); os.close(r); '
+                   'os.dup2(w, 1); import config; sys.argv = ["x.py"]; config.run(lambda: print("x" * 10 ** 6))', REPOSITORY)
+    assert result.returncode == 141 and 'Traceback' not in result.stderr
+
+
+def test_bench_measures_decoding(folder, script, capsys):
+    small = ['--n_layer=1', '--n_embd=20', '--n_head=5', '--vocab_size=300', '--rounds=1', '--context=40', '--device=cpu']
+    paths = [REPOSITORY / f'config/{name}.py' for name in ('decoder', 'encdec_mse_pos')]
+    script(bench, *paths, *small, '--json=True')
+    lines = json.loads(capsys.readouterr().out)
+    assert [line['config'] for line in lines] == ['decoder', 'encdec_mse_pos']
+    for line in lines:
+        assert line['cache_bytes_per_token'] == line['cache_bytes_per_token_counted']
+        assert 0 < line['decode_ms_per_token'] < 1000 and 0 < line['weights_read_ms'] < line['decode_ms_per_token_uncached']
+    script(bench, *paths, *small)
+    out = capsys.readouterr().out
+    assert 'decoder' in out and 'encdec_mse_pos' in out
+    with pytest.raises(UserError, match='an encoder generates nothing'):
+        script(bench, REPOSITORY / 'config/mla.py', '--vocab_size=300')
