@@ -108,16 +108,33 @@ class Attention(nn.Module):
     """What every attention shares. A subclass builds its projections, `o_proj` among them, and says in `qkv` how
     queries, keys and values come about; `options` names the options that it alone understands.
 
-    Keys and values come from x, or in cross-attention from `source`, another sequence at the same positions. With a
-    cache, x and source hold the new tokens alone, and the keys and values of those before come from it.
+    Keys and values come from x, or in cross-attention, built with source_width, from `source`, another sequence of
+    that width at the same positions. With a cache, x and source hold the new tokens alone, and the keys and values of
+    those before come from it.
     """
 
     options = ()
 
-    def __init__(self, config):
+    def __init__(self, config, source_width=None):
         super().__init__()
         self.n_head, self.head_dim, self.v_head_dim = config.n_head, config.head_dim, config.head_dim
         self.causal, self.dropout = config.causal, config.attention_dropout
+
+    def add_projections(self, name, width, source_width, n_q, *n_kv, bias=False):
+        """The first projections of queries and of what keys and values are made of: one matrix, qkv_NAME, or for
+        cross-attention two, q_NAME and kv_NAME. `project` applies them."""
+        self.projections = [f'q_{name}', f'kv_{name}'] if source_width else [f'qkv_{name}']
+        if source_width:
+            setattr(self, f'q_{name}', nn.Linear(width, n_q, bias=bias))
+            setattr(self, f'kv_{name}', fused_linear(source_width, *n_kv, bias=bias))
+        else:
+            setattr(self, f'qkv_{name}', fused_linear(width, n_q, *n_kv, bias=bias))
+
+    def project(self, x, source):
+        *first, last = (getattr(self, name) for name in self.projections)
+        if source is None:
+            return last(x).split(last.splits, dim=-1)
+        return first[0](x), *last(source).split(last.splits, dim=-1)
 
     def qkv(self, x, rope, source, cache):
         """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv), rotated where the options say so."""
@@ -140,32 +157,22 @@ class Attention(nn.Module):
         raise NotImplementedError
 
 
-def project(layer, x, source):
-    """The projections of a fused_linear: all of them of x, or in cross-attention the first, the queries', of x and the
-    others of source."""
-    if source is None:
-        return layer(x).split(layer.splits, dim=-1)
-    n, rest = layer.splits[0], layer.splits[1:]
-    b_q, b_kv = (None, None) if layer.bias is None else (layer.bias[:n], layer.bias[n:])
-    return F.linear(x, layer.weight[:n], b_q), *F.linear(source, layer.weight[n:], b_kv).split(rest, dim=-1)
-
-
 class MHA(Attention):
     """Multi-head attention; with n_kv_head < n_head, grouped-query attention."""
 
     options = ('n_kv_head', 'qk_norm', 'bias')
 
-    def __init__(self, config):
+    def __init__(self, config, source_width=None):
         super().__init__(config)
         self.n_kv_head = config.n_kv_head or config.n_head
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.qkv_proj = fused_linear(config.n_embd, q_width, kv_width, kv_width, bias=config.bias)
+        self.add_projections('proj', config.n_embd, source_width, q_width, kv_width, kv_width, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
 
     def qkv(self, x, rope, source, cache):
-        q, k, v = project(self.qkv_proj, x, source)
+        q, k, v = self.project(x, source)
         q = self.q_norm(split_heads(q, self.n_head))
         k = self.k_norm(split_heads(k, self.n_kv_head))
         v = split_heads(v, self.n_kv_head)
@@ -191,7 +198,7 @@ class MLA(Attention):
 
     options = ('q_latent', 'kv_latent', 'o_latent', 'rope_key', 'v_head_dim', 'o_norm')
 
-    def __init__(self, config):
+    def __init__(self, config, source_width=None):
         super().__init__(config)
         self.v_head_dim = config.v_head_dim or config.head_dim
         self.kv_latent, self.rope_dims = config.kv_latent, config.rope_dims
@@ -199,7 +206,8 @@ class MLA(Attention):
         q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
         k_width = q_width - self.n_head * self.shared_dims
 
-        self.qkv_a_proj = fused_linear(config.n_embd, config.q_latent or q_width, self.kv_latent, self.shared_dims)
+        self.add_projections('a_proj', config.n_embd, source_width, config.q_latent or q_width, self.kv_latent,
+                             self.shared_dims)
         self.q_a_norm = RMSNorm(config.q_latent) if config.q_latent else nn.Identity()
         self.q_b_proj = nn.Linear(config.q_latent, q_width, bias=False) if config.q_latent else nn.Identity()
         self.kv_a_norm = RMSNorm(self.kv_latent)
@@ -210,7 +218,7 @@ class MLA(Attention):
             self.o_proj = nn.Linear(v_width, config.n_embd, bias=False)
 
     def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
-        q, latent, k_shared = project(self.qkv_a_proj, x, source)
+        q, latent, k_shared = self.project(x, source)
         q, latent = split_heads(self.q_b_proj(self.q_a_norm(q)), self.n_head), self.kv_a_norm(latent)
         if rope is not None:
             q = rotate(q, rope)
@@ -333,7 +341,7 @@ class CrossBlock(Block):
     def __init__(self, config, layer):
         super().__init__(config, layer)
         self.cross_norm, self.source_norm = (make_norm(config.norm, config.n_embd) for _ in range(2))
-        self.cross = (MHA if layer < config.n_dense else ATTENTIONS[config.attention])(config.cross())
+        self.cross = (MHA if layer < config.n_dense else ATTENTIONS[config.attention])(config.cross(), config.n_embd)
 
     def forward(self, x, source, rope=None, cross_rope=None, cache=None):
         x = x + self.dropout(self.attn(self.attn_norm(x), rope, None, None, cache))

@@ -140,6 +140,7 @@ def test_reference_outputs(name):
 
 ENCDEC_NAMES = [('encoder_transformer_blocks.', 'encoder.'), ('decoder_transformer_blocks.', 'decoder.'),
                 ('decoder_multi_attn_head.', 'attn.'), ('cross_multi_attn_head.residual_proj', 'cross.o_proj'),
+                ('cross_multi_attn_head.q_weights', 'cross.q_proj'), ('cross_multi_attn_head.k_v_weights', 'cross.kv_proj'),
                 ('multi_attn_head.', 'attn.'), ('batch_attn_weights', 'qkv_proj'), ('attn.residual_proj', 'attn.o_proj'),
                 ('decoder_feed_forward.weight', 'decoder_proj.weight'), ('decoder_feed_forward', 'feed_forward'),
                 ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
@@ -149,15 +150,12 @@ ENCDEC_NAMES = [('encoder_transformer_blocks.', 'encoder.'), ('decoder_transform
 
 
 def our_encdec_arrays(arrays, kind):
-    """The arrays `param:*` or `grad:*` under our names; cross-attention's query and key-value matrices are one of ours."""
-    theirs = {name.split(':')[1]: array for name, array in arrays.items() if name.startswith(kind)}
+    """The arrays `param:*` or `grad:*` under our names."""
     ours = {}
-    for name, array in theirs.items():
-        if 'k_v_weights' in name:
+    for name, array in arrays.items():
+        if not name.startswith(kind):
             continue
-        if 'q_weights' in name:
-            array = np.concatenate((array, theirs[name.replace('q_weights', 'k_v_weights')]))
-            name = name.replace('cross_multi_attn_head.q_weights', 'cross.qkv_proj')
+        name = name.split(':')[1]
         for their, our in ENCDEC_NAMES:
             name = name.replace(their, our)
         ours[name.replace('ln.', 'norm.', 1) if name.startswith('ln.') else name] = array
@@ -481,8 +479,8 @@ def test_encoder_decoder_is_its_formula():
     enc, x = x, x @ model.decoder_proj.weight.T
     for block in model.decoder:
         x = x + attention_plain(block.attn, norm(x, block.attn_norm), c)
-        w, source, d = block.cross.qkv_proj.weight, norm(enc, block.source_norm), c.n_embd // c.cross_n_head
-        q, k, v = norm(x, block.cross_norm) @ w[:32].T, source @ w[32:64].T, source @ w[64:].T
+        w, source, d = block.cross.kv_proj.weight, norm(enc, block.source_norm), c.n_embd // c.cross_n_head
+        q, k, v = norm(x, block.cross_norm) @ block.cross.q_proj.weight.T, source @ w[:32].T, source @ w[32:].T
         heads = [softmax_attention(*(part[:, h * d:(h + 1) * d] for part in (q, k, v)), True) for h in range(c.cross_n_head)]
         x = x + torch.cat(heads, -1) @ block.cross.o_proj.weight.T
         x = x + mlp(x, block)
