@@ -52,11 +52,15 @@ def linear(n_in, n_out, bias, rank=None, inner_norm=False):
 
 
 def fused_linear(n_in, *n_outs, bias=False):
-    """One matrix for several projections of the same input. `splits` says which rows are whose: the forward pass
-    splits the output by it, and Muon, which orthogonalises one projection at a time, splits the weight."""
+    """One matrix for several projections of the same input. `splits` says which rows are whose: split_fused splits the
+    output by it, and Muon, which orthogonalises one projection at a time, the weight."""
     layer = nn.Linear(n_in, sum(n_outs), bias=bias)
     layer.splits = n_outs
     return layer
+
+
+def split_fused(layer, x):
+    return layer(x).split(layer.splits, dim=-1)
 
 
 def rope_table(length, rope_dims, theta):
@@ -120,22 +124,6 @@ class Attention(nn.Module):
         self.n_head, self.head_dim, self.v_head_dim = config.n_head, config.head_dim, config.head_dim
         self.causal, self.dropout = config.causal, config.attention_dropout
 
-    def add_projections(self, name, width, source_width, n_q, *n_kv, bias=False):
-        """The first projections of queries and of what keys and values are made of: one matrix, qkv_NAME, or for
-        cross-attention two, q_NAME and kv_NAME. `project` applies them."""
-        self.projections = [f'q_{name}', f'kv_{name}'] if source_width else [f'qkv_{name}']
-        if source_width:
-            setattr(self, f'q_{name}', nn.Linear(width, n_q, bias=bias))
-            setattr(self, f'kv_{name}', fused_linear(source_width, *n_kv, bias=bias))
-        else:
-            setattr(self, f'qkv_{name}', fused_linear(width, n_q, *n_kv, bias=bias))
-
-    def project(self, x, source):
-        *first, last = (getattr(self, name) for name in self.projections)
-        if source is None:
-            return last(x).split(last.splits, dim=-1)
-        return first[0](x), *last(source).split(last.splits, dim=-1)
-
     def qkv(self, x, rope, source, cache):
         """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv), rotated where the options say so."""
         raise NotImplementedError
@@ -166,13 +154,20 @@ class MHA(Attention):
         super().__init__(config)
         self.n_kv_head = config.n_kv_head or config.n_head
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.add_projections('proj', config.n_embd, source_width, q_width, kv_width, kv_width, bias=config.bias)
+        if source_width is None:
+            self.qkv_proj = fused_linear(config.n_embd, q_width, kv_width, kv_width, bias=config.bias)
+        else:
+            self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.bias)
+            self.kv_proj = fused_linear(source_width, kv_width, kv_width, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
 
     def qkv(self, x, rope, source, cache):
-        q, k, v = self.project(x, source)
+        if source is None:
+            q, k, v = split_fused(self.qkv_proj, x)
+        else:
+            q, (k, v) = self.q_proj(x), split_fused(self.kv_proj, source)
         q = self.q_norm(split_heads(q, self.n_head))
         k = self.k_norm(split_heads(k, self.n_kv_head))
         v = split_heads(v, self.n_kv_head)
@@ -206,8 +201,12 @@ class MLA(Attention):
         q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
         k_width = q_width - self.n_head * self.shared_dims
 
-        self.add_projections('a_proj', config.n_embd, source_width, config.q_latent or q_width, self.kv_latent,
-                             self.shared_dims)
+        q_a_width = config.q_latent or q_width
+        if source_width is None:
+            self.qkv_a_proj = fused_linear(config.n_embd, q_a_width, self.kv_latent, self.shared_dims)
+        else:
+            self.q_a_proj = nn.Linear(config.n_embd, q_a_width, bias=False)
+            self.kv_a_proj = fused_linear(source_width, self.kv_latent, self.shared_dims)
         self.q_a_norm = RMSNorm(config.q_latent) if config.q_latent else nn.Identity()
         self.q_b_proj = nn.Linear(config.q_latent, q_width, bias=False) if config.q_latent else nn.Identity()
         self.kv_a_norm = RMSNorm(self.kv_latent)
@@ -218,7 +217,10 @@ class MLA(Attention):
             self.o_proj = nn.Linear(v_width, config.n_embd, bias=False)
 
     def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
-        q, latent, k_shared = self.project(x, source)
+        if source is None:
+            q, latent, k_shared = split_fused(self.qkv_a_proj, x)
+        else:
+            q, (latent, k_shared) = self.q_a_proj(x), split_fused(self.kv_a_proj, source)
         q, latent = split_heads(self.q_b_proj(self.q_a_norm(q)), self.n_head), self.kv_a_norm(latent)
         if rope is not None:
             q = rotate(q, rope)
@@ -227,7 +229,7 @@ class MLA(Attention):
             latent, k_shared = cache.extend(self, latent, k_shared)
             if x.size(1) == 1:
                 return self.absorbed(q[:, :, 0], latent, k_shared, rope)
-        k, v = self.kv_b_proj(latent).split(self.kv_b_proj.splits, dim=-1)
+        k, v = split_fused(self.kv_b_proj, latent)
         k, v = split_heads(k, self.n_head), split_heads(v, self.n_head)
         if self.shared_dims:
             k_shared = k_shared[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
