@@ -4,8 +4,9 @@
     python bench.py config/decoder.py config/encdec.py      # these
     python bench.py config/decoder.py --context=100 --json=True
 
-Decoding: milliseconds for one token of one sequence at `context` tokens, with the cache and without, beside the time
-to read the weights once in this process, which no decoder of one sequence can beat. Medians of rounds that take turns.
+Decoding: milliseconds for one token of one sequence at `context` tokens (or block_size, if that is less), with the
+cache and without, beside the time to read once, in this process, the weights that a token needs. Medians of rounds
+that take turns.
 """
 
 import json
@@ -36,6 +37,8 @@ class BenchOptions(MachineOptions):
 
     def __post_init__(self):
         self.check_numbers('seed')
+        if self.context < 2:
+            raise UserError(f'context={self.context}: takes two tokens or more, one to go on from and one to decode')
 
 
 def clock(device, work):
@@ -56,7 +59,10 @@ def decode(model, options, machine):
     n = min(CACHED_TOKENS, size - 1)
     idx = torch.randint(model.config.vocab_size, (1, size), device=machine.device)
     last = torch.full((1, 1), size - 1, device=machine.device)
-    weights = torch.cat([p.flatten() for p in model.parameters()])
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {id(model.head_weight())}
+    weights = torch.cat([p.flatten() for p in model.parameters() if id(p) not in tables])  # of a table a token reads a row
+    dtype = torch.bfloat16 if machine.bf16 else weights.dtype
+    weights = weights.to(dtype)
     cache = model.init_cache(1, size)
 
     def cached():
@@ -73,9 +79,9 @@ def decode(model, options, machine):
             if round:  # the first one warms up
                 for name, value in seconds.items():
                     times[name].append(1e3 * value)
-    return dict(decode_ms_per_token=statistics.median(times['cached']),
+    return dict(context=size, decode_ms_per_token=statistics.median(times['cached']),
                 decode_ms_per_token_uncached=statistics.median(times['uncached']),
-                weights_read_ms=statistics.median(times['read']), cache_bytes_per_token=model.cache_bytes_per_token(),
+                weights_read_ms=statistics.median(times['read']), cache_bytes_per_token=model.cache_bytes_per_token(dtype),
                 cache_bytes_per_token_counted=cache.n_bytes() / size)
 
 
@@ -91,7 +97,7 @@ def main():
     lines = []
     for path in paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')):
         flat, name = config.load([str(path), *overrides], *known)
-        training, model_options = split_options({k: v for k, v in flat.items() if k in ('seed', 'device', 'dtype') or k not in own})
+        training, model_options = split_options({k: v for k, v in flat.items() if k not in own})
         recipe = TrainOptions(**training, vocab_size=flat.get('vocab_size'))
         model_options['vocab_size'] = flat.get('vocab_size') or prepare.vocab_size_of(recipe)
         torch.manual_seed(options.seed)
@@ -110,11 +116,12 @@ def main():
 def show(lines):
     """Prints the last line of the table, under its heading if it is the first."""
     if len(lines) == 1:
-        print(f'{"":18}{"parameters":>12}{"cached":>10}{"uncached":>10}{"weights":>10}{"ratio":>7}{"cache bytes a token":>21}\n'
-              f'{"":18}{"":>12}{"ms/token":>10}{"ms/token":>10}{"read, ms":>10}{"":>7}{"formula / counted":>21}')
+        for words in (('parameters', 'context', 'cached', 'uncached', 'weights', 'ratio', 'cache bytes a token'),
+                      ('', 'tokens', 'ms/token', 'ms/token', 'read, ms', '', 'formula / counted')):
+            print(' ' * 18 + ''.join(word.rjust(n) for word, n in zip(words, (12, 9, 10, 10, 10, 7, 21))))
     line = lines[-1]
     ratio = line['decode_ms_per_token'] / line['weights_read_ms']
-    print(f'{line["config"]:18}{line["params"]:12,}{line["decode_ms_per_token"]:10.2f}'
+    print(f'{line["config"]:18}{line["params"]:12,}{line["context"]:9,}{line["decode_ms_per_token"]:10.2f}'
           f'{line["decode_ms_per_token_uncached"]:10.2f}{line["weights_read_ms"]:10.2f}{ratio:7.1f}'
           f'{line["cache_bytes_per_token"]:11,} / {line["cache_bytes_per_token_counted"]:,.0f}', flush=True)
 

@@ -8,6 +8,7 @@ Writes sst2.json, sst2_predictions.tsv (text, label, probability of a positive o
 the run folder; with from_scratch their names begin with sst2_from_scratch.
 """
 
+import copy
 import dataclasses
 import json
 import math
@@ -53,6 +54,7 @@ class FinetuneOptions(MachineOptions):
     classifier_dropout: float = 0.1  # before the classifier
     weight_decay: float = 0.0  # on matrices and embeddings
     log_interval: int = 100  # steps between lines
+    wandb: bool = False  # log to Weights & Biases too, project encoder-pretrain-sst2
     predict: str = ''  # classify this sentence with the fine-tuned run, and end
 
     def __post_init__(self):
@@ -72,38 +74,38 @@ class FinetuneOptions(MachineOptions):
 # data
 
 
-def read_split(files, split):
-    """[(sentence, label)] of one split, from local files or from the hub if that is None."""
-    examples = []
-    for part in [None] if files is None else [[file] for file in files]:
-        where, row = part[0] if part else f'stanfordnlp/sst2 ({split})', 0
-        for batch in prepare.batches('sst2', part, split, REMEDY):
-            for column in ('sentence', 'label'):
-                if column not in batch:
-                    raise UserError(f'{where}: no column {column!r} among {", ".join(batch)}: takes sentence and label')
-            for sentence, label in zip(batch['sentence'], batch['label']):
-                row, sentence = row + 1, ' '.join(str(sentence or '').split())
-                if not sentence:
-                    raise UserError(f'{where}, row {row}: the sentence is empty: take the row out')
-                if str(label) not in ('0', '1'):
-                    raise UserError(f'{where}, row {row}: label {label!r}: takes 0 (negative) or 1 (positive)')
-                examples.append((sentence, int(label)))
+def read_split(file, split):
+    """[(sentence, label)] of one split, from a tsv or from the hub if that is None."""
+    examples, where = [], file or f'stanfordnlp/sst2 ({split})'
+    for batch in prepare.batches('sst2', file and [str(file)], split, REMEDY):
+        for column in ('sentence', 'label'):
+            if column not in batch:
+                raise UserError(f'{where}: no column {column!r} among {", ".join(batch)}: takes sentence and label')
+        for sentence, label in zip(batch['sentence'], batch['label']):
+            row, sentence = len(examples) + 1, ' '.join(str(sentence or '').split())
+            if not sentence:
+                raise UserError(f'{where}, row {row}: the sentence is empty: take the row out')
+            if str(label) not in ('0', '1'):
+                raise UserError(f'{where}, row {row}: label {label!r}: takes 0 (negative) or 1 (positive)')
+            examples.append((sentence, int(label)))
     return examples
 
 
 def read_sst2(options):
     """{train, validation, test}: lists of (sentence, label). The training split gives training and validation, 90/10 at
     random; its own validation split ('dev'), whose labels are public, is the test."""
-    train_files, dev_files = prepare.local_files(options.data_dir, '--data_dir') if options.data_dir else (None, None)
-    if dev_files == []:
-        raise UserError(f'--data_dir={options.data_dir}: no dev.tsv in it: it is the test')
-    train, test = read_split(train_files, 'train'), read_split(dev_files, 'validation')
+    files = [Path(options.data_dir) / name for name in ('train.tsv', 'dev.tsv')] if options.data_dir else [None, None]
+    for file in files:
+        if file and not file.is_file():
+            raise UserError(f'--data_dir={options.data_dir}: there is no {file.name} in it')
+    train, test = read_split(files[0], 'train'), read_split(files[1], 'validation')
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
     n_held_out = len(train) // 10
     validation, rest = order[:n_held_out], order[n_held_out:]
     n = options.train_examples or len(rest)
     if n > len(rest) or not n_held_out or not test:
-        raise UserError(f'train_examples={n}: there are {len(rest)}; {n_held_out} more are held out, {len(test)} are the test')
+        raise UserError(f'train_examples={n}: there are {len(rest)}; {n_held_out} more are held out, {len(test)} are the '
+                        'test')
     return dict(train=[train[i] for i in rest[:n]], validation=[train[i] for i in validation], test=test)
 
 
@@ -123,10 +125,10 @@ def like_lengths(lengths, batch_size, rng=None):
     return [batches[i] for i in rng.permutation(len(batches))] if rng else batches
 
 
-def collate(examples, pad, width=0):
-    """[(ids, label)] -> idx (B, T), lengths (B,), labels (B,), int64; T is the longest, or width if that is more."""
+def collate(examples, pad):
+    """[(ids, label)] -> idx (B, T), padded to the longest, lengths (B,), labels (B,), int64."""
     lengths = [len(ids) for ids, _ in examples]
-    idx = torch.full((len(examples), max(width, *lengths)), pad)
+    idx = torch.full((len(examples), max(lengths)), pad)
     for row, (ids, _) in zip(idx, examples):
         row[:len(ids)] = torch.tensor(ids)
     return idx, torch.tensor(lengths), torch.tensor([label for _, label in examples])
@@ -162,14 +164,14 @@ class Classifier(nn.Module):
         return self.classifier(self.dropout(self.pooler(x)))  # x: (B, D)
 
 
-def load_pretrained(options, seed):
-    """(classifier, tokenizer, options of the run) to start from."""
-    model, tokenizer, run_options = load_run(options.out_dir)
+def make_classifier(run, options, seed):
+    """A classifier on the model of `run`, what load_run returned, or from scratch on one of its shape."""
+    model, _, run_options = run
     torch.manual_seed(seed)
     if options.from_scratch:
         training, model_options = split_options(run_options)
         model = build(training['arch'], model_options)
-    return Classifier(model, options.classifier_dropout), tokenizer, run_options
+    return Classifier(copy.deepcopy(model), options.classifier_dropout)
 
 
 def tokenize(examples, tokenizer, block_size):
@@ -191,7 +193,8 @@ def score(classifier, examples, tokenizer, machine):
     classifier.train()
     labels = torch.tensor([label for _, label in examples])
     right = torch.where(labels == 1, probabilities, 1 - probabilities)
-    return -right.clamp(min=1e-30).log().mean().item(), (right > 0.5).double().mean().item(), probabilities
+    accuracy = ((probabilities > 0.5) == (labels == 1)).double().mean().item()
+    return -right.clamp(min=1e-30).log().mean().item(), accuracy, probabilities
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -209,11 +212,10 @@ def train_step(classifier, optimizer, batch, machine):
     return loss.detach(), norm
 
 
-def finetune(options, seed, texts, machine, record):
+def finetune(options, seed, run, texts, machine, record):
     """Trains once; returns validation_accuracy, test_accuracy, the test's probabilities and the weights of the epoch
-    that was best on the held-out tenth. record(**line) takes a line of metrics."""
-    classifier, tokenizer, run_options = load_pretrained(options, seed)
-    classifier.to(machine.device).train()
+    that was best on the held-out tenth. run: from load_run. record(**line) takes a line of metrics."""
+    tokenizer, classifier = run[1], make_classifier(run, options, seed).to(machine.device).train()
     examples = {split: tokenize(part, tokenizer, classifier.config.block_size) for split, part in texts.items()}
     lengths = np.array([len(ids) for ids, _ in examples['train']])
     steps_an_epoch = math.ceil(len(lengths) / options.batch_size)
@@ -240,6 +242,7 @@ def finetune(options, seed, texts, machine, record):
                 print(f'seed {seed}, step {step}/{recipe.max_iters}: loss {loss.item():.4f}, {rate:,.0f} sentences/s, '
                       f'{left} left', flush=True)
         val_loss, val_accuracy, _ = score(classifier, examples['validation'], tokenizer, machine)
+        stop_if_not_finite(step, val_loss)
         scores = dict(val_loss=val_loss, val_accuracy=val_accuracy)
         record(seed=seed, step=step, seconds=seconds, **scores)
         print(f'seed {seed}, epoch {epoch + 1}: {describe(scores)} on the held-out tenth', flush=True)
@@ -254,12 +257,15 @@ def finetune(options, seed, texts, machine, record):
 
 def set_aside(options):
     """Earlier results of the same kind are renamed with their date, never overwritten."""
-    if options.file('.json').exists():
-        date = datetime.fromtimestamp(options.file('.json').stat().st_mtime).strftime('%Y%m%d-%H%M%S')
-        for path in (options.file(ending) for ending in ('.json', '_predictions.tsv', '_metrics.jsonl', '.pt')):
-            if path.exists():
+    files = [options.file(ending) for ending in ('.json', '_predictions.tsv', '_metrics.jsonl', '.pt')]
+    if files := [path for path in files if path.exists()]:
+        date = datetime.fromtimestamp(files[0].stat().st_mtime).strftime('%Y%m%d-%H%M%S')
+        try:
+            for path in files:
                 path.rename(path.with_name(path.name.replace('sst2', f'sst2-{date}', 1)))
-        print(f'{options.file(".json")} holds earlier results: renamed to sst2-{date}...')
+        except OSError as error:
+            raise UserError(f'{options.out_dir}: earlier results cannot be renamed ({error})') from None
+        print(f'{files[0]} is of an earlier run: renamed to sst2-{date}..., and what belongs to it')
 
 
 def write_results(options, results, run_options, test):
@@ -268,17 +274,18 @@ def write_results(options, results, run_options, test):
     validation = [result.validation_accuracy for result in results]
     accuracies = [result.test_accuracy for result in results]
     mean, interval = mean_and_interval(accuracies)
+    best = max(results, key=lambda result: result.validation_accuracy)
+    if best is results[-1]:
+        save_text(options.file('_predictions.tsv'), 'text\tlabel\tprobability\n' + ''.join(
+            f'{text}\t{label}\t{p:.9g}\n' for (text, label), p in zip(test, best.probabilities.tolist())))
+        save_checkpoint(options.file('.pt'), dict(model=best.model, options=run_options, step=best.epoch))
+    results[-1].model = None  # nobody asks for it again
     summary = dict(
         seeds=[options.seed + i for i in range(len(results))], validation_accuracy=validation, test_accuracy=accuracies,
         mean=mean, std=statistics.stdev(accuracies) if len(results) > 1 else None, ci95=interval,
         binomial_se=math.sqrt(mean * (1 - mean) / len(test)), epochs=[result.epoch for result in results],
         options=dataclasses.asdict(options))
     save_text(options.file('.json'), json.dumps(summary, indent=2) + '\n')
-    best = max(results, key=lambda result: result.validation_accuracy)
-    if best is results[-1]:
-        save_text(options.file('_predictions.tsv'), 'text\tlabel\tprobability\n' + ''.join(
-            f'{text}\t{label}\t{p:.4f}\n' for (text, label), p in zip(test, best.probabilities.tolist())))
-        save_checkpoint(options.file('.pt'), dict(model=best.model, options=run_options, step=best.epoch))
     return summary, best
 
 
@@ -313,7 +320,7 @@ def main():
     machine = open_machine(options)
     if 'predict' in values:
         return predict(options, machine)
-    _, _, run_options = load_pretrained(options, options.seed)  # what is wrong with the run is said before the data is read
+    run = load_run(options.out_dir)
     texts = read_sst2(options)
     set_aside(options)
     print(f'{best_checkpoint(options.out_dir)}{", weights anew" if options.from_scratch else ""}: {len(texts["train"]):,} '
@@ -321,14 +328,14 @@ def main():
           f'of them are part of a training phrase), {len(texts["test"]):,} sentences to test on')
     results = []
     for seed in range(options.seed, options.seed + options.seeds):
-        run = open_wandb('encoder-pretrain-sst2', f'{Path(options.out_dir).name}-{seed}', Path(options.out_dir),
-                         dataclasses.asdict(options)) if options.wandb else None
-        results.append(finetune(options, seed, texts, machine,
-                                lambda **line: log_line(options.file('_metrics.jsonl'), run, line)))
-        summary, best = write_results(options, results, run_options, texts['test'])
-        if run:
-            run.log(dict(test_accuracy=results[-1].test_accuracy))
-            run.finish()
+        wandb_run = open_wandb('encoder-pretrain-sst2', f'{Path(options.out_dir).name}-{seed}', Path(options.out_dir),
+                               dataclasses.asdict(options)) if options.wandb else None
+        results.append(finetune(options, seed, run, texts, machine,
+                                lambda **line: log_line(options.file('_metrics.jsonl'), wandb_run, line)))
+        summary, best = write_results(options, results, run[2], texts['test'])
+        if wandb_run:
+            wandb_run.log(dict(test_accuracy=results[-1].test_accuracy))
+            wandb_run.finish()
     show_mistakes(texts['test'], best)
     spread = (f' (standard deviation {summary["std"]:.2%}, 95% interval of the mean +- {summary["ci95"]:.2%})'
               if options.seeds > 1 else '')

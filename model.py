@@ -36,7 +36,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).type_as(x)  # latents are cached
 
 
 def make_norm(kind, width):
@@ -60,7 +60,7 @@ def fused_linear(n_in, *n_outs, bias=False):
 
 
 def make_dropout(p):
-    return nn.Dropout(p) if p else nn.Identity()  # a Dropout of 0 takes its time too, thirty times a token
+    return nn.Dropout(p) if p else nn.Identity()  # a Dropout of 0 takes its time too, at every token
 
 
 def split_fused(layer, x):
@@ -114,7 +114,8 @@ def attend(q, k, v, causal=False, key_mask=None, dropout=0.0):
 
 class Attention(nn.Module):
     """What every attention shares. A subclass builds its projections, `o_proj` among them, and says in `qkv` how
-    queries, keys and values come about; `options` names the options that it alone understands.
+    queries, keys and values come about, or in `heads` what it makes of them; `options` names the options that it alone
+    understands.
 
     Keys and values come from x, or in cross-attention, built with source_width, from `source`, another sequence of
     that width at the same positions. With a cache, x and source hold the new tokens alone, and the keys and values of
@@ -475,13 +476,21 @@ class EncoderDecoderConfig(ModelConfig):
         self.cross_n_head = self.cross_n_head or 2 * self.n_head
         if self.n_embd % self.cross_n_head:
             raise ConfigError(f'n_embd={self.n_embd} is not divisible by cross_n_head={self.cross_n_head}: change one')
-        self.cross()
+        if self.n_dense > self.n_decoder_layer:
+            raise ConfigError(f'n_dense={self.n_dense} is more than n_decoder_layer={self.n_decoder_layer}')
+        if self.embedding_loss == 'none' and (self.embedding_loss_coeff, self.embedding_loss_affine) != (1.0, True):
+            raise ConfigError("embedding_loss_coeff and embedding_loss_affine belong to an embedding_loss: it is 'none'")
+        try:
+            self.cross()
+        except ConfigError as error:
+            raise ConfigError(f'cross-attention, cross_n_head={self.cross_n_head}: {error}') from None
 
     def cross(self):
         """The options of the cross-attention. Its heads rotate as many dimensions as they have, up to rope_dims."""
         width = self.n_embd // self.cross_n_head
         options = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
-        options |= dict(n_head=self.cross_n_head, head_dim=width, rope_dims=min(self.rope_dims, width // 2 * 2))
+        options |= dict(n_head=self.cross_n_head, head_dim=width, v_head_dim=None,
+                        rope_dims=min(self.rope_dims, width // 2 * 2))
         return TransformerConfig(**options)
 
 
@@ -613,9 +622,10 @@ class LanguageModel(nn.Module):
         scores = sum(attention.score_flops(T) for attention in self.attentions())
         return 3 * (2 * (weights + projection + predicted * head) + scores)
 
-    def cache_bytes_per_token(self):
-        """Bytes that generation keeps for each token, at the precision of the weights."""
-        return sum(attention.cache_width() for attention in self.attentions()) * self.tok_emb.weight.element_size()
+    def cache_bytes_per_token(self, dtype=None):
+        """Bytes that generation keeps for each token, in dtype, or in the precision of the weights."""
+        width = sum(attention.cache_width() for attention in self.attentions())
+        return width * (dtype or self.tok_emb.weight.dtype).itemsize
 
     def init_cache(self, batch, length):
         """An empty Cache for `batch` sequences of up to `length` tokens, at most block_size."""
@@ -623,8 +633,8 @@ class LanguageModel(nn.Module):
             raise ValueError('an encoder has nothing to cache: every token sees those that follow it')
         if length > self.config.block_size:
             raise ValueError(f'a cache of {length} tokens, but block_size is {self.config.block_size}')
-        weight = self.head_weight()
-        return Cache(batch, length, weight.detach().t().contiguous() if weight.device.type == 'cpu' else None)
+        weight = self.head_weight().detach()
+        return Cache(batch, length, weight.t().contiguous() if batch == 1 and weight.device.type == 'cpu' else None)
 
     def generate(self, idx, max_new_tokens, **sampling):
         """idx (B, T) -> (B, T + n), n <= max_new_tokens: `stream` with the prompt in front."""
@@ -637,18 +647,21 @@ class LanguageModel(nn.Module):
         each has had the token `stop`, after which it only repeats it. The model sees the last block_size tokens.
 
         temperature: 0 takes the likeliest token. top_k, top_p: see sample_token. seed: of the draws; None goes on with
-        torch's own generator. n_ids: only ids below it are drawn (a vocabulary may have rows without a meaning). Without the cache the window is computed anew for every token, with the same result.
+        torch's own generator. n_ids: only ids below it are drawn (a vocabulary may have rows without a meaning).
+        Without the cache the window is computed anew for every token, with the same result.
         """
         size = self.config.block_size
         generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
         window = new = idx[:, -size:]
-        cache = self.init_cache(idx.size(0), size)
+        cache = self.init_cache(idx.size(0), size) if use_cache else None
         done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
-            if not use_cache or cache.n_tokens + new.size(1) > size:  # the window slides: every position is another
+            if not use_cache:
+                new = window
+            elif cache.n_tokens + new.size(1) > size:  # the window slides: every position is another
                 cache.n_tokens, new = 0, window
             last = torch.full((idx.size(0), 1), new.size(1) - 1, device=idx.device)
-            logits = self(new, positions=last, cache=cache if use_cache else None)[:, 0, :n_ids]
+            logits = self(new, positions=last, cache=cache)[:, 0, :n_ids]
             token = sample_token(logits, temperature, top_k, top_p, generator)
             if stop is not None:
                 token = torch.where(done, stop, token)
@@ -808,7 +821,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 class Cache:
     """What generation keeps of the tokens so far: for each attention static buffers of `length` rows, made when it first
     stores something. n_tokens: how many rows are filled; setting it back forgets the later ones. head (R, V): a
-    transposed copy of the vocabulary's weights, with which a CPU makes the logits of one row three times faster."""
+    transposed copy of the vocabulary's weights, in which a CPU multiplies a single row faster."""
 
     def __init__(self, batch, length, head=None):
         self.batch, self.length, self.head, self.n_tokens, self.buffers = batch, length, head, 0, {}

@@ -162,13 +162,13 @@ def make_tokenizer(kind, documents, vocab_size, lowercase):
 # documents
 
 
-def local_files(source, option='--source'):
+def local_files(source):
     """(train, validation) files of a path, folder or glob. Names that say so are held out; test files are left alone."""
     if Path(source).is_dir():
         source = f'{source}/*'
     files = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
     if not files:
-        raise UserError(f'{option}={source}: there is no such file')
+        raise UserError(f'--source={source}: there is no such file')
 
     def named(path, *words):
         return any(word in words for word in re.split(r'[^a-z]+', Path(path).name.lower()))
@@ -176,7 +176,7 @@ def local_files(source, option='--source'):
     validation = [path for path in files if named(path, 'val', 'valid', 'validation', 'dev')]
     train = [path for path in files if path not in validation and not named(path, 'test')]
     if not train:
-        raise UserError(f'{option}={source}: no training file among {", ".join(map(os.path.basename, files))}')
+        raise UserError(f'--source={source}: no training file among {", ".join(map(os.path.basename, files))}')
     return train, validation
 
 

@@ -85,7 +85,7 @@ def main():
     for ids in list(zip(*drawn))[1:]:
         print(f'\n---\n{start}', end='')
         show(tokenizer, ids)
-    n = len(drawn) * options.num_samples
+    n = sum(token != tokenizer.eot for tokens in drawn for token in tokens)
     print(f'\n{n:,} tokens, {n / seconds:,.0f} tokens/s', file=sys.stderr)
 
 

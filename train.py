@@ -57,7 +57,6 @@ class MachineOptions:
     device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
     seed: int = 1337  # of weights, order of the data, masks and dropout
-    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
     def check_numbers(self, *zero_is_fine):
         for name, value in vars(self).items():
@@ -95,6 +94,7 @@ class TrainOptions(MachineOptions, DataOptions):
     eval_only: bool = False  # score the model of init_from and end
     dry_run: bool = False  # print parameters, FLOPs and cache bytes and end; needs no data
     compile: bool | None = None  # torch.compile; None = on CUDA only
+    wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
     def __post_init__(self):
         self.check_numbers('min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'eval_iters', 'seed')
@@ -361,6 +361,8 @@ def save_text(path, text):
         partial.write_text(text)
         os.replace(partial, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise UserError(f'{path}: cannot be written ({error})') from None
 
 
@@ -422,7 +424,8 @@ def load_run(folder, device='cpu'):
     training, model_options = split_options(state['options'])
     model = build(training['arch'], model_options)
     load_weights(model, state, path)
-    if (state['provenance']['tokenizer'] != tokenizer.digest()
+    digest = tokenizer.digest()
+    if (state.get('provenance', {}).get('tokenizer', digest) != digest  # runs of old do not say
             or model.config.vocab_size < ids_needed(tokenizer, model.config.causal)):
         raise UserError(f'{folder}/tokenizer.json: another tokenizer than {path.name} was trained with: copy both from one '
                         'run')
@@ -525,7 +528,9 @@ def plot_losses(folder):
     import matplotlib.pyplot as plt
     lines = read_metrics(folder)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for key, style in (('train_loss', dict(linewidth=0.8, alpha=0.6)), ('val_loss', dict(marker='o', markersize=3))):
+    # where the training loss has further parts, its cross-entropy is what compares with the validation loss
+    train = 'train_cross_entropy' if any('train_cross_entropy' in line for line in lines) else 'train_loss'
+    for key, style in ((train, dict(linewidth=0.8, alpha=0.6)), ('val_loss', dict(marker='o', markersize=3))):
         points = [(line['step'], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points), label=key.replace('_', ' '), **style)

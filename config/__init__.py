@@ -11,6 +11,7 @@ import inspect
 import os
 import re
 import runpy
+import select
 import sys
 import types
 import typing
@@ -34,15 +35,25 @@ def run(main):
     name = Path(sys.argv[0]).name
     try:
         main()
+        sys.stdout.flush()
     except UserError as error:
         print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         sys.exit(130)
-    except BrokenPipeError:  # the reader left, as `| head` does
+    except BrokenPipeError:
+        if not reader_left():
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def reader_left():
+    """Whether nobody reads the standard output any more, as after `| head`."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def options_of(*classes):

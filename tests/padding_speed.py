@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
+import torch.nn.functional as F
 
 import finetune_sst2 as f
 from train import TrainOptions, make_optimizers, open_machine
@@ -19,11 +20,11 @@ from train import TrainOptions, make_optimizers, open_machine
 STEPS, ROUNDS, BATCH = 20, 5, 16
 
 
-def main(run, data_dir):
-    options = f.FinetuneOptions(out_dir=run, data_dir=data_dir, train_examples=20_000)
+def main(folder, data_dir):
+    options = f.FinetuneOptions(out_dir=folder, data_dir=data_dir, train_examples=20_000)
     machine = open_machine(options)
-    classifier, tokenizer, _ = f.load_pretrained(options, seed=0)
-    classifier.to(machine.device).train()
+    run = f.load_run(folder)
+    tokenizer, classifier = run[1], f.make_classifier(run, options, seed=0).to(machine.device).train()
     optimizer, = make_optimizers(classifier, TrainOptions(learning_rate=2e-5))
     examples = f.tokenize(f.read_sst2(options)['train'], tokenizer, classifier.config.block_size)
     lengths = np.array([len(ids) for ids, _ in examples])
@@ -36,7 +37,8 @@ def main(run, data_dir):
     for round in range(ROUNDS + 1):
         for way, (keys, width) in ways.items():
             batches = [batch for batch in f.like_lengths(keys, BATCH, rng) if len(batch) == BATCH][:STEPS]
-            batches = [f.collate([examples[i] for i in batch], tokenizer.eot, width) for batch in batches]
+            batches = [f.collate([examples[i] for i in batch], tokenizer.eot) for batch in batches]
+            batches = [(F.pad(idx, (0, max(0, width - idx.size(1)))), *rest) for idx, *rest in batches]
             start = time.perf_counter()
             for batch in batches:
                 loss, _ = f.train_step(classifier, optimizer, batch, machine)

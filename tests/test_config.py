@@ -94,7 +94,7 @@ def test_help_prints_every_option_with_default_type_and_meaning(capsys):
         '--widths=(1, 2) how wide [(an int, ...)]']
 
 
-@pytest.mark.parametrize('script', ['train.py', 'prepare.py'])
+@pytest.mark.parametrize('script', ['train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py'])
 def test_every_option_of_the_scripts_has_its_line_of_help(script):
     run = shell(REPOSITORY / script, '--help')
     assert run.returncode == 0 and not run.stderr

@@ -16,7 +16,7 @@ import finetune_sst2
 import train
 from config import UserError
 from conftest import corpus
-from finetune_sst2 import Classifier, FinetuneOptions, like_lengths, load_pretrained, read_sst2, score, tokenize
+from finetune_sst2 import FinetuneOptions, like_lengths, make_classifier, read_sst2, score, tokenize
 from prepare import Tokenizer
 from train import load_run, mean_and_interval, open_machine
 
@@ -96,8 +96,8 @@ def test_learns_and_writes_what_it_says(folder, script, capsys, run):
 
 def test_from_scratch_takes_nothing_from_the_run_but_its_shape(folder, script):
     pretrained = load_run('run')[0].state_dict()
-    tuned = load_pretrained(FinetuneOptions(out_dir='run'), 1)[0].model.state_dict()
-    scratch = load_pretrained(FinetuneOptions(out_dir='run', from_scratch=True), 1)[0].model.state_dict()
+    tuned = make_classifier(load_run('run'), FinetuneOptions(out_dir='run'), 1).model.state_dict()
+    scratch = make_classifier(load_run('run'), FinetuneOptions(out_dir='run', from_scratch=True), 1).model.state_dict()
     matrices = [name for name in pretrained if pretrained[name].dim() > 1]
     assert all(torch.equal(tuned[name], pretrained[name]) for name in pretrained)
     assert not any(torch.equal(scratch[name], pretrained[name]) for name in matrices)
@@ -108,7 +108,8 @@ def test_from_scratch_takes_nothing_from_the_run_but_its_shape(folder, script):
 
 @pytest.mark.parametrize('run', ['run', 'causal'])
 def test_padding_changes_no_prediction(folder, run):
-    classifier, tokenizer, _ = load_pretrained(FinetuneOptions(out_dir=run), 1)
+    loaded = load_run(run)
+    tokenizer, classifier = loaded[1], make_classifier(loaded, FinetuneOptions(out_dir=run), 1)
     machine = open_machine(FinetuneOptions(out_dir=run, device='cpu'))
     classifier.double()
     texts = [('good', 1), ('a film of it', 0), ('a long film of good and bad and it', 1), ('bad', 0)]
@@ -122,8 +123,8 @@ def test_padding_changes_no_prediction(folder, run):
 def test_what_the_classifier_reads(folder):
     """An encoder the first position, with the whole sentence in view; a causal model the last real one."""
     for run, position in (('run', 0), ('causal', 6)):
-        classifier, tokenizer, _ = load_pretrained(FinetuneOptions(out_dir=run), 1)
-        classifier.eval()
+        loaded = load_run(run)
+        tokenizer, classifier = loaded[1], make_classifier(loaded, FinetuneOptions(out_dir=run), 1).eval()
         idx = torch.tensor([[tokenizer.eot, *tokenizer.encode('a film')]])
         x = classifier.model.hidden(idx)[:, position]
         expected = classifier.classifier(x if run == 'causal' else torch.tanh(classifier.pooler[0](x)))
@@ -168,7 +169,7 @@ def test_the_best_epoch_on_the_held_out_tenth_is_tested(folder, monkeypatch):
 
     monkeypatch.setattr(finetune_sst2, 'score', fake)
     options = FinetuneOptions(out_dir='run', device='cpu', epochs=3, learning_rate=1e-2)
-    best = finetune_sst2.finetune(options, 1, texts, open_machine(options), lambda **line: None)
+    best = finetune_sst2.finetune(options, 1, load_run('run'), texts, open_machine(options), lambda **line: None)
     assert (best.epoch, best.validation_accuracy) == (2, 0.9) and [n for n, _ in asked] == [30, 30, 30, 60]
     assert torch.equal(asked[3][1], asked[1][1]) and not torch.equal(asked[3][1], asked[2][1])
 
@@ -200,6 +201,20 @@ def test_wandb_gets_a_run_of_its_own_for_each_seed(folder, script, monkeypatch):
     script(finetune_sst2, *QUICK, '--out_dir=run', '--seeds=2', '--wandb=True', '--epochs=1')
     assert started == [('encoder-pretrain-sst2', 'run-1337'), ('encoder-pretrain-sst2', 'run-1338')]
     assert sum('test_accuracy' in line for line in logged) == 2 and any('train_loss' in line for line in logged)
+
+
+def test_an_interrupted_run_is_set_aside_too(folder, script):
+    Path('run/sst2_metrics.jsonl').write_text('{"seed": 1337, "step": 100}\n')
+    script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1')
+    assert '"step": 100}' not in Path('run/sst2_metrics.jsonl').read_text()
+    assert len(list(Path('run').glob('sst2-*_metrics.jsonl'))) == 1
+
+
+def test_a_run_from_before_tokenizers_were_recorded(folder):
+    state = torch.load('run/ckpt_best.pt', weights_only=True)
+    del state['provenance']['tokenizer']
+    torch.save(state, 'run/ckpt_best.pt')
+    load_run('run')
 
 
 def test_interval_covers_as_often_as_it_says():
@@ -249,8 +264,8 @@ def damage(folder, what):
     ('empty', [], 'sst2/train.tsv, row 21: the sentence is empty'),
     ('tabs', [], 'sst2/train.tsv cannot be read'),
     ('few', [], 'train_examples=1: there are 1; 0 more are held out'),
-    ('no dev', [], 'no dev.tsv in it'),
-    (None, ['--data_dir=elsewhere'], '--data_dir=elsewhere: there is no such file'),
+    ('no dev', [], '--data_dir=sst2: there is no dev.tsv in it'),
+    (None, ['--data_dir=elsewhere'], '--data_dir=elsewhere: there is no train.tsv in it'),
     (None, ['--data_dir=None'], 'or give local files with --data_dir=FOLDER'),
     (None, ['--train_examples=1000'], 'train_examples=1000: there are 270'),
     (None, ['--train_examples=0'], 'train_examples=0: takes a finite number above zero'),

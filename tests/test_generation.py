@@ -1,21 +1,18 @@
 """Caches hold what they say and change no logit; sampling draws from the distribution that it names."""
 
-import math
-
 import pytest
 import torch
 
-from model import Cache, make_model, sample_token
+import model as m
+from model import Cache, sample_token
 from test_model import EVERY, MLA, VARIANTS, tiny, tokens
 
-CAUSAL = [name for name in EVERY]
-
-
-@pytest.mark.parametrize('pieces', [(16,), (1,) * 16, (5, 1, 1, 4, 1, 3, 1), (15, 1)])
-@pytest.mark.parametrize('name', CAUSAL)
-def test_cached_logits_are_the_uncached_ones(name, pieces):
+@pytest.mark.parametrize('batch, pieces', [(3, (16,)), (3, (1,) * 16), (1, (5, 1, 1, 4, 1, 3, 1)), (3, (1, 14, 1))])
+@pytest.mark.parametrize('name', EVERY)
+def test_cached_logits_are_the_uncached_ones(name, batch, pieces):
     model = tiny(**EVERY[name]).eval()
-    idx, cache = tokens(3, 16), model.init_cache(3, 16)
+    idx, cache = tokens(batch, 16), model.init_cache(batch, 16)
+    assert (cache.head is not None) == (batch == 1)  # then logits are made in another way
     parts, start = [], 0
     with torch.no_grad():
         whole = model(idx)
@@ -23,7 +20,7 @@ def test_cached_logits_are_the_uncached_ones(name, pieces):
             parts.append(model(idx[:, start:start + n], cache=cache))
             start += n
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-9
-    assert cache.n_bytes() == 3 * 16 * model.cache_bytes_per_token()  # the formula, counted
+    assert cache.n_bytes() == batch * 16 * model.cache_bytes_per_token()  # the formula, counted
     cache.n_tokens = 7  # going back forgets what came later
     with torch.no_grad():
         again = model(idx[:, 7:9], cache=cache)
@@ -51,10 +48,10 @@ def test_a_cache_is_static():
         tiny(**MLA, causal=False).init_cache(1, 16)
 
 
-def test_single_tokens_are_absorbed(monkeypatch):
-    """One token a step makes no keys and values of the whole context, only what has to be rotated."""
-    import model as m
-    model = tiny(**VARIANTS['mla_shared']).eval()
+@pytest.mark.parametrize('name', ['mla', 'mla_shared', 'mla_o'])
+def test_single_tokens_are_absorbed(name, monkeypatch):
+    """One token a step makes no keys and values of the whole context."""
+    model = tiny(**VARIANTS[name]).eval()
     cache, rows = model.init_cache(1, 16), []
     plain = torch.nn.Linear.forward
     monkeypatch.setattr(torch.nn.Linear, 'forward', lambda self, x: rows.append(x.size(1)) or plain(self, x))

@@ -548,6 +548,7 @@ def test_cache_formula():
     assert tiny(**VARIANTS['gqa']).cache_bytes_per_token() == 2 * (2 * 16) * 8
     assert tiny(**MLA).cache_bytes_per_token() == 2 * 8 * 8  # the latent alone
     assert tiny(**VARIANTS['mla_shared']).cache_bytes_per_token() == 2 * (8 + 4) * 8  # and the shared rotated key
+    assert tiny(**MLA).cache_bytes_per_token(torch.bfloat16) == 2 * 8 * 2
 
 
 # -- initialisation, options -------------------------------------------------------------------------------------
@@ -598,7 +599,10 @@ def test_contradictions_are_refused(options, message):
     (dict(n_layer=2, causal=True), 'has no causal'),
     (dict(embedding_loss='l1'), 'takes one of none, mse, cosine, log_cosine'),
     (dict(embedding_loss_coeff=0.0), 'above zero'),
-    (dict(MLA, rope_key='shared', rope_dims=4), "rope_key='shared' needs rope_dims"),
+    (dict(embedding_loss_coeff=8.0), "belong to an embedding_loss: it is 'none'"),
+    (dict(embedding_loss_affine=False), "belong to an embedding_loss: it is 'none'"),
+    (dict(n_dense=2, n_decoder_layer=1), 'n_dense=2 is more than n_decoder_layer=1'),
+    (dict(MLA, rope_key='shared', rope_dims=4), "cross-attention, cross_n_head=8: rope_key='shared' needs rope_dims"),
     (dict(subtract_next_position=True, learned_positions=False), 'needs learned_positions=True'),
 ])
 def test_contradictions_of_the_encoder_decoder_are_refused(options, message):
