@@ -47,7 +47,7 @@ class FinetuneOptions(MachineOptions):
     data_dir: str | None = None  # folder with GLUE's train.tsv and dev.tsv, instead of the hub's stanfordnlp/sst2
     seeds: int = 1  # repetitions, with seed, seed + 1, ...
     from_scratch: bool = False  # new weights instead of the run's: did pre-training help?
-    train_examples: int | None = None  # train on so many phrases, a fixed subset; None = all
+    train_examples: int | None = None  # train on so many phrases, a fixed subset (what is held out stays); None = all
     epochs: int = 3  # passes over the training phrases; the best on the held-out tenth is tested
     batch_size: int = 16  # sentences a step
     learning_rate: float = 2e-5  # highest learning rate, falling linearly to zero
@@ -97,15 +97,17 @@ def read_sst2(options):
     files = [Path(options.data_dir) / name for name in ('train.tsv', 'dev.tsv')] if options.data_dir else [None, None]
     for file in files:
         if file and not file.is_file():
-            raise UserError(f'--data_dir={options.data_dir}: there is no {file.name} in it')
+            raise UserError(f'--data_dir={options.data_dir}: takes the folder that holds train.tsv and dev.tsv; there is no '
+                            f'{file}')
     train, test = read_split(files[0], 'train'), read_split(files[1], 'validation')
     order = np.random.default_rng(SPLIT_SEED).permutation(len(train))
     n_held_out = len(train) // 10
     validation, rest = order[:n_held_out], order[n_held_out:]
     n = options.train_examples or len(rest)
-    if n > len(rest) or not n_held_out or not test:
-        raise UserError(f'train_examples={n}: there are {len(rest)}; {n_held_out} more are held out, {len(test)} are the '
-                        'test')
+    if not n_held_out or not test:
+        raise UserError(f'{len(train)} phrases to train on and {len(test)} to test on: too few to hold a tenth out')
+    if n > len(rest):
+        raise UserError(f'train_examples={n}: takes up to {len(rest)}, {n_held_out} more are held out')
     return dict(train=[train[i] for i in rest[:n]], validation=[train[i] for i in validation], test=test)
 
 
@@ -256,7 +258,7 @@ def finetune(options, seed, run, texts, machine, record):
 
 
 def set_aside(options):
-    """Earlier results of the same kind are renamed with their date, never overwritten."""
+    """Earlier results of the same kind are renamed with their date, once there are new ones."""
     files = [options.file(ending) for ending in ('.json', '_predictions.tsv', '_metrics.jsonl', '.pt')]
     if files := [path for path in files if path.exists()]:
         date = datetime.fromtimestamp(files[0].stat().st_mtime).strftime('%Y%m%d-%H%M%S')
@@ -302,7 +304,7 @@ def predict(options, machine):
     """Prints the probability that a sentence is positive."""
     path = options.file('.pt')
     if not path.exists():
-        raise UserError(f'{path}: there is no fine-tuned model: run finetune_sst2.py --out_dir={options.out_dir} first')
+        raise UserError(f'{path}: there is no fine-tuned model: run the same command without --predict first')
     if not (text := ' '.join(options.predict.split())):
         raise UserError('--predict: the sentence is empty')
     state, tokenizer = load_checkpoint(path), Tokenizer.load(Path(options.out_dir) / 'tokenizer.json')
@@ -322,7 +324,8 @@ def main():
         return predict(options, machine)
     run = load_run(options.out_dir)
     texts = read_sst2(options)
-    set_aside(options)
+    training = options.file('_metrics.jsonl.partial')  # until a seed is done, earlier results stay where they are
+    training.unlink(missing_ok=True)
     print(f'{best_checkpoint(options.out_dir)}{", weights anew" if options.from_scratch else ""}: {len(texts["train"]):,} '
           f'phrases to train on, {len(texts["validation"]):,} held out to choose the epoch by ({share_overlapping(texts):.0%} '
           f'of them are part of a training phrase), {len(texts["test"]):,} sentences to test on')
@@ -330,8 +333,10 @@ def main():
     for seed in range(options.seed, options.seed + options.seeds):
         wandb_run = open_wandb('encoder-pretrain-sst2', f'{Path(options.out_dir).name}-{seed}', Path(options.out_dir),
                                dataclasses.asdict(options)) if options.wandb else None
-        results.append(finetune(options, seed, run, texts, machine,
-                                lambda **line: log_line(options.file('_metrics.jsonl'), wandb_run, line)))
+        results.append(finetune(options, seed, run, texts, machine, lambda **line: log_line(training, wandb_run, line)))
+        if len(results) == 1:
+            set_aside(options)
+            training = training.rename(options.file('_metrics.jsonl'))
         summary, best = write_results(options, results, run[2], texts['test'])
         if wandb_run:
             wandb_run.log(dict(test_accuracy=results[-1].test_accuracy))

@@ -22,7 +22,7 @@ class SampleOptions(MachineOptions):
     """Options"""
 
     out_dir: str | None = None  # run folder of train.py
-    start: str = ''  # the text to go on from, or FILE:PATH to read it from a file; '' = the start of a document
+    start: str = ''  # text to go on from, or FILE:PATH (but for the file's last newline); '' = the start of a document
     num_samples: int = 1  # continuations of the same start, all drawn at once; the first is shown as it comes
     max_new_tokens: int = 300  # tokens to write, fewer where the document ends
     temperature: float = 0.8  # divides the logits; 0 = always the likeliest token
@@ -42,7 +42,7 @@ def read_start(start):
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8').removesuffix('\n')  # its last line's end
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--start={start}: cannot be read as text ({error})') from None
 

@@ -369,7 +369,7 @@ def save_text(path, text):
 def load_checkpoint(path):
     """A checkpoint as a dict of tensors and plain values; its own checksums are verified, nothing in it is executed."""
     if not Path(path).is_file():
-        raise UserError(f'{path}: there is no such checkpoint')
+        raise UserError(f'{path}: there is no such checkpoint: name the folder of a run of train.py, out/quick for instance')
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
@@ -674,8 +674,8 @@ def train_step(runner, optimizers, data, step, options, machine, micro, n_accumu
 
 def stop_if_not_finite(step, *values):
     if not all(map(math.isfinite, values)):
-        print(f'step {step}: the loss or its gradient is not finite, the run stops; the last checkpoint is from before. '
-              'A lower learning_rate or a longer warmup usually helps', file=sys.stderr)
+        print(f'step {step}: the loss or its gradient is not finite, the run stops; what was saved before stands. A lower '
+              'learning_rate, or in train.py a longer warmup, usually helps', file=sys.stderr)
         sys.exit(1)
 
 

@@ -203,11 +203,16 @@ def test_wandb_gets_a_run_of_its_own_for_each_seed(folder, script, monkeypatch):
     assert sum('test_accuracy' in line for line in logged) == 2 and any('train_loss' in line for line in logged)
 
 
-def test_an_interrupted_run_is_set_aside_too(folder, script):
-    Path('run/sst2_metrics.jsonl').write_text('{"seed": 1337, "step": 100}\n')
+def test_an_interrupted_run_leaves_earlier_results_alone(folder, script, monkeypatch):
     script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1')
-    assert '"step": 100}' not in Path('run/sst2_metrics.jsonl').read_text()
-    assert len(list(Path('run').glob('sst2-*_metrics.jsonl'))) == 1
+    before = {path.name: path.read_bytes() for path in Path('run').glob('sst2*')}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(finetune_sst2, 'score', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1')
+    assert {path.name: path.read_bytes() for path in Path('run').glob('sst2*') if path.suffix != '.partial'} == before
+    script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1', '--seeds=2')
+    steps = [json.loads(line)['step'] for line in Path('run/sst2_metrics.jsonl').read_text().splitlines()]
+    assert steps.count(5) == 2 and not list(Path('run').glob('*.partial'))  # of two seeds, and nothing of the interrupted one
 
 
 def test_a_run_from_before_tokenizers_were_recorded(folder):
@@ -263,11 +268,11 @@ def damage(folder, what):
     ('no label', [], "sst2/train.tsv, row 21: label '': takes 0"),
     ('empty', [], 'sst2/train.tsv, row 21: the sentence is empty'),
     ('tabs', [], 'sst2/train.tsv cannot be read'),
-    ('few', [], 'train_examples=1: there are 1; 0 more are held out'),
-    ('no dev', [], '--data_dir=sst2: there is no dev.tsv in it'),
-    (None, ['--data_dir=elsewhere'], '--data_dir=elsewhere: there is no train.tsv in it'),
+    ('few', [], '1 phrases to train on and 60 to test on: too few'),
+    ('no dev', [], '--data_dir=sst2: takes the folder that holds train.tsv and dev.tsv; there is no sst2/dev.tsv'),
+    (None, ['--data_dir=elsewhere'], 'there is no elsewhere/train.tsv'),
     (None, ['--data_dir=None'], 'or give local files with --data_dir=FOLDER'),
-    (None, ['--train_examples=1000'], 'train_examples=1000: there are 270'),
+    (None, ['--train_examples=1000'], 'train_examples=1000: takes up to 270, 30 more are held out'),
     (None, ['--train_examples=0'], 'train_examples=0: takes a finite number above zero'),
     (None, ['--out_dir=None'], 'which run? --out_dir=RUN'),
     (None, ['--classifier_dropout=1.0'], 'takes a number below 1'),
