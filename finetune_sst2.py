@@ -17,7 +17,7 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ import config
 import prepare
 from config import UserError
 from prepare import Tokenizer
-from train import (MachineOptions, TrainOptions, best_checkpoint, build, describe, learning_rate, load_checkpoint,
+from train import (MachineOptions, TrainOptions, best_checkpoint, build, date_of, describe, learning_rate, load_checkpoint,
                    load_run, load_weights, log_line, make_optimizers, mean_and_interval, open_machine, open_wandb,
                    save_checkpoint, save_text, split_options, stop_if_not_finite)
 
@@ -261,7 +261,7 @@ def set_aside(options):
     """Earlier results of the same kind are renamed with their date, once there are new ones."""
     files = [options.file(ending) for ending in ('.json', '_predictions.tsv', '_metrics.jsonl', '.pt')]
     if files := [path for path in files if path.exists()]:
-        date = datetime.fromtimestamp(files[0].stat().st_mtime).strftime('%Y%m%d-%H%M%S')
+        date = date_of(files[0], lambda date: list(Path(options.out_dir).glob(f'sst2-{date}[._]*')))
         try:
             for path in files:
                 path.rename(path.with_name(path.name.replace('sst2', f'sst2-{date}', 1)))

@@ -8,6 +8,7 @@
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import os
@@ -442,13 +443,18 @@ def provenance(machine, meta, tokenizer):
                 python=platform.python_version(), torch=str(torch.__version__), numpy=np.__version__)
 
 
+def date_of(path, taken):
+    """The date of a file, for the name of what is set aside; numbered where taken(date) says that the name is in use."""
+    date = datetime.fromtimestamp(path.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
+    return next(name for i in itertools.count(1) if not taken(name := date if i == 1 else f'{date}-{i}'))
+
+
 def open_run(folder, flat, tokenizer, resumed_step):
     """Makes the run folder ready: moves an earlier run out of the way, or cuts its metrics back to the checkpoint."""
     latest = folder / 'ckpt.pt'
     try:
         if resumed_step is None and latest.exists():
-            date = datetime.fromtimestamp(latest.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
-            aside = folder.with_name(f'{folder.name}-{date}')
+            aside = folder.with_name(f'{folder.name}-{date_of(latest, lambda date: Path(f"{folder}-{date}").exists())}')
             folder.rename(aside)
             print(f'{folder} holds an earlier run: renamed to {aside}')
         folder.mkdir(parents=True, exist_ok=True)

@@ -36,6 +36,19 @@ def corpus(n_documents, seed=0):
     return documents
 
 
+def train_runs(folder, arguments, runs):
+    """Trains the runs {name: further arguments} in a folder, on the corpus, which stands there as corpus.csv."""
+    import train
+    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(100))
+    (folder / 'corpus.csv').write_text(f'text\n{lines}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, options in runs.items():
+            patch.setattr('sys.argv', ['train.py', *arguments, *options, f'--out_dir={name}'])
+            train.main()
+    return folder
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """An empty working directory; signal handlers are put back afterwards."""

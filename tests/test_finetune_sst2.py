@@ -13,9 +13,8 @@ import pytest
 import torch
 
 import finetune_sst2
-import train
 from config import UserError
-from conftest import corpus
+from conftest import train_runs
 from finetune_sst2 import FinetuneOptions, like_lengths, make_classifier, read_sst2, score, tokenize
 from prepare import Tokenizer
 from train import load_run, mean_and_interval, open_machine
@@ -43,15 +42,8 @@ def write_sst2(folder, rows=(300, 60)):
 def runs(tmp_path_factory):
     """A folder with an encoder, a causal model (run, causal) and sentences (sst2)."""
     folder = tmp_path_factory.mktemp('runs')
-    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(100))
-    (folder / 'corpus.csv').write_text(f'text\n{lines}\n')
     write_sst2(folder / 'sst2')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, causal in (('run', False), ('causal', True)):
-            patch.setattr('sys.argv', ['train.py', *SMALL, f'--causal={causal}', f'--out_dir={name}'])
-            train.main()
-    return folder
+    return train_runs(folder, SMALL, dict(run=['--causal=False'], causal=['--causal=True']))
 
 
 @pytest.fixture

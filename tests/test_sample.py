@@ -9,9 +9,9 @@ import torch
 
 import bench
 import sample
-import train
 from config import UserError
-from conftest import corpus, shell, REPOSITORY
+from conftest import REPOSITORY, shell, train_runs
+from prepare import Tokenizer
 from train import load_run
 
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=1', '--n_head=2',
@@ -22,15 +22,7 @@ ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_pos
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """Two causal runs and an encoder: decoder, encdec, encoder."""
-    folder = tmp_path_factory.mktemp('runs')
-    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(100))
-    (folder / 'corpus.csv').write_text(f'text\n{lines}\n')
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        for name, options in (('decoder', []), ('encdec', ENCDEC), ('encoder', ['--causal=False'])):
-            patch.setattr('sys.argv', ['train.py', *SMALL, *options, f'--out_dir={name}'])
-            train.main()
-    return folder
+    return train_runs(tmp_path_factory.mktemp('runs'), SMALL, dict(decoder=[], encdec=ENCDEC, encoder=['--causal=False']))
 
 
 @pytest.fixture
@@ -66,7 +58,7 @@ def test_text_is_what_the_model_draws(folder, script, capsys, run):
 
 
 def test_characters_are_shown_whole(capsys):
-    tokenizer = train.Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
+    tokenizer = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
     sample.show(tokenizer, [*'é漢'.encode(), tokenizer.eot, tokenizer.eot, 0xe6])
     assert capsys.readouterr().out == 'é漢\ufffd\n'
 

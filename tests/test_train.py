@@ -325,6 +325,12 @@ def test_starting_from_another_run(data, script):
     assert json.loads(Path('second/config.json').read_text())['learning_rate'] == 1e-3  # but not its recipe
 
 
+def test_runs_of_the_same_second_are_all_kept(data, script):
+    for _ in range(4):
+        script(train, *SMALL, '--max_iters=1')
+    assert len(list(Path('.').glob('run*/ckpt.pt'))) == 4
+
+
 def test_max_seconds_ends_the_run_and_its_schedule(data, script):
     script(train, *SMALL, '--max_iters=100000', '--max_seconds=1.5', '--eval_interval=100000', '--schedule=linear')
     lines = [line for line in metrics() if 'lr' in line]
