@@ -77,7 +77,7 @@ def rope_table(length, rope_dims, theta):
 def rotate(x, rope):
     """Rotates the first rope_dims dimensions of x (..., T, d), which holds the last T positions of the table: pairs are
     i and i + rope_dims/2."""
-    cos, sin = (table[-x.size(-2):] for table in rope)  # float32: in bfloat16 neighbours would share an angle
+    cos, sin = (table[table.size(0) - x.size(-2):] for table in rope)  # float32: in bfloat16 neighbours would share an angle
     half = cos.size(-1)
     a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
     return torch.cat(((a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest), dim=-1)
@@ -87,12 +87,13 @@ def split_heads(x, n_head):
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, T, H*d) -> (B, H, T, d)
 
 
-def attend(q, k, v, causal=False, key_mask=None, dropout=0.0):
+def attend(q, k, v, causal=False, key_mask=None, dropout=0.0, window=None):
     """Softmax attention, (B, H, T, d), (B, Hkv, S, d), (B, Hkv, S, dv) -> (B, T, H*dv).
 
-    key_mask (B, S) bool, True = may be attended to. causal: the queries are the last T of the S positions. Scale
-    1/sqrt(d). The flash kernels want heads of one width: the narrower of d and dv is padded with zeros, which changes
-    no product and is cheaper than the unfused path.
+    key_mask (B, S) bool, True = may be attended to; or any mask that broadcasts to (B, H, T, S). causal: the queries are
+    the last T of the S positions, and with a window see only the last `window` keys. Scale 1/sqrt(d). The flash kernels
+    want heads of one width: the narrower of d and dv is padded with zeros, which changes no product and is cheaper than
+    the unfused path.
     """
     T, S = q.size(2), k.size(2)
     d, dv = q.size(-1), v.size(-1)
@@ -100,12 +101,35 @@ def attend(q, k, v, causal=False, key_mask=None, dropout=0.0):
         q, k = F.pad(q, (0, dv - d)), F.pad(k, (0, dv - d))
     elif dv < d:
         v = F.pad(v, (0, d - dv))
-    mask = None if key_mask is None else key_mask[:, None, None, :]  # (B, 1, 1, S)
-    if causal and 1 < T < S:  # is_causal would take the queries for the first T positions
+    narrow = window is not None and S > window
+    if narrow:
+        if T == S:
+            return attend_in_windows(q, k, v, window, dropout, d ** -0.5)[..., :dv].transpose(1, 2).flatten(2)
+        k, v, S = k[:, :, -(T + window - 1):], v[:, :, -(T + window - 1):], min(S, T + window - 1)
+    mask = key_mask if key_mask is None or key_mask.dim() == 4 else key_mask[:, None, None, :]  # (B, 1, 1, S)
+    if causal and T > 1 and (T < S or narrow):  # is_causal would take the queries for the first T positions
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and T == S,
-                                       scale=d ** -0.5, enable_gqa=q.size(1) != k.size(1))
+        if narrow:
+            mask = mask.triu(S - T - window + 1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=d ** -0.5,
+                                       is_causal=causal and mask is None and T > 1, enable_gqa=q.size(1) != k.size(1))
     return y[..., :dv].transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
+
+
+def attend_in_windows(q, k, v, window, dropout, scale):
+    """Causal attention in which a query sees the last `window` keys, (B, H, T, d) -> (B, H, T, dv): windows are folded
+    into the batch and each meets its own keys and those of the one before, T * 2 * window products instead of T * T."""
+    B, T = q.size(0), q.size(2)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))  # (B, H, n, W, d)
+    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), dim=3) for x in (k, v))  # (B, H, n, 2W, d)
+    n = q.size(2)
+    mask = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).tril(window).triu(1)
+    mask = mask.repeat(n, 1, 1)
+    mask[0, :, :window] = False  # nothing stands before the first
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*n, H, ., d)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(B, 1, 1)[:, None], dropout_p=dropout,
+                                       scale=scale, enable_gqa=q.size(1) != k.size(1))
+    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -128,22 +152,24 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.head_dim, self.v_head_dim = config.n_head, config.head_dim, config.head_dim
         self.causal, self.dropout = config.causal, config.attention_dropout
+        self.window, self.n_channels = None, 1  # set by GroupedLatent, where it has them
 
     def qkv(self, x, rope, source, cache):
-        """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv), rotated where the options say so."""
+        """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv), rotated where the options say so. rope: cos
+        and sin up to the last position; where keys have other positions than queries, four tables, theirs last."""
         raise NotImplementedError
 
     def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
         """What the heads have read, side by side: (B, T, D) -> (B, T, H*dv)."""
         q, k, v = self.qkv(x, rope, source, cache)
-        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0)
+        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0, self.window)
 
     def forward(self, x, *context):
         return self.o_proj(self.heads(x, *context))
 
-    def score_flops(self, T):
-        """Forward FLOPs a token of q.k and of the weighted sum of v; a causal query sees (T+1)/2 keys on average."""
-        return 2 * self.n_head * (self.head_dim + self.v_head_dim) * ((T + 1) / 2 if self.causal else T)
+    def score_flops(self, keys):
+        """Forward FLOPs a query of q.k and of the weighted sum of v, over so many keys."""
+        return 2 * self.n_channels * self.n_head * (self.head_dim + self.v_head_dim) * keys
 
     def cache_width(self):
         """Numbers that generation has to keep for a token in this layer."""
@@ -177,7 +203,7 @@ class MHA(Attention):
         k = self.k_norm(split_heads(k, self.n_kv_head))
         v = split_heads(v, self.n_kv_head)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, rope)
+            q, k = rotate(q, rope[:2]), rotate(k, rope[-2:])
         return (q, k, v) if cache is None else (q, *cache.extend(self, k, v))
 
     def cache_width(self):
@@ -228,11 +254,13 @@ class MLA(Attention):
             q, (latent, k_shared) = self.q_a_proj(x), split_fused(self.kv_a_proj, source)
         q, latent = split_heads(self.q_b_proj(self.q_a_norm(q)), self.n_head), self.kv_a_norm(latent)
         if rope is not None:
-            q = rotate(q, rope)
-            k_shared = rotate(k_shared, rope) if self.shared_dims else k_shared
+            q = rotate(q, rope[:2])
+            k_shared = rotate(k_shared, rope[-2:]) if self.shared_dims else k_shared
         if cache is not None:
             latent, k_shared = cache.extend(self, latent, k_shared)
-            if x.size(1) == 1:
+            if self.window is not None and x.size(1) == 1:
+                latent, k_shared = latent[:, -self.window:], k_shared[:, -self.window:]
+            if x.size(1) == 1 and self.causal and self.n_channels == 1:
                 return self.absorbed(q[:, :, 0], latent, k_shared, rope)
         k, v = split_fused(self.kv_b_proj, latent)
         k, v = split_heads(k, self.n_head), split_heads(v, self.n_head)
@@ -240,8 +268,8 @@ class MLA(Attention):
             k_shared = k_shared[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
             k = torch.cat((k_shared, k), dim=-1)
         elif rope is not None:
-            k = rotate(k, rope)
-        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0)
+            k = rotate(k, rope[-2:])
+        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0, self.window)
 
     def absorbed(self, q, latent, k_shared, rope):
         """`heads` for one token of generation, q (B, H, d), latent (B, S, L), k_shared (B, S, r): kv_b_proj is applied to
@@ -254,7 +282,7 @@ class MLA(Attention):
             scores = q_rotated @ k_shared.transpose(1, 2)  # (B, H, S)
         elif self.rope_dims:
             to_rotated, to_k = to_k.split((self.rope_dims, self.head_dim - self.rope_dims), dim=1)
-            k_rotated = rotate(split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head), rope)
+            k_rotated = rotate(split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head), rope[-2:])
             scores = (k_rotated @ q_rotated[..., None])[..., 0]  # (B, H, S, r) -> (B, H, S)
         q_latent = (q_plain[:, :, None] @ to_k)[:, :, 0]  # (B, H, L)
         scores = scores + q_latent @ latent.transpose(1, 2)
@@ -421,7 +449,7 @@ class ModelConfig:
         self.check_attention()
 
     def check_ranges(self):
-        may_be_zero = ('dropout', 'attention_dropout', 'rope_dims', 'n_dense')
+        may_be_zero = ('dropout', 'attention_dropout', 'rope_dims', 'n_dense', 'n_shared_mlp')
         for field in fields(self):
             name, value = field.name, getattr(self, field.name)
             choices = ATTENTIONS if name == 'attention' else get_args(field.type) if isinstance(value, str) else ()
@@ -457,6 +485,70 @@ class TransformerConfig(ModelConfig):
     """One stack of blocks: a decoder (causal) or an encoder."""
 
     causal: bool = True  # decoder; False = encoder, trained by masked-language modelling
+
+
+@dataclass
+class GroupedLatentConfig(ModelConfig):
+    """Tokens in groups, each compressed to a few latents; n_layer blocks over the latents, and back to the tokens."""
+
+    causal = True  # not an option
+    n_layer: int = 16  # blocks of the trunk, at the widest width
+    n_embd: int | None = None  # the first of widths
+    n_head: int | None = None  # follows from widths and head_dim
+    head_dim: int = 32  # width of a head, on every level
+    block_size: int = 768  # longest sequence, tokens
+    learned_positions: bool = False  # only where in its group a slot stands is learned
+    init_std: float | None = None  # of the initial weights; None = 1/sqrt(fan in), a tenth of it into the residual stream
+    group_size: int = 48  # tokens a group
+    latents: tuple[int, ...] = (16, 2)  # latents a group, level by level
+    widths: tuple[int, ...] = (64, 128, 256)  # of the tokens and of each level of latents
+    compress: Literal['transformer', 'perceiver'] = 'transformer'  # how a level's last slots read the group
+    n_compress: int = 1  # transformer: blocks that do so
+    n_mix: int = 1  # pairs of a local and a global block, on each level and each way
+    interleave: bool = True  # local and global in turn; False = all local first
+    upsample: Literal['repeat', 'attention'] = 'repeat'  # how a level's slots get at the latents above
+    skip: Literal['sum', 'learned'] = 'sum'  # latents + slots, or with a learned vector before each
+    global_window: int | None = None  # tokens that a global block on the token level sees; None = all
+    dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
+    latent_loss: bool = False  # each trunk output predicts the next trunk input
+    latent_loss_coeff: float = 1.0  # its weight beside the cross-entropy
+    n_channels: int | None = None  # parallel attentions and feed-forwards in trunk blocks; None = plain blocks
+    channels_every: int = 1  # channels: in every so many-th trunk block
+    channel_mlp_mult: float = 1.0  # channels: hidden width of a channel, times 4 n_embd / n_channels
+    n_shared_mlp: int = 0  # channels: further feed-forwards that all channels share
+    merge: Literal['softmax', 'max', 'mean'] = 'softmax'  # channels: how they become one again, element by element
+
+    def __post_init__(self):
+        sizes = (self.group_size, *self.latents)
+        if any(k <= next_k for k, next_k in zip(sizes, self.latents)):
+            raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level has fewer than the last')
+        if len(self.widths) != len(sizes):
+            raise ConfigError(f'widths={self.widths}: takes {len(sizes)}, of the tokens and of each of latents={self.latents}')
+        if min(*sizes, *self.widths, self.head_dim) < 1:
+            raise ConfigError('group_size, latents, widths and head_dim are above zero')
+        if odd := [width for width in self.widths if width % self.head_dim]:
+            raise ConfigError(f'widths={self.widths}: {odd[0]} is not divisible by head_dim={self.head_dim}')
+        if self.block_size < self.group_size:
+            raise ConfigError(f'block_size={self.block_size}: takes at least one group, group_size={self.group_size}')
+        for name, value in (('n_embd', self.widths[0]), ('n_head', self.widths[0] // self.head_dim),
+                            ('mlp_hidden', 4 * self.widths[0]), ('n_dense', 0), ('learned_positions', False)):
+            if getattr(self, name) not in (None, value):
+                raise ConfigError(f'{name}={getattr(self, name)}: leave it out, widths and group_size decide here')
+            setattr(self, name, value)
+        needed = dict.fromkeys(('channels_every', 'channel_mlp_mult', 'n_shared_mlp', 'merge'), 'n_channels')
+        for name, needs in (needed | dict(latent_loss_coeff='latent_loss')).items():
+            if not getattr(self, needs) and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f'{name} belongs to {needs}: set that too')
+        if self.n_channels is not None and (self.o_norm == 'head' or self.n_channels < 2):
+            raise ConfigError(f"n_channels={self.n_channels}: takes two or more, and no o_norm='head'")
+        super().__post_init__()
+
+    def level(self, i, **changes):
+        """The options of a block on level i."""
+        width = self.widths[i]
+        options = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
+        options |= dict(n_embd=width, n_head=width // self.head_dim, mlp_hidden=4 * width, init_std=1.0)
+        return TransformerConfig(**options | changes)
 
 
 @dataclass
@@ -499,18 +591,25 @@ class EncoderDecoderConfig(ModelConfig):
 
 
 def init_weights(model):
-    """The one place where weights get their first values: matrices and embeddings normal with init_std, biases 0,
-    gains 1. Matrices that write into a residual stream are divided by the root of how many of them write into it,
-    GPT-2's rule, so that its variance at the end does not grow with depth."""
-    writers = [name for name, _ in model.named_parameters()
-               if any(part in name for part in ('o_proj.weight', 'o_b_proj', 'out_proj.weight', 'out_proj.1.weight'))]
+    """The one place where weights get their first values. Biases 0, gains 1, matrices and embeddings normal with init_std;
+    matrices that write into a residual stream are divided by the root of how many of them write into it, GPT-2's rule,
+    so that its variance at the end does not grow with depth. With init_std=None (grouped latents, which stay at the
+    entropy of token frequencies if all begins small) it is 1/sqrt(fan in), embeddings 1/sqrt(width), slot embeddings
+    half of that, and a tenth for what writes into the residual stream or goes up a level: at the start the skips rule."""
+    std = model.config.init_std
+    parts = 'o_proj.weight', 'o_b_proj', 'out_proj.weight', 'out_proj.1.weight', 'up_proj'
+    writers = [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
     stacks = [name.split('.')[0] for name in writers]
     for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2 and not name.endswith('gain'):  # norms start at 1 and are left there
-            n_writers = stacks.count(name.split('.')[0]) if name in writers else 1
-            nn.init.normal_(parameter, std=model.config.init_std / math.sqrt(n_writers))
+        if parameter.dim() < 2 or name.endswith('gain'):
+            continue  # norms start at 1 and are left there
+        if std is not None:
+            scale = std / math.sqrt(stacks.count(name.split('.')[0]) if name in writers else 1)
+        else:
+            scale = parameter.size(-1) ** -0.5 * (0.1 if name in writers else 0.5 if 'slot_emb' in name else 1.0)
+        nn.init.normal_(parameter, std=scale)
     for module in model.modules():
-        if isinstance(module, nn.Linear) and module.bias is not None:
+        if isinstance(module, (nn.Linear, ChannelLinear)) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -531,10 +630,10 @@ class LanguageModel(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
 
-    def add_rope(self, name, rope_dims):
-        """Registers the tables NAME_cos and NAME_sin; `rope` cuts them to a length."""
+    def add_rope(self, name, rope_dims, length=None):
+        """Registers the tables NAME_cos and NAME_sin of block_size positions or more; `rope` cuts them to a length."""
         if rope_dims:
-            tables = rope_table(self.config.block_size, rope_dims, self.config.rope_theta)
+            tables = rope_table(length or self.config.block_size, rope_dims, self.config.rope_theta)
             for part, table in zip(('cos', 'sin'), tables):
                 self.register_buffer(f'{name}_{part}', table, persistent=False)
 
@@ -554,6 +653,8 @@ class LanguageModel(nn.Module):
         if end > (self.config.block_size if cache is None else cache.length):
             raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}' if cache is None else
                              f'{end} tokens, but the cache has room for {cache.length}')
+        if cache is not None and cache.batch != idx.size(0):
+            raise ValueError(f'{idx.size(0)} sequences, but the cache was made for {cache.batch}')
         if key_mask is not None and self.config.causal:
             raise ValueError('a causal model takes no key_mask: give it sequences of one length')
         x = self.tok_emb(idx)
@@ -614,13 +715,16 @@ class LanguageModel(nn.Module):
         Only useful work counts: a causal query meets (T+1)/2 keys, and logits are made for a share `predicted` of
         the tokens. Norms, activations and softmax are left out."""
         c = self.config
+        projection = c.vocab_rank * c.n_embd if c.vocab_rank else 0  # once for the embedding, once for the head
+        head = (c.vocab_rank or c.n_embd) * c.vocab_size + projection
+        return 3 * (2 * (projection + predicted * head) + self.trunk_flops(T))
+
+    def trunk_flops(self, T):
+        """Forward FLOPs a token of everything between embedding and head."""
         outside = (getattr(self, 'vocab_proj', None), getattr(self, 'lm_head', None))
         weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear) and m not in outside)
-        width = c.vocab_rank or c.n_embd
-        projection = c.vocab_rank * c.n_embd if c.vocab_rank else 0  # once for the embedding, once for the head
-        head = width * c.vocab_size + projection
-        scores = sum(attention.score_flops(T) for attention in self.attentions())
-        return 3 * (2 * (weights + projection + predicted * head) + scores)
+        keys = (T + 1) / 2 if self.config.causal else T  # that a query meets, on average
+        return 2 * weights + sum(attention.score_flops(keys) for attention in self.attentions())
 
     def cache_bytes_per_token(self, dtype=None):
         """Bytes that generation keeps for each token, in dtype, or in the precision of the weights."""
@@ -740,7 +844,387 @@ class EncoderDecoder(LanguageModel):
         return -closeness.clamp(min=1e-6).log().mean()
 
 
-ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
+# -- grouped latents: `level` 0 are the tokens, and on level i a group of group_size tokens has latents[i-1] slots
+
+
+def slots_until(config, level, t):
+    """How many slots level i has after t tokens: slot j of a group of K stands for its token group_size - K + j."""
+    g, K = config.group_size, (config.group_size, *config.latents)[level]
+    return t // g * K + max(0, t % g - (g - K))
+
+
+class Span:
+    """The tokens start..stop of a call, as the blocks of GroupedLatent see them: whole groups from a group's beginning,
+    folded into the batch where attention is local, or with a cache some tokens of one group."""
+
+    def __init__(self, model, start, stop, cache):
+        c = self.config = model.config
+        self.model, self.start, self.stop, self.cache = model, start, stop, cache
+        self.sizes = (c.group_size, *c.latents)
+        self.whole = start % c.group_size == 0 == stop % c.group_size
+
+    def slots(self, level):
+        """First and last + 1 of the new slots of a group on this level."""
+        if self.whole:
+            return 0, self.sizes[level]
+        first = max(0, self.start % self.config.group_size - (self.config.group_size - self.sizes[level]))
+        return first, first + slots_until(self.config, level, self.stop) - slots_until(self.config, level, self.start)
+
+    def fold(self, x, size):
+        return x.unflatten(1, (-1, size)).flatten(0, 1) if self.whole else x  # (B, n*K, D) -> (B*n, K, D)
+
+    def unfold(self, x, batch):
+        return x.unflatten(0, (batch, -1)).flatten(1, 2) if self.whole else x  # (B*n, K, D) -> (B, n*K, D)
+
+    def rope(self, times):
+        cos, sin = self.model.rope_cos, self.model.rope_sin
+        return cos[times], sin[times]
+
+    def inside(self, level):
+        """(rope, cache) of a block inside the groups of this level."""
+        first = self.config.group_size - self.sizes[level]
+        rope = self.rope(slice(first, first + self.slots(level)[1])) if self.config.rope_dims else None
+        return rope, None if self.whole or self.cache is None else self.cache.open_group[level]
+
+    def across(self, level):
+        """(rope, cache) of a block over all slots of this level."""
+        n = slots_until(self.config, level, self.stop)
+        rope = self.rope(getattr(self.model, f'times_{level}')[:n]) if self.config.rope_dims else None
+        return rope, None if self.cache is None else self.cache.levels[level]
+
+
+def block_flops(module, queries, sources, keys):
+    """Forward FLOPs of blocks for `queries` rows, whose keys and values are made of `sources` rows; each meets `keys`."""
+    total = 0.0
+    for name, part in module.named_modules():
+        if isinstance(part, (nn.Linear, ChannelLinear)):
+            rows = sources if name.split('.')[-1].startswith('kv_') else queries
+            total += 2 * part.weight.numel() * rows
+        elif isinstance(part, Attention):
+            total += part.score_flops(keys) * queries
+        elif isinstance(part, ChannelBlock):  # each channel goes through the shared feed-forwards
+            total += (part.n_channels - 1) * block_flops(part.shared, queries, sources, keys)
+    return total
+
+
+class PoolBlock(Block):
+    """A block whose queries are the last slots of a group alone: q (B, K', D), source (B, K, source_width). With
+    source_width None the source is what the queries are the last of, and the norm is one."""
+
+    def __init__(self, config, source_width=None):
+        super().__init__(config, 0)
+        self.attn = ATTENTIONS[config.attention](config, source_width or config.n_embd)
+        self.source_norm = make_norm(config.norm, source_width) if source_width else None
+
+    def forward(self, q, source, rope, cache):
+        source = (self.source_norm or self.attn_norm)(source)
+        q = q + self.dropout(self.attn(self.attn_norm(q), rope, None, source, cache))
+        return q + self.dropout(self.mlp(self.mlp_norm(q)))
+
+
+class Mixer(nn.Module):
+    """n_mix pairs of a block inside the groups and a block over all slots of a level."""
+
+    def __init__(self, config, level):
+        super().__init__()
+        self.level = level
+        n = config.n_mix
+        self.order = ('local', 'across') * n if config.interleave else ('local',) * n + ('across',) * n
+        self.blocks = nn.ModuleList(Block(config.level(level), 0) for _ in self.order)
+        for kind, block in zip(self.order, self.blocks):
+            block.attn.window = config.global_window if kind == 'across' and level == 0 else None
+
+    def flops(self, rows, keys_inside, keys_across):
+        keys = dict(local=keys_inside, across=keys_across)
+        return sum(block_flops(block, rows, rows, keys[kind]) for kind, block in zip(self.order, self.blocks))
+
+    def forward(self, x, span):
+        for kind, block in zip(self.order, self.blocks):
+            if kind == 'local':
+                rope, cache = span.inside(self.level)
+                x = span.unfold(block(span.fold(x, span.sizes[self.level]), rope, None, cache), x.size(0))
+            else:
+                rope, cache = span.across(self.level)
+                x = block(x, rope, None, cache)
+        return x
+
+
+class Down(nn.Module):
+    """Level i to level i + 1: the last slots of each group read the group, (B, m, D_i) -> (B, m', D_i+1)."""
+
+    def __init__(self, config, level):
+        super().__init__()
+        self.level, self.n_keep = level, config.latents[level]
+        width, source_width = config.widths[level + 1], config.widths[level]
+        self.in_proj = nn.Linear(source_width, width, bias=False)
+        n = config.n_compress - 1 if config.compress == 'transformer' else 0
+        self.blocks = nn.ModuleList(Block(config.level(level + 1), 0) for _ in range(n))
+        self.pool = PoolBlock(config.level(level + 1), source_width if config.compress == 'perceiver' else None)
+        self.mixer = Mixer(config, level + 1)
+
+    def forward(self, x, slot_emb, span):
+        batch, K = x.size(0), span.sizes[self.level]
+        rope, cache = span.inside(self.level)
+        x = span.fold(x, K)
+        y = self.in_proj(x)
+        for block in self.blocks:
+            y = block(y, rope, None, cache)
+        first, last = span.slots(self.level)
+        n_new = max(0, last - max(first, K - self.n_keep))  # slots among these that the next level keeps
+        source = y if self.pool.source_norm is None else x
+        y = self.pool(y[:, y.size(1) - n_new:], source, rope, cache)
+        if n_new == 0:
+            return y  # the group has not come so far
+        y = span.unfold(y + slot_emb.weight[slice(*span.slots(self.level + 1))], batch)
+        return self.mixer(y, span)
+
+
+class Up(nn.Module):
+    """Level i + 1 back to level i: slots read the latents of their group that are there by then and those of the group
+    before; before the first group stand learned ones. (B, m', D_i+1), (B, m, D_i) -> (B, m, D_i)."""
+
+    def __init__(self, config, level):
+        super().__init__()
+        self.level, self.upsample = level, config.upsample
+        width, above = config.widths[level:level + 2]
+        K, n = (config.group_size, *config.latents)[level:level + 2]
+        self.latent_norm = make_norm(config.norm, above)
+        self.before_emb = nn.Embedding(n, above)  # the latents before the first group
+        slot, late = torch.arange(K), K - n  # slots from `late` on are the latents' own
+        if self.upsample == 'repeat':
+            self.up_proj = nn.Linear(above, width, bias=False)
+            self.register_buffer('reads', torch.where(slot < late, (slot - late) % n, n + slot - late), persistent=False)
+        else:
+            self.query_norm = make_norm(config.norm, width)
+            self.up = ATTENTIONS[config.attention](config.level(level, causal=False), above)
+            own = slot[:, None] >= late + torch.arange(n)  # (K, n)
+            self.register_buffer('sees', torch.cat((torch.ones(K, n, dtype=torch.bool), own), dim=1), persistent=False)
+        if config.skip == 'learned':
+            self.skip_a, self.skip_b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+        self.learned_skip = config.skip == 'learned'
+        self.mixer = Mixer(config, level)
+
+    def forward(self, latents, x, span):
+        u = self.read(self.with_previous(self.prepare(latents), span), x, span)
+        x = self.skip_a * u + self.skip_b * x if self.learned_skip else u + x
+        return self.mixer(x, span)
+
+    def prepare(self, latents):
+        latents = self.latent_norm(latents)
+        return self.up_proj(latents) if self.upsample == 'repeat' else latents
+
+    def with_previous(self, latents, span):
+        """(B, n*K', W) -> (B*n, 2K', W): the latents of the group before and the group's own. Open group: (B, K'+b, W)."""
+        batch, n = latents.size(0), span.sizes[self.level + 1]
+        if span.start < span.config.group_size:
+            previous = self.prepare(self.before_emb.weight).expand(batch, -1, -1)
+        else:
+            previous = span.cache.latents[self.level][:, :n]
+        if span.whole:
+            groups = torch.cat((previous, latents), dim=1).unflatten(1, (-1, n))  # (B, 1+n, K', W)
+            if span.cache is not None:
+                span.cache.keep(self.level, groups[:, -1], 0)
+            return torch.cat((groups[:, :-1], groups[:, 1:]), dim=2).flatten(0, 1)
+        first, last = span.slots(self.level + 1)
+        span.cache.keep(self.level, latents, n + first)
+        both = torch.cat((previous, span.cache.latents[self.level][:, n:n + last]), dim=1)
+        if span.stop % span.config.group_size == 0:
+            span.cache.keep(self.level, both[:, n:], 0)
+        return both
+
+    def read(self, latents, x, span):
+        """latents (B*n, 2K', W) -> what each slot reads of them, (B, m, D_i)."""
+        first, last = span.slots(self.level)
+        if self.upsample == 'repeat':
+            return span.unfold(latents[:, self.reads[first:last]], x.size(0))
+        q = span.fold(self.query_norm(x), span.sizes[self.level])
+        mask = self.sees[None, None, first:last, :latents.size(1)]
+        y = self.up(q, self.rope(latents.size(1), first, last, span), mask, latents)
+        return span.unfold(y, x.size(0))
+
+    def rope(self, n_latents, first, last, span):
+        """Tables of the slots and of the latents, whose times count from the beginning of the group before."""
+        if not span.config.rope_dims:
+            return None
+        g, K, n = span.config.group_size, span.sizes[self.level], span.sizes[self.level + 1]
+        times = torch.cat((torch.arange(g - n, g), torch.arange(2 * g - n, 2 * g)))[:n_latents]
+        return *span.rope(slice(2 * g - K + first, 2 * g - K + last)), *span.rope(times)
+
+
+class ChannelLinear(nn.Module):
+    """n_channels linear layers as one batched product, (n_channels*B, T, n_in) -> (n_channels*B, T, n_out)."""
+
+    def __init__(self, layer, n_channels):
+        super().__init__()
+        self.n_channels, self.splits = n_channels, getattr(layer, 'splits', (layer.out_features,))
+        self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
+        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
+
+    def forward(self, x):
+        y = x.unflatten(0, (self.n_channels, -1)).flatten(1, 2) @ self.weight.transpose(1, 2)  # (s, B*T, n_out)
+        y = y if self.bias is None else y + self.bias
+        return y.view(*x.shape[:-1], -1)
+
+
+def make_channels(module, n_channels):
+    """Gives every channel its own copy of the module's linear layers."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, ChannelLinear(child, n_channels))
+        else:
+            make_channels(child, n_channels)
+    return module
+
+
+class ChannelBlock(nn.Module):
+    """A trunk block of s parallel channels: h_c = x + attention_c(x), z_c = h_c + feed-forward_c(h_c) + shared ones, merged
+    element by element, sum_c softmax_c(z) z. Channels are folded into the batch; gains of norms are shared."""
+
+    def __init__(self, config, level_config):
+        super().__init__()
+        c, s = level_config, config.n_channels
+        hidden = max(1, round(config.channel_mlp_mult * 4 * c.n_embd / s))
+        narrow = config.level(-1, mlp_hidden=hidden)
+        self.n_channels, self.merge = s, config.merge
+        self.attn_norm, self.mlp_norm = (make_norm(c.norm, c.n_embd) for _ in range(2))
+        self.attn = make_channels(ATTENTIONS[c.attention](c), s)
+        self.attn.n_channels = s
+        self.mlp = make_channels(MLP(narrow, c.mlp_rank), s)
+        self.shared = nn.ModuleList(MLP(narrow, c.mlp_rank) for _ in range(config.n_shared_mlp))
+        self.dropout = make_dropout(c.dropout)
+
+    def forward(self, x, rope=None, key_mask=None, cache=None):
+        x = x.repeat(self.n_channels, 1, 1)  # (s*B, T, D), channel by channel
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope, None, None, cache))
+        h = self.mlp_norm(x)
+        x = x + self.dropout(self.mlp(h) + sum(mlp(h) for mlp in self.shared))
+        z = x.unflatten(0, (self.n_channels, -1))  # (s, B, T, D)
+        if self.merge == 'softmax':
+            return (z.softmax(dim=0) * z).sum(dim=0)
+        return z.amax(dim=0) if self.merge == 'max' else z.mean(dim=0)
+
+
+class GroupedLatent(LanguageModel):
+    """A U-net over time, exactly causal. Tokens come in groups of group_size; each level keeps the last few slots of a
+    group, which have read it; the trunk, n_layer wide blocks, runs over the fewest; on the way back every slot reads the
+    latents that were there by its time, its own group's and the previous group's, and adds the skip.
+
+    A group has a fixed size, so that nothing before a token depends on what follows or on how long the sequence is; the
+    last group may be open. Positions: where in its group a slot stands is learned, and rotary ones are token times."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.sizes = (config.group_size, *config.latents)
+        self.slot_emb = nn.ModuleList(nn.Embedding(K, D) for K, D in zip(self.sizes, config.widths))
+        self.down = nn.ModuleList(Down(config, i) for i in range(len(config.latents)))
+        last = config.level(len(config.latents))
+        self.blocks = nn.ModuleList(
+            ChannelBlock(config, last) if config.n_channels and (k + 1) % config.channels_every == 0 else Block(last, 0)
+            for k in range(config.n_layer))
+        self.up = nn.ModuleList(Up(config, i) for i in range(len(config.latents)))
+        if config.dense_former:
+            # before block k + 1: weights of the trunk's input and of the k + 1 outputs so far, at first the last alone
+            self.depth_weights = nn.ParameterList(F.one_hot(torch.tensor(k + 1), k + 2).float()
+                                                  for k in range(config.n_layer - 1))
+        if config.latent_loss:
+            self.latent_head = nn.Linear(last.n_embd, last.n_embd, bias=False)
+        g = config.group_size
+        length = -(-max(config.block_size, 2 * g) // g) * g
+        self.add_rope('rope', config.rope_dims, length)
+        for i, K in enumerate(self.sizes):
+            times = (torch.arange(length // g)[:, None] * g + g - K + torch.arange(K)).flatten()
+            self.register_buffer(f'times_{i}', times, persistent=False)
+        init_weights(self)
+
+    def trunk(self, x, end, key_mask, cache):
+        g, T = self.config.group_size, x.size(1)
+        if cache is None:
+            # a last part of a group is filled up: what comes later changes nothing
+            y, extra = self.span(F.pad(x, (0, 0, 0, -T % g)), Span(self, 0, T + -T % g, None), T)
+            return y[:, :T], extra
+        parts, start = [], end - T
+        while start < end:  # the rest of the open group, whole groups, the beginning of the next
+            stop = min(end, (start // g + 1) * g) if start % g or end - start < g else end // g * g
+            parts.append(self.span(x[:, start - end + T:stop - end + T], Span(self, start, stop, cache), None)[0])
+            cache.n_tokens = start = stop
+        return torch.cat(parts, dim=1), {}
+
+    def span(self, x, span, n_real):
+        """The tokens of a Span down, through the trunk, and up; n_real: those that are no filling, for the latent loss."""
+        n_groups = x.size(1) // self.config.group_size if span.whole else 1
+        x = x + self.slot_emb[0].weight[slice(*span.slots(0))].repeat(n_groups, 1)
+        skips = []
+        for level, down in enumerate(self.down):
+            skips.append(x)
+            if x.size(1):
+                x = down(x, self.slot_emb[level + 1], span)
+            else:
+                x = x.new_empty(x.size(0), 0, self.config.widths[level + 1])
+        latents = x
+        if x.size(1):
+            x = self.over_latents(x, span)
+        extra = {}
+        if self.training and self.config.latent_loss and n_real is not None:
+            extra['latent_loss'] = self.latent_loss(x, latents.detach(), slots_until(self.config, len(self.down), n_real))
+        for up, skip in zip(reversed(self.up), reversed(skips)):
+            x = up(x, skip, span) if skip.size(1) else skip
+        return x, extra
+
+    def over_latents(self, x, span):
+        rope, cache = span.across(len(self.down))
+        outputs = [x]
+        for k, block in enumerate(self.blocks):
+            x = block(x, rope, None, cache)
+            if self.config.dense_former and k + 1 < len(self.blocks):
+                outputs.append(x)
+                x = sum(weight * output for weight, output in zip(self.depth_weights[k], outputs))
+        return x
+
+    def latent_loss(self, outputs, inputs, n):
+        """1 - cos between what the head makes of trunk output j and trunk input j + 1, over the first n latents."""
+        if n < 2:
+            return outputs.sum() * 0.0
+        return (1 - F.cosine_similarity(self.latent_head(outputs[:, :n - 1]), inputs[:, 1:n], dim=-1)).mean()
+
+    def flops_by_part(self, T):
+        """Forward FLOPs a token of the levels (all that compresses, mixes and goes up) and of the trunk."""
+        n = [slots_until(self.config, level, T) / T for level in range(len(self.sizes))]  # slots a token
+        seen = [(rate * T + 1) / 2 for rate in n]  # by a query that sees all before it
+        if (window := self.config.global_window) and window < T:
+            seen[0] = window - window * (window - 1) / 2 / T
+        parts = dict(levels=0.0, trunk=block_flops(self.blocks, n[-1], n[-1], seen[-1]))
+        for level, (down, up) in enumerate(zip(self.down, self.up)):
+            K, k = self.sizes[level:level + 2]
+            inside = (K + 1) / 2
+            parts['levels'] += (2 * down.in_proj.weight.numel() * n[level]
+                                + block_flops(down.blocks, n[level], n[level], inside)
+                                + block_flops(down.pool, n[level + 1], n[level], (2 * K - k + 1) / 2)
+                                + down.mixer.flops(n[level + 1], (k + 1) / 2, seen[level + 1])
+                                + up.mixer.flops(n[level], inside, seen[level]))
+            if up.upsample == 'repeat':
+                parts['levels'] += 2 * up.up_proj.weight.numel() * n[level + 1]
+            else:
+                parts['levels'] += block_flops(up.up, n[level], n[level + 1], k + k * (k + 1) / 2 / K)
+        return parts
+
+    def trunk_flops(self, T):
+        return sum(self.flops_by_part(T).values())
+
+    def cache_bytes_per_token(self, dtype=None):
+        """Bytes by which the cache grows with each token; what it keeps of the open group has a fixed size."""
+        width = 0.0
+        for level, K in enumerate(self.sizes):
+            blocks = [block for part in (*self.down, *self.up) if part.mixer.level == level
+                      for kind, block in zip(part.mixer.order, part.mixer.blocks) if kind == 'across']
+            blocks += self.blocks if level == len(self.down) else []
+            width += sum(block.attn.cache_width() * block.attn.n_channels for block in blocks) * K / self.config.group_size
+        return width * (dtype or self.tok_emb.weight.dtype).itemsize
+
+    def init_cache(self, batch, length):
+        return GroupedCache(self.config, batch, length, super().init_cache(batch, length).head)
+
+
+ARCHITECTURES = {'transformer': (Transformer, TransformerConfig), 'grouped_latent': (GroupedLatent, GroupedLatentConfig),
                  'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig)}
 
 
@@ -830,8 +1314,6 @@ class Cache:
     def extend(self, owner, *new):
         """Stores what an attention computed for T new tokens, tensors (B, ..., T, width); returns each with what was
         stored before in front of it, (B, ..., S, width)."""
-        if new[0].size(0) != self.batch:
-            raise ValueError(f'{new[0].size(0)} sequences, but the cache was made for {self.batch}')
         if owner not in self.buffers:
             self.buffers[owner] = [x.new_empty(*x.shape[:-2], self.length, x.size(-1)) for x in new]
         end = self.n_tokens + new[0].size(-2)
@@ -841,6 +1323,43 @@ class Cache:
 
     def n_bytes(self):
         return sum(buffer.nbytes for buffers in self.buffers.values() for buffer in buffers)
+
+
+class GroupedCache:
+    """The cache of GroupedLatent: on every level the keys and values of all slots for what sees all of them, those of
+    the open group for what stays inside it, and the latents of the previous and the open group for the way up."""
+
+    def __init__(self, config, batch, length, head):
+        self.config, self.batch, self.length, self.head = config, batch, length, head
+        self.sizes = (config.group_size, *config.latents)
+        self.levels = [Cache(batch, slots_until(config, i, length)) for i in range(len(self.sizes))]
+        self.open_group = [Cache(batch, K) for K in self.sizes]
+        self.latents = [None] * len(config.latents)
+        self._n_tokens = 0
+
+    @property
+    def n_tokens(self):
+        return self._n_tokens
+
+    @n_tokens.setter
+    def n_tokens(self, t):
+        """Going back is possible to the beginning, or inside the open group: of earlier ones the latents are gone."""
+        g = self.config.group_size
+        if 0 < t < self._n_tokens // g * g:
+            raise ValueError(f'n_tokens={t}: of {self._n_tokens} tokens, those of the last group can be taken back, or all')
+        self._n_tokens = t
+        for level, K in enumerate(self.sizes):
+            self.levels[level].n_tokens = slots_until(self.config, level, t)
+            self.open_group[level].n_tokens = max(0, t % g - (g - K))
+
+    def keep(self, level, latents, row):
+        """Stores latents (B, k, W) for Up on `level`: rows 0..K'-1 are the previous group's, the next K' the open one's."""
+        if self.latents[level] is None:
+            self.latents[level] = latents.new_empty(latents.size(0), 2 * self.config.latents[level], latents.size(2))
+        self.latents[level][:, row:row + latents.size(1)] = latents
+
+    def n_bytes(self):
+        return sum(cache.n_bytes() for cache in (*self.levels, *self.open_group)) + sum(x.nbytes for x in self.latents)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):

@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 import prepare
 from config import UserError
-from model import ARCHITECTURES, ConfigError, ModelConfig, make_model
+from model import ARCHITECTURES, ChannelLinear, ConfigError, ModelConfig, make_model
 from prepare import DataOptions, Tokenizer
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies can be compared
@@ -252,7 +252,8 @@ def open_machine(options):
         return [tensor.to(device) for tensor in batch]
 
     return SimpleNamespace(
-        device=device, rank=rank, local_rank=local_rank, world=world, bf16=bf16, total=total, put=put,
+        device=device, rank=rank, local_rank=local_rank, world=world, total=total, put=put,
+        bf16=bf16, precision=torch.bfloat16 if bf16 else torch.float32,
         wait=lambda: dist.barrier(group=preparing) if world > 1 else None,
         autocast=lambda: torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext())
 
@@ -271,13 +272,14 @@ def parameter_groups(model):
     """(hidden matrices as modules, embeddings, gains and biases): every parameter in exactly one of the three."""
     matrices, embeddings, vectors = [], [], []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and name != 'lm_head':
+        linear = isinstance(module, (nn.Linear, ChannelLinear))
+        if linear and name != 'lm_head':
             matrices.append(module)
         for part, parameter in module.named_parameters(recurse=False):
             if isinstance(module, nn.Embedding) or name == 'lm_head':
                 embeddings.append(parameter)
-            elif not (isinstance(module, nn.Linear) and part == 'weight'):
-                assert parameter.dim() == 1 or part == 'gain', f'{name}.{part}: say which group it belongs to'
+            elif not (linear and part == 'weight'):
+                assert parameter.dim() == 1 or part in ('gain', 'bias'), f'{name}.{part}: say which group it belongs to'
                 vectors.append(parameter)
     grouped = [module.weight for module in matrices] + embeddings + vectors
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters()))
@@ -285,16 +287,17 @@ def parameter_groups(model):
 
 
 class Muon(torch.optim.Muon):
-    """torch.optim.Muon for linear layers; of a fused one it orthogonalises each projection by itself."""
+    """torch.optim.Muon for linear layers; of a fused one it orthogonalises each projection by itself, and of parallel
+    channels each one's."""
 
     def __init__(self, layers, **options):
         self.views = []  # (weight, rows, a parameter that shares their memory)
         for layer in layers:
-            first = 0
-            for n_rows in getattr(layer, 'splits', (layer.out_features,)):
-                rows, first = slice(first, first + n_rows), first + n_rows
-                if n_rows:
-                    self.views.append((layer.weight, rows, nn.Parameter(layer.weight.data[rows])))
+            splits = getattr(layer, 'splits', None) or (layer.out_features,)
+            starts = [sum(splits[:i]) for i in range(len(splits))]
+            for rows in (slice(start, start + n) for start, n in zip(starts, splits) if n):
+                places = [rows] if layer.weight.dim() == 2 else [(c, rows) for c in range(layer.n_channels)]
+                self.views += [(layer.weight, place, nn.Parameter(layer.weight.data[place])) for place in places]
         super().__init__([view for _, _, view in self.views], **options)
 
     def step(self, closure=None):
@@ -397,6 +400,15 @@ def build(arch, model_options):
         return make_model(arch, **model_options)
     except ConfigError as error:
         raise UserError(str(error)) from None
+
+
+def compiled(options, model, machine):
+    """The model, or on CUDA or by --compile its compiled form."""
+    if not (machine.device.type == 'cuda' if options.compile is None else options.compile):
+        return model
+    if not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++', 'cc'))):
+        raise UserError('torch.compile needs a C++ compiler and there is none here: install one, or use --compile=False')
+    return torch.compile(model, dynamic=False)  # static shapes
 
 
 def load_weights(model, state, path):
@@ -596,7 +608,7 @@ def print_model(options, model):
     c = model.config
     print(f'{options.arch}: {model.n_params():,} parameters ({model.n_params(positions=False):,} without positions), '
           f'{model.flops_per_token(c.block_size, predicted_share(options, c)) / 1e6:.1f} MFLOP a token in training'
-          + (f', {model.cache_bytes_per_token():,} cache bytes a token' if c.causal else ''))
+          + (f', {model.cache_bytes_per_token():,.0f} cache bytes a token' if c.causal else ''))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -820,10 +832,7 @@ def main():
         raise UserError(f'{options.out_dir}: was trained on other data than {data.folder} holds; use '
                         '--init_from=RUN --out_dir=NEW to go on from its weights')
     model.to(machine.device)
-    compiling = machine.device.type == 'cuda' if options.compile is None else options.compile
-    if compiling and not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++', 'cc'))):
-        raise UserError('torch.compile needs a C++ compiler and there is none here: install one, or use --compile=False')
-    forward = torch.compile(model, dynamic=False) if compiling else model  # static shapes
+    forward = compiled(options, model, machine)
     if options.eval_only:
         micro, _ = accumulation(options, machine.world)
         scores = evaluate(model, forward, data, micro, machine)

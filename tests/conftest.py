@@ -15,6 +15,8 @@ import pytest
 def pytest_configure(config):
     # torch.compile imports a part of torch that torch itself has deprecated
     config.addinivalue_line('filterwarnings', 'ignore:`torch.jit:DeprecationWarning')
+    config.addinivalue_line('markers', 'slow: left out unless asked for, `python -m pytest -m slow`')
+    config.option.markexpr = config.option.markexpr or 'not slow'
 
 
 REPOSITORY = Path(__file__).parent.parent

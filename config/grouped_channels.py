@@ -1,0 +1,9 @@
+"""grouped.py with two channels in every second trunk block, over half as many latents: the same cost of attention.
+
+Claim: s channels over K/m latents do better than one over K. Compare with grouped.py.
+"""
+from config.grouped import *
+
+latents = (16, 1)
+n_channels = 2
+channels_every = 2

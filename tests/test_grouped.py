@@ -1,0 +1,321 @@
+"""Grouped latents: exact causality at every length, exact caches, closed formulas, plain formulas for the parts."""
+
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import model as m
+from model import ConfigError, make_model
+from test_model import tokens
+from train import make_optimizers, parameter_groups, Muon, TrainOptions
+
+# 2 does not divide 5 - 2, nor 5 divide 7 - 5
+TINY = dict(vocab_size=61, block_size=40, n_layer=2, group_size=7, latents=(5, 2), widths=(16, 32, 32), head_dim=8,
+            norm='rms')
+MLA = dict(attention='mla', kv_latent=8, rope_dims=4)
+GROUPED = {
+    'base': {},
+    'perceiver': dict(compress='perceiver'),
+    'attention': dict(upsample='attention'),
+    'serial': dict(skip='learned', n_mix=2, interleave=False, n_compress=2),
+    'rope': dict(rope_dims=4),
+    'rope_attention': dict(rope_dims=4, upsample='attention', compress='perceiver'),
+    'dense_former': dict(dense_former=True, latent_loss=True, n_layer=3),
+    'channels': dict(n_channels=2, n_shared_mlp=1, channels_every=2, mlp_bias=True),
+    'mla_o': dict(MLA, q_latent=12, o_latent=12),
+    'mla_shared': dict(MLA, rope_key='shared', upsample='attention', compress='perceiver', n_channels=3, merge='max'),
+    'gqa': dict(n_kv_head=2, n_channels=2, merge='mean', channel_mlp_mult=0.5),
+    'window': dict(global_window=6),
+    'window_mla': dict(MLA, global_window=3),
+    'three_levels': dict(latents=(5, 3, 1), widths=(16, 16, 24, 32)),
+}
+
+
+# the others are marked slow: pytest -m slow
+VARIANTS = [pytest.param(name, marks=() if name in ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window')
+                         else pytest.mark.slow) for name in GROUPED]
+
+
+def tiny(name, seed=0, **options):
+    """Every weight random, gains and biases too, in float64."""
+    torch.manual_seed(seed)
+    model = make_model('grouped_latent', **{**TINY, **GROUPED[name], **options}).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
+    return model
+
+
+def assert_causal(model, T):
+    """Replaces every suffix: nothing before it may change, the logits at its beginning must; and the same by gradient.
+    Row t of a batch has its suffix replaced from t on."""
+    idx = tokens(1, T)
+    later = torch.arange(T) >= torch.arange(T)[:, None]  # (T rows, T)
+    changed = model(torch.where(later, (idx + 7) % 61, idx)) - model(idx)
+    assert changed[~later].abs().max() < 1e-11 if T > 1 else True, f'{T} tokens: a leak'
+    assert changed.diagonal().abs().amax(0).min() > 1e-4
+    embedded = []
+    hook = model.tok_emb.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    model(idx.repeat(T, 1)).diagonal().square().sum().backward()  # of row t, logit t
+    hook.remove()
+    reached = embedded[0].grad.abs().sum(-1) > 0
+    assert torch.equal(reached, ~later | torch.eye(T, dtype=torch.bool)), f'{T} tokens, by gradient'
+
+
+@pytest.mark.parametrize('train', [True, False])
+@pytest.mark.parametrize('name', VARIANTS)
+def test_causal_at_every_position_and_length(name, train):
+    model = tiny(name).train(train)
+    for T in (1, 6, 7, 8, 17):
+        assert_causal(model, T)
+
+
+def leak_by_one_slot(model):
+    model.up[0].reads = model.up[0].reads + 1 - (model.up[0].reads == model.up[0].reads.max()).long()
+
+
+def leak_in_the_pool(model):
+    model.down[0].pool.attn.causal = False
+
+
+def leak_over_latents(model):
+    model.blocks[0].attn.causal = False
+
+
+@pytest.mark.parametrize('plant', [leak_by_one_slot, leak_in_the_pool, leak_over_latents])
+def test_planted_leaks_are_found(plant):
+    model = tiny('base').eval()
+    plant(model)
+    with pytest.raises(AssertionError, match='a leak'):
+        assert_causal(model, 17)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_a_prefix_does_not_depend_on_what_follows(name):
+    model, idx = tiny(name).eval(), tokens(2, 40)
+    whole = model(idx)
+    for T in (1, 6, 7, 8, 13, 14, 15, 33, 39):
+        assert (model(idx[:, :T]) - whole[:, :T]).abs().max() < 1e-11
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_cached_logits_are_the_uncached_ones(name):
+    model, idx = tiny(name).eval(), tokens(2, 40)
+    with torch.no_grad():
+        whole = model(idx)
+        for pieces in ((40,), (1,) * 40, (5, 1, 1, 14, 1, 3, 9, 6), (7, 7, 26), (39, 1), (3, 30, 7)):
+            cache, parts, start = model.init_cache(2, 40), [], 0
+            for n in pieces:
+                parts.append(model(idx[:, start:start + n], cache=cache))
+                start += n
+            assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-9, pieces
+
+
+@pytest.mark.slow
+def test_cache_formula_counted():
+    """What a longer cache takes more is the formula, group by group."""
+    for name in GROUPED:
+        model = tiny(name, block_size=70).eval()
+        sizes = []
+        for length in (28, 63):
+            cache = model.init_cache(3, length)
+            with torch.no_grad():
+                model(tokens(3, 28), cache=cache)
+            sizes.append(cache.n_bytes())
+        assert sizes[1] - sizes[0] == pytest.approx(3 * 35 * model.cache_bytes_per_token()), name
+
+
+@pytest.mark.slow
+def test_generation_past_the_window():
+    model, idx = tiny('rope').eval(), tokens(2, 30)
+    expected = idx
+    with torch.no_grad():
+        for _ in range(20):
+            expected = torch.cat((expected, model(expected[:, -40:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(idx, 20, temperature=0), expected)
+
+
+@pytest.mark.parametrize('window', [1, 3, 6, 40])
+def test_windows_are_their_mask(window):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 17, 8), torch.randn(2, 2, 17, 8), torch.randn(2, 2, 17, 6)
+    seen = torch.ones(17, 17, dtype=torch.bool).tril().triu(1 - window)
+    plain = m.attend(q, k, v, key_mask=seen[None, None])
+    assert torch.allclose(m.attend(q, k, v, causal=True, window=window), plain, atol=1e-6)
+    for T in (1, 5):
+        part = m.attend(q[:, :, -T:], k, v, causal=True, window=window)
+        assert torch.allclose(part, plain[:, -T:], atol=1e-6)
+
+
+def test_repeat_reads_the_slots_it_says():
+    """g 7, K 5: slots 0, 1 of a group read the previous group's latents 3, 4 (r mod 5), the others the group's own."""
+    up = tiny('base').up[0]
+    assert up.reads.tolist() == [3, 4, 5, 6, 7, 8, 9]
+    assert tiny('base').up[1].reads.tolist() == [1, 0, 1, 2, 3]  # K 5, K' 2: r = -3, -2, -1
+
+
+def test_slots_until():
+    c = make_model('grouped_latent', **TINY).config
+    for level, K in enumerate((7, 5, 2)):
+        read_at = [n * 7 + 7 - K + j for n in range(9) for j in range(K)]
+        for t in range(60):
+            assert m.slots_until(c, level, t) == sum(time < t for time in read_at)
+
+
+def test_pooling_is_a_plain_block_of_which_the_last_slots_are_kept():
+    from model import Block
+    down, x = tiny('rope').down[0], torch.randn(3, 7, 32, dtype=torch.float64)
+    rope = m.rope_table(7, 4, 10000.0)
+    plain = Block(tiny('rope').config.level(1), 0).double()
+    weights = {name: value for name, value in down.pool.state_dict().items() if 'q_proj' not in name and 'kv_proj' not in name}
+    weights['attn.qkv_proj.weight'] = torch.cat((down.pool.attn.q_proj.weight, down.pool.attn.kv_proj.weight))
+    plain.load_state_dict(weights)
+    assert torch.allclose(down.pool(x[:, -5:], x, rope, None), plain(x, rope)[:, -5:], rtol=1e-9)
+
+
+def test_channels_are_their_formula():
+    model = tiny('channels')
+    block, x = model.blocks[1], torch.randn(1, 9, 32, dtype=torch.float64)
+    norm = lambda x, layer: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
+    zs = []
+    for c in range(2):
+        q, k, v = (norm(x, block.attn_norm) @ block.attn.qkv_proj.weight[c].T).split(32, -1)
+        split = lambda y: y.unflatten(-1, (4, 8)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=True).transpose(1, 2).flatten(2)
+        h = x + y @ block.attn.o_proj.weight[c].T
+        y = norm(h, block.mlp_norm)
+        own = F.gelu(y @ block.mlp.in_proj.weight[c].T + block.mlp.in_proj.bias[c]) @ block.mlp.out_proj.weight[c].T
+        zs.append(h + own + block.mlp.out_proj.bias[c] + block.shared[0](y))
+    z = torch.stack(zs)
+    assert torch.allclose(block(x), (z.softmax(0) * z).sum(0), rtol=1e-9)
+    assert block.mlp.in_proj.weight.shape == (2, 64, 32)  # 4 * 32 / 2 wide
+
+
+def test_dense_former_begins_as_no_dense_former():
+    torch.manual_seed(0)
+    plain = make_model('grouped_latent', **TINY, dense_former=False)
+    other = make_model('grouped_latent', **TINY, dense_former=True)
+    other.load_state_dict(plain.state_dict(), strict=False)
+    idx = tokens(2, 20)
+    assert torch.equal(plain(idx), other(idx))
+    other.depth_weights[0].data[0] = 0.5
+    assert not torch.equal(plain(idx), other(idx))
+
+
+def test_latent_loss_sees_real_latents_only():
+    model, idx = tiny('dense_former').train(), tokens(1, 17)
+    seen = {}
+    model.blocks[-1].register_forward_hook(lambda module, args, out: seen.update(out=out))
+    model.blocks[0].register_forward_hook(lambda module, args, out: seen.update(into=args[0]))
+    out = model(idx, idx)
+    n = 2 * 2  # of 17 tokens two groups are whole, and the third has not come to its latents
+    cos = F.cosine_similarity(model.latent_head(seen['out'][0, :n - 1]), seen['into'][0, 1:n], dim=-1)
+    assert torch.allclose(out['latent_loss'], (1 - cos).mean())
+    assert torch.allclose(out['loss'], out['cross_entropy'] + out['latent_loss'])
+    assert model(idx[:, :6], idx[:, :6])['latent_loss'] == 0
+    assert set(model.eval()(idx, idx)) == {'loss'}
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_flops_formula_is_what_happens(name):
+    """Matrix products counted, attention left out on both sides; what the formula leaves out as no useful work: the
+    learned latents before the first group, and keys that attention upsampling makes twice."""
+    model, T = make_model('grouped_latent', **{**TINY, **GROUPED[name]}), 35
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(tokens(2, T))
+    counted = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'attention' not in str(op))
+    for up in model.up:
+        k = up.before_emb.weight.size(0)
+        if up.upsample == 'repeat':
+            counted -= 2 * k * up.up_proj.weight.numel()
+        else:
+            kv = sum(2 * p.weight.numel() for n, p in up.up.named_modules() if n.startswith('kv_') and hasattr(p, 'splits'))
+            counted -= 2 * (T // 7) * k * kv
+    for attention in model.attentions():
+        attention.score_flops = lambda keys: 0.0
+    assert counted / (2 * T) == pytest.approx(model.flops_per_token(T) / 3, rel=1e-9)
+
+
+def test_score_flops():
+    """Counted by hand for one head geometry: 35 tokens in 5 groups."""
+    model = make_model('grouped_latent', **TINY)
+    with_scores = model.flops_by_part(35)
+    for attention in model.attentions():
+        attention.score_flops = lambda keys: 0.0
+    without = model.flops_by_part(35)
+    pairs = lambda n: n * (n + 1) / 2
+    assert with_scores['trunk'] - without['trunk'] == pytest.approx(2 * 4 * 32 * pairs(10) / 35)
+    level_0 = 4 * 16 * (5 * pairs(7) + pairs(35))  # on the way up
+    level_1 = 2 * 4 * 32 * (5 * pairs(5) + pairs(25)) + 4 * 32 * 5 * (3 + 4 + 5 + 6 + 7)  # both ways, and the pool
+    level_2 = 4 * 32 * (5 * pairs(2) + pairs(10)) + 4 * 32 * 5 * (4 + 5)
+    assert with_scores['levels'] - without['levels'] == pytest.approx((level_0 + level_1 + level_2) / 35)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_every_parameter_is_stepped_once(name):
+    """Also by Muon, which takes a channel at a time; and one batch is learned by heart."""
+    torch.manual_seed(0)
+    model = make_model('grouped_latent', **{**TINY, **GROUPED[name]})
+    parameter_groups(model)  # asserts it
+    optimizers = make_optimizers(model, TrainOptions(optimizer='muon', learning_rate=1e-2))
+    assert isinstance(optimizers[0], Muon)
+    before, idx = copy.deepcopy(model.state_dict()), tokens(2, 20)
+    for _ in range(3):
+        loss = model(idx, idx)['loss']
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    assert model(idx, idx)['loss'] < loss
+    unmoved = [key for key, value in model.state_dict().items() if torch.equal(value, before[key])]
+    assert not unmoved
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = make_model('grouped_latent', **dict(TINY, widths=(128, 256, 256), head_dim=32, vocab_size=500))
+    for name, p in model.named_parameters():
+        if p.dim() > 1 and p.numel() > 3000:
+            small = any(part in name for part in ('o_proj', 'out_proj', 'up_proj'))
+            wanted = p.size(-1) ** -0.5 * (0.1 if small else 1.0)
+            assert math.isclose(p.std().item(), wanted, rel_tol=0.1), name
+    assert math.isclose(model.slot_emb[0].weight.std().item(), 0.5 * 128 ** -0.5, rel_tol=0.15)
+    model.eval()
+    assert abs(model(tokens(4, 40), tokens(4, 40, seed=2))['loss'].item() - math.log(500)) < 1.0
+
+
+@pytest.mark.slow
+def test_compiled_without_graph_breaks_and_equal():
+    model = make_model('grouped_latent', **dict(TINY, n_layer=1, latents=(2,), widths=(16, 32)))
+    compiled = torch.compile(model, fullgraph=True, dynamic=False)
+    idx = tokens(2, 17)  # the last group is open
+    assert math.isclose(model(idx, idx)['loss'].item(), compiled(idx, idx)['loss'].item(), rel_tol=1e-5)
+
+
+@pytest.mark.parametrize('options, message', [
+    (dict(latents=(5, 5)), 'each level has fewer than the last'),
+    (dict(group_size=5), 'each level has fewer than the last'),
+    (dict(widths=(16, 32)), 'takes 3'),
+    (dict(head_dim=12), 'widths=.*16 is not divisible by head_dim=12'),
+    (dict(block_size=6), 'takes at least one group, group_size=7'),
+    (dict(latents=(5, 0)), 'above zero'),
+    (dict(n_shared_mlp=1), 'n_shared_mlp belongs to n_channels'),
+    (dict(merge='max'), 'merge belongs to n_channels'),
+    (dict(latent_loss_coeff=0.5), 'latent_loss_coeff belongs to latent_loss'),
+    (dict(n_channels=1), 'takes two or more'),
+    (dict(n_embd=32), 'n_embd=32: leave it out'),
+    (dict(n_head=3), 'n_head=3: leave it out'),
+    (dict(learned_positions=True), 'learned_positions=True: leave it out'),
+    (dict(n_dense=1), 'n_dense=1: leave it out'),
+    (dict(subtract_next_position=True), 'needs learned_positions'),
+    (dict(global_window=0), 'above zero'),
+    (dict(n_mix=0), 'above zero'),
+    (dict(n_kv_head=3), 'not divisible by n_kv_head'),
+    (dict(causal=True), 'has no causal'),
+])
+def test_refusals(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_model('grouped_latent', **{**TINY, **options})
