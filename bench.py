@@ -1,20 +1,25 @@
-"""How fast configurations are on this machine. Weights are random: speed does not depend on what they have learned.
+"""How fast configurations are on this machine. Weights and tokens are random: speed does not depend on what is learned.
 
-    python bench.py                                         # every causal configuration
-    python bench.py config/decoder.py config/encdec.py      # these
-    python bench.py config/decoder.py --context=100 --json=True
+    python bench.py config/mla.py config/mla_o.py --micro_batch_size=32     # these, against each other
+    python bench.py config/encdec.py --context=100 --json=True
+    python bench.py                                                         # all of them: on a CPU it takes long
 
-Decoding: milliseconds for one token of one sequence at `context` tokens (or block_size, if that is less), with the
-cache and without, beside the time to read once, in this process, the weights that a token needs. Medians of rounds
-that take turns.
+Training: steps of train.py on micro_batch_size sequences (batch_size, where there is none): tokens/s, the share of the
+machine's matmul peak that their useful arithmetic is, and the peak memory of a process that does nothing else. Decoding
+(causal models): milliseconds for one token of one sequence at `context` tokens (or block_size, if that is less), with
+the cache and without, beside the time to read once the weights that a token needs; the worst token, where tokens cost
+unlike amounts. Medians of rounds in which all take turns.
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -22,23 +27,33 @@ import config
 import prepare
 from config import UserError
 from model import ARCHITECTURES, ModelConfig
-from train import MachineOptions, TrainOptions, build, open_machine, split_options
+from train import (MachineOptions, TrainOptions, build, compiled, make_optimizers, memory_gb, open_machine,
+                   predicted_share, split_options, train_step)
 
-CACHED_TOKENS = 16  # decoded in a round, up to the context
+CACHED_TOKENS = 16  # decoded in a round, up to the context; with grouped latents a whole group
 
 
 @dataclass
 class BenchOptions(MachineOptions):
     """Options"""
 
-    context: int = 200  # tokens of context, at most block_size
+    context: int = 200  # tokens of context when decoding, at most block_size
     rounds: int = 5  # of which the median is reported
-    json: bool = False  # print a list of dicts instead of the table
+    json: bool = False  # print a list of dicts instead of the tables
 
     def __post_init__(self):
         self.check_numbers('seed')
         if self.context < 2:
             raise UserError(f'context={self.context}: takes two tokens or more, one to go on from and one to decode')
+
+
+KNOWN = (BenchOptions, TrainOptions, ModelConfig, *(config_class for _, config_class in ARCHITECTURES.values()))
+
+
+def read_options(arguments):
+    """BenchOptions of the command line; options of training and models are checked by name, and left to the configs."""
+    values, _ = config.load(arguments, *KNOWN, doc=__doc__, takes_config=False)
+    return BenchOptions(**{field.name: values[field.name] for field in fields(BenchOptions) if field.name in values})
 
 
 def clock(device, work):
@@ -52,78 +67,145 @@ def clock(device, work):
     return time.perf_counter() - start
 
 
-@torch.no_grad()
-def decode(model, options, machine):
-    """Speed and memory of generation, as a dict of bench.py's json."""
-    size = min(options.context, model.config.block_size)
-    n = min(CACHED_TOKENS, size - 1)
-    idx = torch.randint(model.config.vocab_size, (1, size), device=machine.device)
-    last = torch.full((1, 1), size - 1, device=machine.device)
-    tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} - {id(model.head_weight())}
-    weights = torch.cat([p.flatten() for p in model.parameters() if id(p) not in tables])  # of a table a token reads a row
-    dtype = torch.bfloat16 if machine.bf16 else weights.dtype
-    weights = weights.to(dtype)
-    cache = model.init_cache(1, size)
+def matmul_peak(machine):
+    """FLOP/s of a square matrix product that is large for the device, in the precision in which it trains."""
+    n = 8192 if machine.device.type == 'cuda' else 2048
+    a, b, out = torch.randn(3, n, n, device=machine.device).to(machine.precision)
+    return 2 * n ** 3 / min(clock(machine.device, lambda: torch.mm(a, b, out=out)) for _ in range(3))
 
-    def cached():
-        for t in range(size - n, size):
-            model(idx[:, t:t + 1], cache=cache)
 
-    times = dict(cached=[], uncached=[], read=[])
-    with machine.autocast():
-        for round in range(options.rounds + 1):
-            cache.n_tokens = 0
-            model(idx[:, :size - n], cache=cache)
-            seconds = dict(cached=clock(machine.device, cached) / n, read=clock(machine.device, weights.sum),
-                           uncached=clock(machine.device, lambda: model(idx, positions=last)))
-            if round:  # the first one warms up
-                for name, value in seconds.items():
-                    times[name].append(1e3 * value)
-    return dict(context=size, decode_ms_per_token=statistics.median(times['cached']),
-                decode_ms_per_token_uncached=statistics.median(times['uncached']),
-                weights_read_ms=statistics.median(times['read']), cache_bytes_per_token=model.cache_bytes_per_token(dtype),
-                cache_bytes_per_token_counted=cache.n_bytes() / size)
+class Subject:
+    """A config under measurement: its model, a batch to train on, a context to decode from."""
+
+    def __init__(self, path, overrides, machine):
+        flat, self.name = config.load([str(path), *overrides], *KNOWN)
+        own = {field.name for field in fields(BenchOptions)} - {field.name for field in fields(MachineOptions)}
+        training, model_options = split_options({k: v for k, v in flat.items() if k not in own})
+        self.recipe, self.machine = TrainOptions(**training, vocab_size=flat.get('vocab_size')), machine
+        model_options['vocab_size'] = flat.get('vocab_size') or prepare.vocab_size_of(self.recipe)
+        torch.manual_seed(self.recipe.seed)
+        self.model = build(self.recipe.arch, model_options).to(machine.device)
+        self.runner = compiled(self.recipe, self.model, machine)
+        self.optimizers = make_optimizers(self.model, self.recipe)
+        self.ms = []  # of each round: a dict
+
+        c, self.n = self.model.config, self.recipe.micro_batch_size or self.recipe.batch_size
+        idx = torch.randint(c.vocab_size, (self.n, c.block_size))
+        share = predicted_share(self.recipe, c)
+        self.batch = idx, idx
+        if not c.causal:
+            positions = torch.rand(self.n, c.block_size).argsort(dim=1)[:, :round(share * c.block_size)]
+            self.batch = idx, idx.gather(1, positions), positions
+        self.tokens = idx.numel()
+        self.flops = self.tokens * self.model.flops_per_token(c.block_size, share)  # useful ones
+
+    def step(self):
+        data = SimpleNamespace(batch=lambda numbers: self.batch)
+        train_step(self.runner.train(), self.optimizers, data, 0, self.recipe, self.machine, self.n, 1)
+
+    def open_decoding(self, context):
+        c = self.model.config
+        self.size = min(context, c.block_size)
+        self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.size - 1)
+        self.idx = torch.randint(c.vocab_size, (1, self.size), device=self.machine.device)
+        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
+        tables -= {id(self.model.head_weight())}
+        weights = [p.detach().flatten() for p in self.model.parameters() if id(p) not in tables]
+        self.weights = torch.cat(weights).to(self.machine.precision)
+        self.cache = self.model.init_cache(1, self.size)
+
+    @torch.no_grad()
+    def decode(self):
+        """Milliseconds: of the last tokens with the cache, of the very last without it, of reading the weights."""
+        model, first = self.model.eval(), self.size - self.n_cached
+        last = torch.full((1, 1), self.size - 1, device=self.machine.device)
+        milliseconds = lambda work: 1e3 * clock(self.machine.device, work)
+        with self.machine.autocast():
+            self.cache.n_tokens = 0
+            model(self.idx[:, :first], cache=self.cache)
+            cached = [milliseconds(lambda: model(self.idx[:, t:t + 1], cache=self.cache)) for t in range(first, self.size)]
+            return dict(cached=cached, uncached=milliseconds(lambda: model(self.idx, positions=last)),
+                        read=milliseconds(self.weights.sum))
+
+    def report(self, peak, memory):
+        """What --json=True prints of it. peak: FLOP/s of matrix products; memory: bytes."""
+        median = lambda name: statistics.median(ms[name] for ms in self.ms)
+        seconds = median('step') / 1e3
+        line = dict(config=self.name, params=self.model.n_params(), sequences=self.n, block_size=self.batch[0].size(1),
+                    train_tokens_per_s=self.tokens / seconds, train_matmul_share=self.flops / seconds / peak,
+                    matmul_peak_flops_per_s=peak, peak_memory_bytes=memory)
+        if not self.model.config.causal:
+            return line
+        cached = [statistics.median(token) for token in zip(*(ms['cached'] for ms in self.ms))]  # of each token
+        return line | dict(
+            context=self.size, decode_ms_per_token=statistics.mean(cached), decode_ms_per_token_worst=max(cached),
+            decode_ms_per_token_uncached=median('uncached'), weights_read_ms=median('read'),
+            cache_bytes_per_token=self.model.cache_bytes_per_token(self.machine.precision),
+            cache_bytes_per_token_counted=self.cache.n_bytes() / self.size)
+
+
+def memory_of(path, overrides):
+    """Bytes that a process of its own takes at most, in all or on its GPU, to train a config."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
+        return fresh.submit(peak_memory, path, overrides).result()
+
+
+def peak_memory(path, overrides):
+    machine = open_machine(read_options(overrides))
+    subject = Subject(path, overrides, machine)
+    subject.step()
+    subject.step()  # has gradients beside the optimizer's state
+    return round(memory_gb(machine.device) * 2 ** 30)
+
+
+def measure(paths, overrides):
+    """The lines of the report, after `rounds` rounds and one to warm up."""
+    options = read_options(overrides)
+    machine = open_machine(options)
+    subjects = [Subject(path, overrides, machine) for path in paths]
+    memory = [memory_of(path, overrides) for path in paths]
+    causal = [subject for subject in subjects if subject.model.config.causal]
+    for subject in causal:
+        subject.open_decoding(options.context)
+    peaks = []
+    for i in range(options.rounds + 1):
+        print(f'\rround {i} of {options.rounds}', end='\n' if i == options.rounds else '', file=sys.stderr, flush=True)
+        peaks.append(matmul_peak(machine))
+        for subject in subjects:
+            ms = dict(step=1e3 * clock(machine.device, subject.step))
+            ms |= subject.decode() if subject in causal else {}
+            if i:
+                subject.ms.append(ms)
+    return [subject.report(max(peaks), n_bytes) for subject, n_bytes in zip(subjects, memory)]
+
+
+def show(lines):
+    """A table of training, and one of decoding."""
+    print(f'training: matrix products reach {lines[0]["matmul_peak_flops_per_s"] / 1e9:,.0f} GFLOP/s here\n')
+    print(f'{"":22}{"parameters":>12}{"sequences":>16}{"tokens/s":>11}{"of the peak":>13}{"memory, GB":>12}')
+    for line in lines:
+        print(f'{line["config"]:22}{line["params"]:12,}{line["sequences"]:9} x{line["block_size"]:5}'
+              f'{line["train_tokens_per_s"]:11,.0f}{line["train_matmul_share"]:13.1%}{line["peak_memory_bytes"] / 2 ** 30:12.2f}')
+    decoding = [line for line in lines if 'context' in line]
+    if not decoding:
+        return
+    print(f'\ndecoding, ms a token\n\n{"":22}{"context":>9}{"cached":>9}{"worst":>9}{"uncached":>10}{"weights":>9}{"ratio":>7}'
+          f'{"cache bytes a token":>23}\n{"":58}{"read":>10}{"formula / counted":>31}')
+    for line in decoding:
+        print(f'{line["config"]:22}{line["context"]:9,}{line["decode_ms_per_token"]:9.2f}{line["decode_ms_per_token_worst"]:9.2f}'
+              f'{line["decode_ms_per_token_uncached"]:10.2f}{line["weights_read_ms"]:9.2f}'
+              f'{line["decode_ms_per_token"] / line["weights_read_ms"]:7.1f}'
+              f'{line["cache_bytes_per_token"]:13,.0f} / {line["cache_bytes_per_token_counted"]:,.0f}')
 
 
 def main():
     paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
-    own = {field.name for field in fields(BenchOptions)}
-    classes = [config_class for _, config_class in ARCHITECTURES.values()]
     overrides = [argument for argument in sys.argv[1:] if argument.startswith('--')]
-    known = (BenchOptions, TrainOptions, ModelConfig, *classes)
-    values, _ = config.load(overrides, *known, doc=__doc__, takes_config=False)
-    options = BenchOptions(**{name: value for name, value in values.items() if name in own})
-    machine = open_machine(options)
-    lines = []
-    for path in paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')):
-        flat, name = config.load([str(path), *overrides], *known)
-        training, model_options = split_options({k: v for k, v in flat.items() if k not in own})
-        recipe = TrainOptions(**training, vocab_size=flat.get('vocab_size'))
-        model_options['vocab_size'] = flat.get('vocab_size') or prepare.vocab_size_of(recipe)
-        torch.manual_seed(options.seed)
-        model = build(recipe.arch, model_options).to(machine.device).eval()
-        if not model.config.causal:
-            if paths:
-                raise UserError(f'{path}: an encoder generates nothing: there is no decoding to measure')
-            continue
-        lines.append(dict(config=name, params=model.n_params(), **decode(model, options, machine)))
-        if not options.json:
-            show(lines)
-    if options.json:
+    lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides)
+    if read_options(overrides).json:
         print(json.dumps(lines, indent=2))
-
-
-def show(lines):
-    """Prints the last line of the table, under its heading if it is the first."""
-    if len(lines) == 1:
-        for words in (('parameters', 'context', 'cached', 'uncached', 'weights', 'ratio', 'cache bytes a token'),
-                      ('', 'tokens', 'ms/token', 'ms/token', 'read, ms', '', 'formula / counted')):
-            print(' ' * 18 + ''.join(word.rjust(n) for word, n in zip(words, (12, 9, 10, 10, 10, 7, 21))))
-    line = lines[-1]
-    ratio = line['decode_ms_per_token'] / line['weights_read_ms']
-    print(f'{line["config"]:18}{line["params"]:12,}{line["context"]:9,}{line["decode_ms_per_token"]:10.2f}'
-          f'{line["decode_ms_per_token_uncached"]:10.2f}{line["weights_read_ms"]:10.2f}{ratio:7.1f}'
-          f'{line["cache_bytes_per_token"]:11,} / {line["cache_bytes_per_token_counted"]:,.0f}', flush=True)
+    else:
+        show(lines)
 
 
 if __name__ == '__main__':

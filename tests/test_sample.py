@@ -1,4 +1,4 @@
-"""sample.py and the decode part of bench.py, on runs of a few steps."""
+"""sample.py, on runs of a few steps."""
 
 import json
 import shutil
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
 import sample
 from config import UserError
 from conftest import REPOSITORY, shell, train_runs
@@ -96,22 +95,3 @@ def test_a_reader_that_leaves_early_is_no_error(folder, length):
     result = shell('-c', 'import os, sys; sys.path.insert(0, sys.argv[1]); os.close(1); r, w = os.pipe(); os.close(r); '
                    'os.dup2(w, 1); import config; sys.argv = ["x.py"]; config.run(lambda: print("x" * length))'.replace('length', str(length)), REPOSITORY)
     assert result.returncode == 141 and not result.stderr
-
-
-def test_bench_measures_decoding(folder, script, capsys):
-    small = ['--n_layer=1', '--n_embd=20', '--n_head=5', '--vocab_size=300', '--rounds=1', '--context=40', '--device=cpu']
-    paths = [REPOSITORY / f'config/{name}.py' for name in ('decoder', 'encdec_mse_pos')]
-    script(bench, *paths, *small, '--json=True')
-    lines = json.loads(capsys.readouterr().out)
-    assert [line['config'] for line in lines] == ['decoder', 'encdec_mse_pos']
-    for line in lines:
-        assert line['cache_bytes_per_token'] == line['cache_bytes_per_token_counted']
-        assert line['context'] == 40 and 0 < line['decode_ms_per_token'] < 1000
-        assert 0 < line['weights_read_ms'] < line['decode_ms_per_token_uncached']
-    script(bench, *paths, *small)
-    out = capsys.readouterr().out
-    assert 'decoder' in out and 'encdec_mse_pos' in out
-    with pytest.raises(UserError, match='an encoder generates nothing'):
-        script(bench, REPOSITORY / 'config/mla.py', '--vocab_size=300')
-    with pytest.raises(UserError, match='takes two tokens or more'):
-        script(bench, '--context=1')
