@@ -301,11 +301,11 @@ class OutputLatent(nn.Module):
     its own, then their sum over sqrt(H)).
     """
 
-    def __init__(self, n_head, n_in, rank, n_out, norm='none'):
+    def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False):
         super().__init__()
         self.n_head, self.norm = n_head, norm
         self.o_a_proj = nn.Linear(n_in, rank, bias=False)
-        self.o_b_proj = nn.Linear(rank, n_out, bias=False)
+        self.o_b_proj = nn.Linear(rank, n_out, bias=bias)
         if norm == 'head':
             self.gain = nn.Parameter(torch.ones(n_head, rank))
         self.o_norm = RMSNorm(rank) if norm == 'sum' else nn.Identity()
@@ -791,6 +791,50 @@ class Transformer(LanguageModel):
         for block in self.blocks:
             x = block(x, rope, key_mask, cache)
         return x, {}
+
+    @classmethod
+    def from_deepseek(cls, state_dict, hf_config):
+        """A dense DeepSeek-V3 in the layout of transformers: state_dict (any precision, becomes float32), hf_config the dict
+        of its config.json. Same logits. Raises ConfigError on mixtures of experts, rotary scaling, quantised weights,
+        tensors that are missing or of another shape."""
+        model = make_model('transformer', **options_of_deepseek(hf_config))
+        weights = model.state_dict()
+        for theirs, (ours, rows) in deepseek_layout(model.config, hf_config.get('rope_interleave', True)).items():
+            shape = (weights[ours].size(0) if rows is None else len(rows), *weights[ours].shape[1:])
+            if theirs not in state_dict:
+                raise ConfigError(f'{theirs}: missing from the checkpoint')
+            if state_dict[theirs].shape != shape:
+                raise ConfigError(f'{theirs}: has the shape {tuple(state_dict[theirs].shape)}, hf_config asks for {shape}')
+            weights[ours][slice(None) if rows is None else rows] = state_dict[theirs].to(weights[ours])
+        model.load_state_dict(weights)
+        return model.eval()
+
+    def to_deepseek(self, split=False):
+        """(state_dict, hf_config) in the layout of DeepseekV3ForCausalLM; same logits. The two matrices of an output latent
+        are merged, or with split=True stay apart, for a model that has been through add_output_latent. Raises ConfigError
+        on what the layout cannot hold."""
+        c = self.config
+        if wrong := [name for name, wanted in DEEPSEEK.items() if getattr(c, name) != wanted]:
+            raise ConfigError(f'{wrong[0]}={getattr(c, wrong[0])}: DeepSeek-V3 has {DEEPSEEK[wrong[0]]}')
+        if c.o_norm != 'none' and not split:
+            raise ConfigError(f'o_norm={c.o_norm!r} stands between the two matrices, which cannot be merged: use split=True, '
+                              'and add_output_latent with the same norm on the model that is to load them')
+        weights = self.state_dict()
+        ours = {theirs: weights[name] if rows is None else weights[name][rows]
+                for theirs, (name, rows) in deepseek_layout(c).items()}
+        if c.o_latent and not split:
+            for i in range(c.n_layer):
+                a, b = (ours.pop(f'model.layers.{i}.self_attn.o_proj.o_{part}_proj.weight') for part in 'ab')
+                ours[f'model.layers.{i}.self_attn.o_proj.weight'] = b @ a
+        hf_config = dict(
+            architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3', vocab_size=c.vocab_size,
+            hidden_size=c.n_embd, intermediate_size=c.mlp_hidden, num_hidden_layers=c.n_layer,
+            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, q_lora_rank=c.q_latent, kv_lora_rank=c.kv_latent,
+            qk_nope_head_dim=c.head_dim - c.rope_dims, qk_rope_head_dim=c.rope_dims, v_head_dim=c.v_head_dim or c.head_dim,
+            max_position_embeddings=c.block_size, rope_theta=c.rope_theta, rope_interleave=True, rms_norm_eps=1e-6,
+            hidden_act='silu', attention_bias=False, tie_word_embeddings=c.tie_embeddings,
+            first_k_dense_replace=c.n_layer)  # no mixtures of experts
+        return ours, hf_config | (dict(o_latent=c.o_latent, o_norm=c.o_norm) if split and c.o_latent else {})
 
 
 class EncoderDecoder(LanguageModel):
@@ -1378,3 +1422,115 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # what stands before it reaches p already
         return order.gather(1, p.multinomial(1, generator=generator))[:, 0]
     return logits.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# other people's models: DeepSeek-V3's checkpoints, and output latents for what was trained without
+
+DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', mlp='swiglu', final_norm=True, bias=False,
+                learned_positions=False, mlp_bias=False, mlp_rank=None, vocab_rank=None, n_dense=0)  # all that its layout holds
+
+
+def options_of_deepseek(hf_config):
+    """config.json of a DeepSeek-V3 as a dict of our options. Raises ConfigError on what none of ours can say."""
+    c = dict(first_k_dense_replace=3, rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu',
+             tie_word_embeddings=False) | hf_config
+    rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})
+    if c.get('n_routed_experts') and c['first_k_dense_replace'] < c['num_hidden_layers']:
+        raise ConfigError(f'layers from {c["first_k_dense_replace"]} on are mixtures of experts, which a Transformer here does '
+                          'not have: load it in transformers, where add_output_latent works too, or look at it with svd.py')
+    if scaling := {rope.get('rope_type'), rope.get('type')} - {None, 'default'}:
+        raise ConfigError(f'rotary scaling {scaling.pop()!r}: only plain rotary positions can be loaded; transformers runs it, and '
+                          'add_output_latent and svd.py work without')
+    if c.get('quantization_config'):
+        raise ConfigError('quantised weights: convert the checkpoint to bfloat16 first; svd.py reads it as it is')
+    for name, wanted in (('rms_norm_eps', 1e-6), ('attention_bias', False), ('hidden_act', 'silu')):
+        if c[name] != wanted:
+            raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
+    try:
+        return DEEPSEEK | dict(
+            vocab_size=c['vocab_size'], block_size=c['max_position_embeddings'], n_layer=c['num_hidden_layers'],
+            n_head=c['num_attention_heads'], n_embd=c['hidden_size'], mlp_hidden=c['intermediate_size'],
+            head_dim=c['qk_nope_head_dim'] + c['qk_rope_head_dim'], rope_dims=c['qk_rope_head_dim'],
+            v_head_dim=c['v_head_dim'], q_latent=c['q_lora_rank'], kv_latent=c['kv_lora_rank'],
+            rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))), tie_embeddings=c['tie_word_embeddings'],
+            o_latent=c.get('o_latent'), o_norm=c.get('o_norm', 'none'))
+    except KeyError as error:
+        raise ConfigError(f'hf_config has no {error.args[0]}: is it the config.json of a DeepSeek-V3?') from None
+
+
+def deepseek_layout(c, interleaved=True):
+    """{name in DeepSeek-V3's layout: (our name, which of its rows, in their order)}; None: all of them as they are.
+
+    A query head is [plain | rotated] there, its rotated pairs neighbours if interleaved, and [rotated | plain] here, its
+    pairs half a width apart; kv_b_proj goes head by head there, and here all keys stand before all values.
+    """
+    H, d, r, L, dv = c.n_head, c.head_dim, c.rope_dims, c.kv_latent, c.v_head_dim or c.head_dim
+    rotated = torch.arange(r).view(2, -1).t().flatten() if interleaved else torch.arange(r)
+    head = torch.cat((torch.arange(r, d), rotated))
+    q_rows = (torch.arange(H)[:, None] * d + head).flatten()
+    kv_rows = torch.cat((torch.arange(H * (d - r)).view(H, -1), H * (d - r) + torch.arange(H * dv).view(H, -1)), dim=1)
+    q_a_width = c.q_latent or H * d
+    latent_rows = q_a_width + torch.cat((torch.arange(L), L + rotated))
+    layer = {'input_layernorm': ('attn_norm', None), 'post_attention_layernorm': ('mlp_norm', None),
+             'mlp.gate_proj': ('mlp.in_proj', None), 'mlp.up_proj': ('mlp.gate_proj', None),
+             'mlp.down_proj': ('mlp.out_proj', None), 'self_attn.kv_a_layernorm': ('attn.kv_a_norm', None),
+             'self_attn.kv_a_proj_with_mqa': ('attn.qkv_a_proj', latent_rows),
+             'self_attn.kv_b_proj': ('attn.kv_b_proj', kv_rows.flatten())}
+    if c.q_latent:
+        layer |= {'self_attn.q_a_proj': ('attn.qkv_a_proj', torch.arange(q_a_width)),
+                  'self_attn.q_a_layernorm': ('attn.q_a_norm', None), 'self_attn.q_b_proj': ('attn.q_b_proj', q_rows)}
+    else:
+        layer['self_attn.q_proj'] = 'attn.qkv_a_proj', q_rows
+    output = [''] if not c.o_latent else ['.o_a_proj', '.o_b_proj'] + (['.o_norm'] if c.o_norm == 'sum' else [])
+    layer |= {f'self_attn.o_proj{part}': (f'attn.o_proj{part}', None) for part in output}
+    layout = {'model.embed_tokens.weight': ('tok_emb.weight', None), 'model.norm.weight': ('norm.weight', None)}
+    if not c.tie_embeddings:
+        layout['lm_head.weight'] = 'lm_head.weight', None
+    for i in range(c.n_layer):
+        layout |= {f'model.layers.{i}.{theirs}.weight': (f'blocks.{i}.{ours}.weight', rows)
+                   for theirs, (ours, rows) in layer.items()}
+        if c.o_norm == 'head':
+            layout[f'model.layers.{i}.self_attn.o_proj.gain'] = f'blocks.{i}.attn.o_proj.gain', None
+    return layout
+
+
+def add_output_latent(model, rank, init='svd', norm='none'):
+    """Replaces every linear o_proj of a model's attentions by an OutputLatent of this rank, in place; returns the model.
+
+    For our models and for those of transformers whose attentions have an o_proj (DeepseekV3ForCausalLM, LlamaForCausalLM).
+    init: 'svd', the best product of this rank (at full rank nothing changes), or 'xavier', new weights. norm: see
+    OutputLatent; other than 'none' it changes the outputs at any rank. To reload what was saved, do the same to a new
+    model and load the weights. Raises ConfigError, before anything is changed.
+    """
+    found = {name: module for name, module in model.named_modules() if isinstance(getattr(module, 'o_proj', None), nn.Linear)}
+    ours = isinstance(model, LanguageModel)
+    if ours and model.config.attention == 'mla':  # its first n_dense layers stay as they are
+        found = {name: module for name, module in found.items() if isinstance(module, MLA)}
+    if not found:
+        raise ConfigError('no attention of this model has a linear o_proj')
+    for name, module in found.items():
+        full = min(module.o_proj.weight.shape)
+        if not 0 < rank <= full:
+            raise ConfigError(f'rank={rank}: {name}.o_proj has a rank of {full} at most')
+    if init not in ('svd', 'xavier') or norm not in ('none', 'sum', 'head'):
+        raise ConfigError(f"init={init!r}, norm={norm!r}: takes 'svd' or 'xavier', and 'none', 'sum' or 'head'")
+    for module in found.values():
+        old = module.o_proj
+        n_head = module.n_head if ours else module.config.num_attention_heads
+        new = OutputLatent(n_head, old.in_features, rank, old.out_features, norm, bias=old.bias is not None)
+        new = new.to(old.weight)
+        if init == 'svd':
+            u, s, v = torch.linalg.svd(old.weight.detach().to(torch.promote_types(old.weight.dtype, torch.float32)),
+                                       full_matrices=False)
+            a, b = s[:rank, None].sqrt() * v[:rank], u[:, :rank] * s[:rank].sqrt()
+            new.load_state_dict({'o_a_proj.weight': a, 'o_b_proj.weight': b}, strict=False)
+        else:
+            nn.init.xavier_uniform_(new.o_a_proj.weight)
+            nn.init.xavier_uniform_(new.o_b_proj.weight)
+        if old.bias is not None:
+            new.o_b_proj.bias = old.bias
+        module.o_proj = new
+    if ours and model.config.attention == 'mla':
+        model.config.o_latent, model.config.o_norm = rank, norm
+    return model
