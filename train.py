@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 import config
 import prepare
 from config import UserError
-from model import ARCHITECTURES, ChannelLinear, ConfigError, ModelConfig, make_model
+from model import ARCHITECTURES, ChannelLinear, ConfigError, ModelConfig, add_output_latent, make_model
 from prepare import DataOptions, Tokenizer
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies can be compared
@@ -422,6 +422,20 @@ def load_weights(model, state, path):
         model.load_state_dict(state['model'])
     except RuntimeError as error:
         raise UserError(f'{path}: another architecture: {str(error).splitlines()[-1].strip()}') from None
+
+
+def with_output_latent(state, config, path):
+    """The checkpoint of a model without an output latent as that of one with it: each o_proj becomes the best product of
+    rank o_latent."""
+    training, model_options = split_options(state['options'])
+    model = build(training['arch'], model_options)
+    load_weights(model, state, path)
+    try:
+        add_output_latent(model, config.o_latent, norm=config.o_norm)
+    except ConfigError as error:
+        raise UserError(f'o_latent={config.o_latent}: {error}') from None
+    options = state['options'] | dict(o_latent=config.o_latent, o_norm=config.o_norm)
+    return state | dict(model=model.state_dict(), options=options)
 
 
 def best_checkpoint(folder):
@@ -825,6 +839,8 @@ def main():
     machine = open_machine(options)
     resuming = options.init_from == 'resume'
     origin = Path(options.out_dir if resuming else options.init_from)
+    if state and not resuming and model.config.o_latent and not state['options'].get('o_latent'):
+        state = with_output_latent(state, model.config, origin)
     if state:
         load_weights(model, state, origin)
     data = open_data(options, model.config, machine, Tokenizer.load(origin / 'tokenizer.json') if state else None)

@@ -325,6 +325,22 @@ def test_starting_from_another_run(data, script):
     assert json.loads(Path('second/config.json').read_text())['learning_rate'] == 1e-3  # but not its recipe
 
 
+def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
+    mla = ['--attention=mla', '--kv_latent=8', '--max_iters=20', '--learning_rate=1e-2']
+    script(train, *SMALL, *mla, '--out_dir=dense')
+    before = metrics('dense')[-1]['val_loss']
+    for rank, worse in ((32, 1e-4), (2, 1.0)):
+        script(train, '--init_from=dense', f'--o_latent={rank}', f'--out_dir=rank{rank}', '--eval_iters=2', '--batch_size=8',
+               '--max_iters=1')
+        assert before - 1e-4 < metrics(f'rank{rank}')[0]['val_loss'] < before + worse
+        assert load_checkpoint(f'rank{rank}/ckpt.pt')['options']['o_latent'] == rank
+    script(train, '--init_from=rank2', '--eval_only=True')  # is a run like any other
+    for arguments, message in ((['--init_from=dense', '--o_latent=33'], 'o_latent=33: rank=33: blocks.0.attn.o_proj has a rank of 32'),
+                               (['--init_from=resume', '--out_dir=dense', '--o_latent=8'], 'another architecture')):
+        with pytest.raises(UserError, match=message):
+            script(train, *arguments)
+
+
 def test_runs_of_the_same_second_are_all_kept(data, script):
     for _ in range(4):
         script(train, *SMALL, '--max_iters=1')
