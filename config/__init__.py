@@ -142,10 +142,10 @@ def check(name, value, known, refused, where, text=None):
             return value
         if choice is float and isinstance(value, int) and not isinstance(value, bool):
             return float(value)
-        if typing.get_origin(choice) is tuple and isinstance(value, (tuple, list)) and value:
-            item = typing.get_args(choice)[0]
-            if all(type(v) is item for v in value):
-                return tuple(value)
+        if typing.get_origin(choice) is tuple:
+            values = tuple(value) if isinstance(value, (tuple, list)) else (value,)  # --latents=2 is one of them
+            if values and all(type(v) is typing.get_args(choice)[0] for v in values):
+                return values
         if type(value) is choice:
             return value
     if str in choices and text is not None:

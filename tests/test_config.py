@@ -54,7 +54,7 @@ def test_a_config_file_then_overrides(tmp_path):
     (['--rate'], '--rate: write --rate=VALUE'),
     (['--size=big'], '--size=big: takes an int or None'),
     (['--kind=c'], '--kind=c: takes a or b'),
-    (['--widths=3'], '--widths=3: takes (an int, ...)'),
+    (['--widths=wide'], '--widths=wide: takes (an int, ...)'),
     (['--widths=(1, 2.5)'], 'takes (an int, ...)'),
     (['--old_name=1'], 'old_name: use name'),
     (['nothere.py'], 'nothere.py: there is no such config file'),

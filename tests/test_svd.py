@@ -1,0 +1,247 @@
+"""svd.py: spectra against numpy's on whole products, planted ranks found, checkpoints read and refused."""
+
+import json
+import os
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import svd
+from config import UserError
+from conftest import shell, train_runs
+from model import add_output_latent, make_model
+
+HF = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=4, hidden_size=40, q_lora_rank=24,
+          kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12)
+
+
+def layer_of(c, i, generator, plant=None):
+    """The attention of one layer at the sizes of a config.json; `plant`: the rank of what o_proj holds beside noise."""
+    D, H = c['hidden_size'], c['num_attention_heads']
+    plain, r, dv = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
+    randn = lambda *shape: torch.randn(*shape, generator=generator)
+    o = randn(D, H * dv) if plant is None else randn(D, plant) @ randn(plant, H * dv) + 0.01 * randn(D, H * dv)
+    attn, q, kv = f'model.layers.{i}.self_attn', c['q_lora_rank'], c['kv_lora_rank']
+    gain = lambda n: 1 + 0.3 * randn(n)
+    return {f'{attn}.q_a_proj.weight': randn(q, D), f'{attn}.q_a_layernorm.weight': gain(q),
+            f'{attn}.q_b_proj.weight': randn(H * (plain + r), q), f'{attn}.kv_a_layernorm.weight': gain(kv),
+            f'{attn}.kv_a_proj_with_mqa.weight': randn(kv + r, D), f'{attn}.kv_b_proj.weight': randn(H * (plain + dv), kv),
+            f'{attn}.o_proj.weight': o, f'model.layers.{i}.input_layernorm.weight': gain(D)}
+
+
+def write_checkpoint(folder, c, layers):
+    """One shard a layer, and their index."""
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(c))
+    index = {}
+    for i, tensors in enumerate(layers):
+        save_file(tensors, folder / f'model-{i}.safetensors')
+        index |= dict.fromkeys(tensors, f'model-{i}.safetensors')
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
+    return folder
+
+
+@pytest.fixture
+def checkpoint(workspace):
+    generator = torch.Generator().manual_seed(0)
+    layers = [layer_of(HF, i, generator) for i in range(2)]
+    return write_checkpoint(workspace / 'deepseek', HF, layers), layers
+
+
+def read_result(folder):
+    return json.loads((Path(folder) / 'svd.json').read_text())
+
+
+def assert_same(found, matrix):
+    """The values found are the leading ones of the matrix, to 1e-6 of the largest, and the rest of it is zero."""
+    values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
+    found = np.array(found)
+    assert np.abs(found - values[:len(found)]).max() < 1e-6 * values[0]
+    assert np.all(values[len(found):] < 1e-6 * values[0])
+
+
+def test_spectra_are_those_of_the_whole_products(checkpoint, script, capsys):
+    folder, layers = checkpoint
+    script(svd, folder, '--align=True')
+    for found, weights in zip(read_result('out/svd-deepseek')['layers'], layers):
+        w = {name.split('.', 3)[-1].removesuffix('.weight'): value for name, value in weights.items()}
+        gain = w['input_layernorm']
+        q_all = w['self_attn.q_b_proj'] @ (w['self_attn.q_a_layernorm'][:, None] * w['self_attn.q_a_proj'] * gain)
+        kv_a = w['self_attn.kv_a_proj_with_mqa'] * gain
+        kv_all = w['self_attn.kv_b_proj'] @ (w['self_attn.kv_a_layernorm'][:, None] * kv_a[:16])
+        q, kv, o = q_all.view(4, 12, 40), kv_all.view(4, 20, 40), w['self_attn.o_proj'].view(40, 4, 12).transpose(0, 1)
+        whole = dict(q=q[:, :8], k=kv[:, :8], qk=q[:, :8].mT @ kv[:, :8], v=kv[:, 8:], o=o, vo=o @ kv[:, 8:], q_rope=q[:, 8:],
+                     k_rope=kv_a[None, 16:], qk_rope=q[:, 8:].mT @ kv_a[16:])
+        assert set(found['kinds']) == set(whole)
+        for kind, heads in whole.items():
+            for values, head in zip(found['kinds'][kind]['heads'], heads, strict=True):
+                assert_same(values, head)
+            normed = [head / torch.linalg.matrix_norm(head, 2) for head in heads]
+            side_by_side = torch.cat(normed, dim=1 if kind in ('qk', 'qk_rope', 'o', 'vo') else 0)
+            assert_same(found['kinds'][kind]['stacked'], side_by_side)
+    out = capsys.readouterr().out
+    assert 'layer 1' in out and 'noise' in out and 'between heads' in out
+    assert Path('out/svd-deepseek/layers.png').stat().st_size > 10_000 < Path('out/svd-deepseek/heads.png').stat().st_size
+
+
+def test_effective_rank():
+    assert svd.effective_rank([1.0, 1.0, 1.0, 0.0], 0.01) == 3
+    assert svd.effective_rank([10.0, 1.0], 0.01) == 1 and svd.effective_rank([10.0, 1.01], 0.01) == 2  # 1/101 and above
+    assert svd.effective_rank([1.0], 0.001) == 1
+
+
+def test_fp8_blocks_and_bf16(workspace):
+    weight = torch.randn(300, 200)
+    scale = torch.rand(3, 2) + 0.5
+    whole = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
+    folder = write_checkpoint(workspace / 'fp8', HF, [dict(
+        a=(weight / whole).to(torch.float8_e4m3fn), a_scale_inv=scale, b=weight.bfloat16())])
+    tensors = svd.Checkpoint(folder)
+    assert (tensors['a'] - weight).abs().max() < 0.07 * weight.abs().max() and tensors['a'].dtype == torch.float32
+    assert torch.equal(tensors['a'], (weight / whole).to(torch.float8_e4m3fn).float() * whole)
+    assert torch.equal(tensors['b'], weight.bfloat16().float())
+
+
+def test_planted_rank_is_found(workspace, script):
+    """Wide enough for noise to be noise: rank drawn at random, at a hundredth of the noise of the signal."""
+    rank = int(torch.randint(5, 40, ()))
+    c = HF | dict(hidden_size=160, num_attention_heads=6, v_head_dim=32, num_hidden_layers=1)
+    generator = torch.Generator().manual_seed(rank)
+    folder = write_checkpoint(workspace / 'planted', c, [layer_of(c, 0, generator, plant=rank)])
+    script(svd, folder)
+    found, noise = read_result('out/svd-planted')['layers'][0]['kinds']['o'], read_result('out/svd-planted')['noise']['kinds']['o']
+    assert 0.7 * rank <= found['effective_rank']['0.001']['stacked'][0] <= rank < noise['effective_rank']['0.01']['stacked'][0]
+    gap = np.array(found['stacked'])
+    assert gap[rank - 1] > 5 * gap[rank]
+
+
+RUN = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=2', '--batch_size=8',
+       '--max_iters=2', '--eval_iters=1', '--device=cpu', '--rope_dims=8', '--learned_positions=False']
+PLAIN = ['--n_head=2', '--n_embd=32']
+MLA = ['--attention=mla', '--kv_latent=8', '--o_latent=12']
+
+
+def test_our_runs_and_their_deepseek_twin(tmp_path, script, monkeypatch):
+    """The same model, as a run and in DeepSeek-V3's layout, has the same spectra."""
+    train_runs(tmp_path, RUN, dict(grouped=['--arch=grouped_latent', '--group_size=8', '--latents=2', '--widths=32,32',
+                                            '--head_dim=8', '--compress=perceiver', *MLA]))
+    train_runs(tmp_path, RUN + PLAIN, dict(
+        mha=['--n_kv_head=1', '--qk_norm=True'], o_sum=[*MLA, '--o_norm=sum'], o_head=[*MLA, '--o_norm=head'],
+        encdec=['--arch=encoder_decoder', '--n_kv_head=1'],
+        mla=[*MLA[:2], '--q_latent=12', '--rope_key=shared', '--norm=rms', '--mlp=swiglu', '--seed=3']))
+    monkeypatch.chdir(tmp_path)
+    for run in ('mha', 'o_sum', 'o_head', 'encdec', 'grouped', 'mla'):
+        script(svd, run)
+        assert (tmp_path / run / 'layers.png').exists()
+    layers = read_result('encdec')['layers']
+    assert [layer['layer'] for layer in layers] == ['encoder.0', 'encoder.1', 'decoder.0', 'decoder.0.cross', 'decoder.1',
+                                                    'decoder.1.cross']
+    from train import load_run
+    model, _, _ = load_run('mla')
+    weights, hf_config = model.to_deepseek()
+    os.mkdir('twin')
+    save_file({name: value.clone() for name, value in weights.items()}, 'twin/model.safetensors')
+    Path('twin/config.json').write_text(json.dumps(hf_config))
+    script(svd, 'twin')
+    for ours, twin in zip(read_result('mla')['layers'], read_result('out/svd-twin')['layers'], strict=True):
+        for kind in ours['kinds']:
+            assert np.allclose(ours['kinds'][kind]['stacked'], twin['kinds'][kind]['stacked'], rtol=1e-4, atol=1e-6)
+
+
+def test_llama(workspace, script):
+    c = dict(model_type='llama', num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+    attn = 'model.layers.0.self_attn'
+    tensors = {f'{attn}.q_proj.weight': torch.randn(32, 32), f'{attn}.k_proj.weight': torch.randn(16, 32),
+               f'{attn}.v_proj.weight': torch.randn(16, 32), f'{attn}.o_proj.weight': torch.randn(32, 32),
+               'model.layers.0.input_layernorm.weight': torch.ones(32)}
+    script(svd, write_checkpoint(workspace / 'llama', c, [tensors]))
+    found = read_result('out/svd-llama')['layers'][0]['kinds']
+    assert len(found['vo']['heads']) == 4 and len(found['v']['heads']) == 2 and 'q' not in found
+    whole = tensors[f'{attn}.o_proj.weight'][:, 24:] @ tensors[f'{attn}.v_proj.weight'][8:]
+    assert_same(found['vo']['heads'][3], whole)
+
+
+def damage(folder, kind):
+    if kind == 'missing shard':
+        (folder / 'model-1.safetensors').unlink()
+    elif kind == 'truncated':
+        path = folder / 'model-1.safetensors'
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == 'missing tensor':
+        index = json.loads((folder / 'model.safetensors.index.json').read_text())
+        del index['weight_map']['model.layers.1.self_attn.kv_b_proj.weight']
+        (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    elif kind == 'no o_proj':
+        index = json.loads((folder / 'model.safetensors.index.json').read_text())
+        del index['weight_map']['model.layers.0.self_attn.o_proj.weight']
+        (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+    elif kind == 'no weights':
+        for path in folder.glob('model*'):
+            path.unlink()
+    elif kind == 'broken config':
+        (folder / 'config.json').write_text('{')
+
+
+@pytest.mark.parametrize('kind, message', [
+    ('missing shard', 'model-1.safetensors: this shard is missing'),
+    ('truncated', 'model-1.safetensors: truncated or damaged'),
+    ('missing tensor', 'has no tensor model.layers.1.self_attn.kv_b_proj.weight'),
+    ('no o_proj', 'has no model.layers.0.self_attn.o_proj.weight'),
+    ('no weights', 'holds no safetensors'),
+    ('broken config', 'config.json: cannot be read'),
+])
+def test_refuses_damaged_checkpoints(checkpoint, script, kind, message):
+    damage(checkpoint[0], kind)
+    with pytest.raises(UserError, match=message):
+        script(svd, checkpoint[0])
+    assert not Path('out').exists()
+
+
+@pytest.mark.parametrize('arguments, message', [
+    (['nowhere'], 'nowhere/config.json: cannot be read'),
+    ([], 'which weights'),
+    (['deepseek', '--layers=7'], 'has layers 0 to 1'),
+    (['deepseek', '--layers=(0,x)'], 'takes .* or None'),
+])
+def test_refusals(checkpoint, script, arguments, message):
+    with pytest.raises(UserError, match=message):
+        script(svd, *arguments)
+
+
+TRUE_WIDTH = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=128, hidden_size=7168, q_lora_rank=1536,
+                  kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+
+
+@pytest.mark.slow
+def test_deepseek_at_true_width(workspace):
+    """Two layers; the heads alone. Memory is one layer's: three float32 copies of the largest matrix beside the rest."""
+    rank = int(torch.randint(40, 100, ()))
+    layers = (layer_of(TRUE_WIDTH, i, torch.Generator().manual_seed(i), plant=rank) for i in range(2))
+    folder = write_checkpoint(workspace / 'wide', TRUE_WIDTH, layers)
+    result = shell(Path(svd.__file__), folder, '--stacked=False', timeout=900)
+    assert result.returncode == 0, result.stderr
+    for layer in read_result('out/svd-wide')['layers']:
+        ranks = layer['kinds']['o']['effective_rank']['0.001']['heads']
+        assert len(ranks) == 128 and max(ranks) <= rank and min(ranks) > 0.7 * min(rank, 128)
+        values = np.array(layer['kinds']['o']['heads'])
+        assert (values[:, rank - 1] > 5 * values[:, rank]).all()
+    largest = 4 * 7168 * 128 * 128
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 < 7 * largest  # both layers at once would need more
+
+
+def test_alignment_is_that_of_known_subspaces():
+    """Three heads in 12 dimensions: the first two write the same plane, the third an orthogonal one, which is what the
+    layer reads."""
+    axes = torch.eye(12)
+    first, second, third = axes[:2], torch.tensor([[1.0, 2.0], [3.0, -1.0]]) @ axes[:2], axes[4:6]
+    parts = dict(o=(torch.stack((first, second, third)), None), q=(torch.randn(3, 2, 2), axes[4:6]), k=(torch.randn(3, 2, 3), axes[3:6]))
+    found = svd.alignment(parts, dict(k_rope=(axes[None, :2], None)))
+    assert found['between heads']['cos2'] == pytest.approx(1 / 3, abs=1e-5)
+    assert found['own queries']['cos2'] == pytest.approx(1 / 3, abs=1e-5) == found['own keys, values']['cos2']
+    assert found['next keys, values']['cos2'] == pytest.approx(2 / 3, abs=1e-5) and 'next queries' not in found
+    a, b = torch.tensor([[1.0, 0.0]]).t(), torch.tensor([[0.5, 0.75 ** 0.5]]).t()
+    assert svd.overlap([(a, b)]) == pytest.approx(dict(cos2=0.25, smallest_angle=60.0), abs=1e-4)
