@@ -1294,8 +1294,8 @@ def linear_cross_entropy(x, weight, targets):
     x (N, D), weight (V, D), targets (N,) int64, -1 = not scored; no target at all gives 0. Returns the dict that
     models return: `loss`, and without gradients also `accuracy`.
     """
-    n_chunks = max(1, x.size(0) * weight.size(0) // 2 ** 23)  # a chunk small enough to stay near the caches,
-    if torch.compiler.is_compiling():  # but compiled, the loop unrolls
+    n_chunks = max(1, x.size(0) * weight.size(0) // 2 ** 24)  # of 64 MB in float32
+    if torch.compiler.is_compiling():  # the loop unrolls
         n_chunks = min(8, n_chunks)
     if torch.is_grad_enabled():
         return {'loss': LinearCrossEntropy.apply(x, weight, targets, n_chunks)}
@@ -1311,7 +1311,8 @@ def linear_cross_entropy(x, weight, targets):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """The training half of linear_cross_entropy. A chunk's gradients are formed while its logits are at hand, so
-    that the backward pass has only to scale them: unnormalised until then, lest 1/N underflows in bfloat16."""
+    that the backward pass has only to scale them: unnormalised until then, lest 1/N underflows in bfloat16. All chunks
+    use one buffer: fresh memory of this size costs a CPU more than the arithmetic."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, n_chunks):
@@ -1321,16 +1322,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows, matrix = x.to(low), weight.to(low)
         scored = (targets >= 0).to(high)[:, None]  # (N, 1)
         index = targets.clamp(min=0)[:, None]
-        loss, dx, dweight = torch.zeros((), dtype=high, device=x.device), [], None
-        for r, i, s in zip(rows.chunk(n_chunks), index.chunk(n_chunks), scored.chunk(n_chunks)):
-            log_p = torch.log_softmax((r @ matrix.t()).to(high), dim=-1)  # (chunk, V)
-            loss = loss - (log_p.gather(1, i) * s).sum()
-            dlogits = log_p.exp_().scatter_add_(1, i, -torch.ones_like(s)).mul_(s).to(low)
-            dx.append(dlogits @ matrix)
-            product = (dlogits.t() @ r).to(high)
-            dweight = product if dweight is None else dweight.add_(product)
+        size = -(-x.size(0) // n_chunks)
+        buffer = torch.empty(size, weight.size(0), dtype=high, device=x.device)  # (chunk, V)
+        loss = torch.zeros((), dtype=high, device=x.device)
+        dx, dweight = torch.empty_like(rows), torch.zeros_like(weight, dtype=high)
+        for r, i, s, d in zip(rows.split(size), index.split(size), scored.split(size), dx.split(size)):
+            p = buffer[:r.size(0)]
+            p = p.addmm_(r, matrix.t(), beta=0) if low == high else p.copy_(r @ matrix.t())
+            p = torch.softmax(p, dim=-1, out=p)
+            # float32 ends at 87 nats; the gradient below does not mind
+            loss = loss - (p.gather(1, i).clamp(min=torch.finfo(high).tiny).log() * s).sum()
+            p = p.scatter_add_(1, i, -torch.ones_like(s)).mul_(s).to(low)
+            d.copy_(p @ matrix)
+            if low == high:
+                dweight.addmm_(p.t(), r)
+            else:
+                dweight.add_(p.t() @ r)
         n = scored.sum().clamp(min=1)
-        ctx.save_for_backward(torch.cat(dx), dweight, n)
+        ctx.save_for_backward(dx, dweight, n)
         ctx.dtypes = x.dtype, weight.dtype
         return loss / n
 
