@@ -1,19 +1,29 @@
-"""How fast configurations are on this machine. Weights and tokens are random: speed does not depend on what is learned.
+"""How fast configurations are on this machine, and which of several runs is better.
 
-    python bench.py config/mla.py config/mla_o.py --micro_batch_size=32     # these, against each other
-    python bench.py config/encdec.py --context=100 --json=True
-    python bench.py                                                         # all of them: on a CPU it takes long
+    python bench.py config/mla.py config/mla_o.py --micro_batch_size=32      # training and decoding, against each other
+    python bench.py                                                         # all configs: on a CPU it takes long
+    python bench.py attention                                               # one layer: from where on do latents pay?
+    python bench.py sweep config/quick.py --learning_rate=3e-3,6e-3 --seed=1,2,3
+    python bench.py compare out/sweep-quick/*
 
-Training: steps of train.py on micro_batch_size sequences (batch_size, where there is none): tokens/s, the share of the
-machine's matmul peak that their useful arithmetic is, and the peak memory of a process that does nothing else. Decoding
-(causal models): milliseconds for one token of one sequence at `context` tokens (or block_size, if that is less), with
-the cache and without, beside the time to read once the weights that a token needs; the worst token, where tokens cost
-unlike amounts. Medians of rounds in which all take turns.
+Speed: weights and tokens are random. Training: steps of train.py on micro_batch_size sequences (batch_size, where there is
+none): tokens/s, the share of the machine's matmul peak that their useful arithmetic is, and the peak memory of a process
+that does nothing else. Decoding (causal models): milliseconds for one token of one sequence at `context` tokens (or
+block_size, if that is less), with the cache and without, beside the time to read once the weights that a token needs; the
+worst token, where tokens cost unlike amounts. Medians of rounds in which all take turns.
+
+attention: one layer of MHA, of grouped-query MHA with MLA's cache, of MLA and of MLA-o, forward and backward, and decoding,
+over widths, heads, latents and lengths. sweep: one run of train.py for each combination of the values, separated by
+commas, skipping what is done. compare: runs that differ in their seed alone are one group; mean and 95% interval of the
+validation loss at the end, at equal tokens and at equal seconds.
 """
 
+import csv
+import itertools
 import json
 import multiprocessing
 import statistics
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -21,14 +31,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 import config
 import prepare
 from config import UserError
-from model import ARCHITECTURES, ModelConfig
-from train import (MachineOptions, TrainOptions, build, compiled, make_optimizers, memory_gb, open_machine,
-                   predicted_share, split_options, train_step)
+from model import ARCHITECTURES, ATTENTIONS, Cache, ModelConfig, TransformerConfig, rope_table
+from train import (MachineOptions, TrainOptions, best_checkpoint, build, compiled, load_checkpoint, make_optimizers,
+                   mean_and_interval, memory_gb, open_machine, predicted_share, read_metrics, split_options, train_step)
 
 CACHED_TOKENS = 16  # decoded in a round, up to the context; with grouped latents a whole group
 
@@ -40,6 +51,8 @@ class BenchOptions(MachineOptions):
     context: int = 200  # tokens of context when decoding, at most block_size
     rounds: int = 5  # of which the median is reported
     json: bool = False  # print a list of dicts instead of the tables
+    profile: str | None = None  # file for a profiler trace of one more round, for chrome://tracing or Perfetto
+    results: str = 'out/bench'  # folder for the table and plot of attention, and the plot of compare
 
     def __post_init__(self):
         self.check_numbers('seed')
@@ -176,6 +189,13 @@ def measure(paths, overrides):
             ms |= subject.decode() if subject in causal else {}
             if i:
                 subject.ms.append(ms)
+    if options.profile:
+        with torch.profiler.profile() as trace:
+            for subject in subjects:
+                subject.step()
+                if subject in causal:
+                    subject.decode()
+        trace.export_chrome_trace(options.profile)
     return [subject.report(max(peaks), n_bytes) for subject, n_bytes in zip(subjects, memory)]
 
 
@@ -198,7 +218,298 @@ def show(lines):
               f'{line["cache_bytes_per_token"]:13,.0f} / {line["cache_bytes_per_token_counted"]:,.0f}')
 
 
+# ----------------------------------------------------------------------------------------------------------------
+# attention: one layer
+
+
+WIDTHS, LENGTHS, HEADS = (128, 256, 512, 1024, 2048), (128, 512, 2048), (32, 64)
+MORE_WIDTHS = 4096, 8192  # by formula alone
+RATIOS = {'DeepSeek-V3': (3 / 14, 1 / 14, 3 / 14), 'half of it': (3 / 28, 1 / 28, 3 / 28)}  # query, key-value, output latent
+KINDS = 'MHA', 'GQA', 'MLA', 'MLA-o'
+A100 = dict(flops=312e12, bandwidth=1.555e12)  # bfloat16 and HBM2, the vendor's figures
+
+
+def make_layer(kind, width, head_dim, ratio):
+    """One attention: rotary dimensions are half of a head, MLA's on a shared key. GQA caches as much as MLA, or as little
+    over that as whole heads allow."""
+    q, kv, o = (max(8, round(width * share / 8) * 8) for share in RATIOS[ratio])
+    options = dict(n_embd=width, n_head=width // head_dim, rope_dims=head_dim // 2, vocab_size=1)
+    if kind == 'GQA':
+        heads = [n for n in range(1, width // head_dim + 1) if width // head_dim % n == 0]
+        options['n_kv_head'] = next((n for n in heads if 2 * n * head_dim >= kv + head_dim // 2), heads[-1])
+    elif kind != 'MHA':
+        options |= dict(attention='mla', q_latent=q, kv_latent=kv, rope_key='shared', o_latent=o if kind == 'MLA-o' else None)
+    c = TransformerConfig(**options)
+    return ATTENTIONS[c.attention](c), rope_table(max(LENGTHS), c.rope_dims, c.rope_theta)
+
+
+def layer_flops(layer, T):
+    """Forward and backward FLOPs a token."""
+    weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear))
+    return 3 * (2 * weights + layer.score_flops((T + 1) / 2))
+
+
+def roofline(layer, tokens, T, flops, bandwidth):
+    """Seconds, forward and backward, of a device on which each matrix product takes the longer of its arithmetic and of
+    moving its operands in two bytes a number; scores never leave the chip."""
+    seconds = 3 * tokens * layer.score_flops((T + 1) / 2) / flops
+    for m in layer.modules():
+        if isinstance(m, torch.nn.Linear):
+            n_out, n_in = m.weight.shape
+            moved = 2 * (tokens * (n_in + n_out) + n_in * n_out)
+            seconds += 3 * max(2 * tokens * n_in * n_out / flops, moved / bandwidth)
+    return seconds
+
+
+def formulas(width, T, head_dim, ratio):
+    """{kind: what is known without measuring} of the four attentions at one size; the A100 has 16,384 tokens to do."""
+    with torch.device('meta'):
+        layers = {kind: make_layer(kind, width, head_dim, ratio)[0] for kind in KINDS}
+    return {kind: dict(attention=kind, width=width, head_dim=head_dim, latents=ratio, T=T,
+                       params=sum(p.numel() for p in layer.parameters()), cache_numbers=layer.cache_width(),
+                       mflop_a_token=layer_flops(layer, T) / 1e6,
+                       a100_us_a_token=1e6 * roofline(layer, 16384, T, **A100) / 16384) for kind, layer in layers.items()}
+
+
+def measure_layers(width, T, head_dim, ratio, rounds, machine):
+    """{kind: a line of the csv} of the four attentions at one size, on T tokens or 1,024, if that is more."""
+    batch = max(1, 1024 // T)
+    x = torch.randn(batch, T, width, device=machine.device)
+    cases = {}
+    for kind in KINDS:
+        layer, rope = make_layer(kind, width, head_dim, ratio)
+        cases[kind] = SimpleNamespace(layer=layer.to(machine.device), rope=[t[:T].to(machine.device) for t in rope],
+                                      cache=Cache(1, T), train=[], decode=[])
+
+    def forward_backward(case):
+        with machine.autocast():
+            y = case.layer(x, case.rope)
+        y.backward(y.detach())
+        case.layer.zero_grad()
+
+    @torch.no_grad()
+    def decode(case, n):
+        with machine.autocast():
+            case.layer(x[:1, :n], case.rope, None, None, case.cache)
+
+    for case in cases.values():
+        decode(case, T)
+        case.cache.n_tokens = T - 1
+    for i in range(rounds + 1):
+        for case in cases.values():
+            times = (repeated(machine.device, lambda: forward_backward(case)), repeated(machine.device, lambda: decode(case, 1)))
+            if i:
+                case.train.append(times[0])
+                case.decode.append(times[1])
+    return {kind: line | dict(train_us_a_token=1e6 * statistics.median(cases[kind].train) / (batch * T),
+                              decode_us=1e6 * statistics.median(cases[kind].decode))
+            for kind, line in formulas(width, T, head_dim, ratio).items()}
+
+
+def repeated(device, work):
+    """Seconds of work(), which is repeated until the clock has something to measure."""
+    n = 1
+    while (seconds := clock(device, lambda: [work() for _ in range(n)])) < 0.01:
+        n *= 4
+    return seconds / n
+
+
+def attention(overrides):
+    """The isolated layers: a csv, a table of ratios, a plot, and from which width on the one is cheaper than the other."""
+    options = read_options(overrides)
+    machine, folder = open_machine(options), Path(options.results)
+    grid = HEADS, RATIOS, LENGTHS
+    table = {(*sizes, width): formulas(width, sizes[2], *sizes[:2]) for sizes in itertools.product(*grid) for width in MORE_WIDTHS}
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f'{"":40}time of MLA / MHA, MLA / GQA, MLA-o / MLA: forward and backward | decoding | FLOPs | A100 by formula')
+    for head_dim, ratio, T, width in itertools.product(*grid, WIDTHS):
+        lines = table[head_dim, ratio, T, width] = measure_layers(width, T, head_dim, ratio, options.rounds, machine)
+        shown = ' | '.join(' '.join(f'{lines[a][key] / lines[b][key]:5.2f}' for a, b in PAIRS) for key in COSTS)
+        print(f'latents {ratio:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}', flush=True)
+    with open(folder / 'attention.csv', 'w', newline='') as file:
+        lines = [line for size in sorted(table) for line in table[size].values()]
+        writer = csv.DictWriter(file, max(lines, key=len))  # what is known by formula alone leaves the measured columns empty
+        writer.writeheader()
+        writer.writerows(lines)
+    print()
+    for (a, b), (key, what) in itertools.product(PAIRS, COSTS.items()):
+        print(f'{a} against {b}, {what}: {crossover(table, a, b, key)}')
+    plot_attention(folder / 'attention.png', table)
+    print(f'\n{folder}: attention.csv, attention.png')
+
+
+PAIRS = ('MLA', 'MHA'), ('MLA', 'GQA'), ('MLA-o', 'MLA')
+MEASURED = 'train_us_a_token', 'decode_us'
+COSTS = dict(train_us_a_token='forward and backward', decode_us='decoding', mflop_a_token='FLOPs',
+             a100_us_a_token='A100 by formula')
+
+
+def crossover(table, a, b, key):
+    """Where `a` is cheaper, in words: for each latent ratio and length the least width from which on it always is."""
+    words, widths = [], WIDTHS + (() if key in MEASURED else MORE_WIDTHS)
+    for ratio, head_dim in itertools.product(RATIOS, HEADS):
+        from_width = []
+        for T in LENGTHS:
+            dearer = [w for w in widths if table[head_dim, ratio, T, w][a][key] >= table[head_dim, ratio, T, w][b][key]]
+            cheaper = [w for w in widths if w > max(dearer, default=0)]
+            from_width.append(f'{cheaper[0]:,}' if cheaper else 'never')
+        words.append(f'{ratio}, heads of {head_dim}: {" / ".join(from_width)}')
+    return f'cheaper from width (T {" / ".join(map(str, LENGTHS))}) ' + '; '.join(words)
+
+
+def plot_attention(path, table):
+    """Ratios of time over width, a line for each length; DeepSeek's ratios, the wider heads."""
+    plt = pyplot()
+    figure, panels = plt.subplots(2, len(PAIRS), figsize=(12, 7), sharex=True, layout='constrained')
+    ratio, head_dim = next(iter(RATIOS)), HEADS[-1]
+    for row, key in zip(panels, MEASURED):
+        for axes, (a, b) in zip(row, PAIRS):
+            for i, T in enumerate(LENGTHS):
+                cost = lambda key: [table[head_dim, ratio, T, w][a][key] / table[head_dim, ratio, T, w][b][key] for w in WIDTHS]
+                axes.plot(WIDTHS, cost(key), marker='o', color=f'C{i}', label=f'T {T:,}')
+                if key == 'train_us_a_token':
+                    axes.plot(WIDTHS, cost('mflop_a_token'), linestyle=':', color=f'C{i}')
+            axes.axhline(1, color='black', linewidth=0.8)
+            axes.set(title=f'{a} / {b}, {COSTS[key]}', xscale='log', xticks=WIDTHS, xticklabels=WIDTHS, xlabel='width', ylim=(0, None))
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize=8)
+    figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {ratio}; dotted: FLOPs')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def pyplot():
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# sweep and compare: many runs
+
+
+def values_of(argument):
+    """'--key=a,b' -> ('key', ['a', 'b']); commas inside brackets belong to a value."""
+    key, _, text = argument.removeprefix('--').partition('=')
+    values, depth = [''], 0
+    for character in text:
+        depth += (character in '([') - (character in ')]')
+        if character == ',' and depth == 0:
+            values.append('')
+        else:
+            values[-1] += character
+    return key, values
+
+
+def is_done(folder):
+    """Whether a run has come to its last step, or to the end of its time."""
+    path = Path(folder) / 'config.json'
+    scored = [line for line in read_metrics(folder) if 'val_loss' in line]
+    if not path.exists() or not scored:
+        return False
+    options = json.loads(path.read_text())
+    return scored[-1]['step'] >= options['max_iters'] or scored[-1]['seconds'] >= (options['max_seconds'] or float('inf'))
+
+
+def sweep(arguments):
+    """Runs train.py for every combination, one after the other; a run that was cut off goes on."""
+    paths = [argument for argument in arguments if not argument.startswith('--')]
+    if len(paths) != 1:
+        raise UserError('which config? python bench.py sweep CONFIG --key=a,b,c')
+    grid = dict(values_of(argument) for argument in arguments if argument.startswith('--'))
+    if 'out_dir' in grid or 'init_from' in grid:
+        raise UserError('out_dir and init_from are set by sweep: leave them out')
+    varied = [key for key, values in grid.items() if len(values) > 1]
+    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
+    for options in combinations:  # all of them are checked before the first one runs
+        config.load([paths[0], *(f'--{key}={value}' for key, value in options.items())], *KNOWN[1:])
+    parent = Path('out') / f'sweep-{Path(paths[0]).stem}'
+    for i, options in enumerate(combinations, 1):
+        folder = parent / (','.join(f'{key}={options[key]}' for key in varied) or 'run')
+        if is_done(folder):
+            print(f'{i} of {len(combinations)}: {folder} is done', flush=True)
+            continue
+        print(f'{i} of {len(combinations)}: {folder}', flush=True)
+        command = [sys.executable, str(Path(__file__).with_name('train.py')), paths[0], f'--out_dir={folder}', '--init_from=auto']
+        status = subprocess.run([*command, *(f'--{key}={value}' for key, value in options.items())]).returncode
+        if status or not is_done(folder):
+            raise UserError(f'{folder}: the run did not finish (status {status}); the same command goes on from here')
+    print(f'\npython bench.py compare {parent}/*')
+
+
+def read_group_of(run):
+    """(options that are not the run's own, its scored lines, its data and tokenizer)."""
+    state = load_checkpoint(best_checkpoint(run))
+    lines = [line for line in read_metrics(run) if 'val_loss' in line]
+    if not lines:
+        raise UserError(f'{run}: metrics.jsonl has no validation loss')
+    own = 'seed', 'out_dir', 'init_from', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only'
+    options = {key: value for key, value in state['options'].items() if key not in own}
+    return options, lines, (state['provenance']['data_sha256'], state['provenance'].get('tokenizer'))
+
+
+def loss_at(lines, key, x):
+    """Validation loss at x tokens or seconds, on the straight line between two evaluations."""
+    return float(np.interp(x, [line[key] for line in lines], [line['val_loss'] for line in lines]))
+
+
+def compare(arguments):
+    """A table and a plot of groups of runs."""
+    runs = [argument for argument in arguments if not argument.startswith('--')]
+    options = read_options([argument for argument in arguments if argument.startswith('--')])
+    if len(runs) < 2:
+        raise UserError('compares two runs or more: python bench.py compare RUN RUN ...')
+    read = {run: read_group_of(run) for run in runs}
+    for run, (_, _, data) in read.items():
+        if data != read[runs[0]][2]:
+            raise UserError(f'{run} and {runs[0]} were trained on different data or with different tokenizers: their losses '
+                            'are not of the same thing')
+    differ = {key for o, _, _ in read.values() for key in o if any(other.get(key) != o[key] for other, _, _ in read.values())}
+    groups = {}
+    for run, (o, lines, _) in read.items():
+        label = ', '.join(f'{key}={o.get(key)}' for key in sorted(differ)) or Path(run).name
+        groups.setdefault(label, []).append(lines)
+    ends = {key: min(lines[-1][key] for group in groups.values() for lines in group) for key in ('tokens', 'seconds')}
+    table = []
+    for label, group in groups.items():
+        losses = {'end': [lines[-1]['val_loss'] for lines in group]}
+        losses |= {key: [loss_at(lines, key, end) for lines in group] for key, end in ends.items()}
+        table.append(dict(options=label, runs=len(group), **{key: mean_and_interval(values) for key, values in losses.items()}))
+    folder = Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    plot_groups(folder / 'compare.png', groups)
+    if options.json:
+        return print(json.dumps(table, indent=2))
+    print(f'validation loss, nats, mean and 95% interval over seeds\n\n{"runs":>5}{"at the end":>20}'
+          f'{"at " + format(ends["tokens"], ",") + " tokens":>24}{"at " + format(ends["seconds"], ",.0f") + " seconds":>22}')
+    for line in sorted(table, key=lambda line: line['end'][0]):
+        cells = (f'{mean:.4f}' + (f' +- {interval:.4f}' if interval is not None else '') for mean, interval in
+                 (line[key] for key in ('end', 'tokens', 'seconds')))
+        print(f'{line["runs"]:5}' + ''.join(cell.rjust(width) for cell, width in zip(cells, (20, 24, 22))) + f'   {line["options"]}')
+    print(f'\n{folder / "compare.png"}')
+
+
+def plot_groups(path, groups):
+    """Validation loss over tokens and over seconds, a colour for each group and a line for each run."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout='constrained')
+    for axes, key in zip(panels, ('tokens', 'seconds')):
+        for i, (label, group) in enumerate(groups.items()):
+            for n, lines in enumerate(group):
+                axes.plot([line[key] for line in lines], [line['val_loss'] for line in lines], color=f'C{i % 10}', alpha=0.7,
+                          marker='.', label=None if n else label)
+        axes.set(xlabel=key, ylabel='validation loss (nats)')
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=7)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main():
+    commands = dict(attention=attention, sweep=sweep, compare=compare)
+    if len(sys.argv) > 1 and sys.argv[1] in commands:
+        return commands[sys.argv[1]](sys.argv[2:])
     paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
     overrides = [argument for argument in sys.argv[1:] if argument.startswith('--')]
     lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides)

@@ -1,12 +1,16 @@
 """bench.py on models small enough to time in a test: what it reports, not how fast it is."""
 
+import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 from config import UserError
-from conftest import REPOSITORY
+from conftest import REPOSITORY, train_runs
 from model import make_model
 
 SMALL = ['--n_layer=1', '--vocab_size=300', '--rounds=1', '--context=40', '--micro_batch_size=2', '--device=cpu']
@@ -45,7 +49,84 @@ def test_an_encoder_is_trained_on_masked_positions_and_not_decoded(workspace, sc
     assert 'mla_o' in out.split('decoding')[0] and 'mla_o' not in out.split('decoding')[1] and 'grouped' in out.split('decoding')[1]
 
 
+def test_a_profile_is_written(workspace, script, monkeypatch):
+    monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)
+    script(bench, *paths('decoder'), *SMALL, *TINY, '--profile=trace.json', '--json=True')
+    assert any('addmm' in event.get('name', '') for event in json.loads(Path('trace.json').read_text())['traceEvents'])
+
+
+def test_attention_layers(workspace, script, capsys, monkeypatch):
+    for name, value in dict(WIDTHS=(64, 128), MORE_WIDTHS=(256,), LENGTHS=(16, 32), HEADS=(32,)).items():
+        monkeypatch.setattr(bench, name, value)
+    script(bench, 'attention', '--rounds=1', '--results=here')
+    out, lines = capsys.readouterr().out, list(csv.DictReader(open('here/attention.csv')))
+    assert len(lines) == 2 * 2 * 3 * 4 and Path('here/attention.png').stat().st_size > 10_000  # latents, T, widths, kinds
+    assert all((line['train_us_a_token'] == '') == (line['width'] == '256') for line in lines)
+    assert 'MLA-o against MLA, FLOPs: cheaper from width (T 16 / 32) DeepSeek-V3, heads of 32: ' in out
+    mha = next(line for line in lines if line['attention'] == 'MHA' and line['width'] == '128' and line['T'] == '16')
+    assert float(mha['mflop_a_token']) == pytest.approx(3 * (2 * 4 * 128 ** 2 + 4 * 128 * 8.5) / 1e6)
+    mla = next(line for line in lines if line['attention'] == 'MLA' and line['width'] == '128' and line['T'] == '16')
+    q, kv, r = 24, 8, 16  # 3/14 and 1/14 of 128, to eights; half of a head
+    weights = 128 * (q + kv + r) + q * 128 + kv * (128 - 4 * r + 128) + 128 * 128
+    assert float(mla['mflop_a_token']) == pytest.approx(3 * (2 * weights + 4 * 128 * 8.5) / 1e6)
+
+
+def test_grouped_query_attention_caches_no_less_than_mla():
+    for width in (128, 512, 1024, 2048):
+        lines = bench.formulas(width, 128, 64, 'DeepSeek-V3')
+        assert lines['MLA']['cache_numbers'] <= lines['GQA']['cache_numbers'] <= lines['MHA']['cache_numbers']
+
+
+def test_roofline_by_hand():
+    layer = make_model('transformer', n_layer=1, n_embd=64, n_head=2, vocab_size=5).blocks[0].attn  # qkv 64 x 192, o 64 x 64
+    slow_memory = bench.roofline(layer, 10, 4, flops=1e30, bandwidth=100.0)
+    assert slow_memory == pytest.approx(3 * 2 * (10 * 256 + 64 * 192 + 10 * 128 + 64 * 64) / 100)
+    slow_chip = bench.roofline(layer, 10, 4, flops=100.0, bandwidth=1e30)
+    assert slow_chip == pytest.approx(10 * bench.layer_flops(layer, 4) / 100)
+
+
+SWEEP = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=1', '--n_head=2',
+         '--n_embd=32', '--batch_size=4', '--max_iters=4', '--eval_interval=2', '--eval_iters=1', '--device=cpu', '--vocab_size=None']
+
+
+@pytest.mark.slow
+def test_sweep_and_compare(workspace, script, capfd):
+    train_runs(workspace, SWEEP, dict(one=[]))  # leaves the corpus and its data behind
+    grid = [REPOSITORY / 'config/quick.py', *SWEEP, '--attention=mha', '--q_latent=None', '--kv_latent=None', '--o_latent=None',
+            '--max_seconds=None', '--rope_dims=16', '--learning_rate=1e-3,3e-3', '--seed=1,2']
+    script(bench, 'sweep', *grid)
+    runs = sorted(Path('out/sweep-quick').iterdir())
+    assert [run.name for run in runs] == [f'learning_rate={lr},seed={seed}' for lr in ('1e-3', '3e-3') for seed in (1, 2)]
+    shutil.rmtree(runs[3])
+    capfd.readouterr()
+    script(bench, 'sweep', *grid)
+    out = capfd.readouterr().out
+    assert out.count('is done') == 3 and 'step 4' in out
+    script(bench, 'compare', *runs, '--json=True')
+    table = json.loads(capfd.readouterr().out)
+    assert [(line['options'], line['runs']) for line in table] == [('learning_rate=0.001', 2), ('learning_rate=0.003', 2)]
+    losses = [json.loads(line)['val_loss'] for run in runs[:2] for line in (run / 'metrics.jsonl').read_text().splitlines()
+              if json.loads(line).get('step') == 4 and 'val_loss' in line]
+    assert table[0]['tokens'][0] == pytest.approx(sum(losses) / 2) == pytest.approx(table[0]['end'][0])
+    script(bench, 'compare', *runs)
+    assert 'learning_rate=0.003' in capfd.readouterr().out and Path('out/bench/compare.png').stat().st_size > 10_000
+    train_runs(workspace, SWEEP, {'other': ['--lowercase=True', '--tokenizer=bpe', '--vocab_size=300']})
+    with pytest.raises(UserError, match='different data or with different tokenizers'):
+        script(bench, 'compare', 'one', 'other')
+
+
+def test_loss_between_two_evaluations():
+    lines = [dict(tokens=0, val_loss=4.0), dict(tokens=100, val_loss=2.0)]
+    assert bench.loss_at(lines, 'tokens', 25) == 3.5
+
+
 @pytest.mark.parametrize('arguments, message', [
+    (['sweep'], 'which config'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--lerning_rate=1,2'], 'did you mean learning_rate'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--learning_rate=1e-3,fast'], 'learning_rate=fast: takes a float'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--out_dir=x'], 'out_dir and init_from are set by sweep'),
+    (['compare', 'one'], 'compares two runs or more'),
+    (['compare', 'nowhere', 'elsewhere'], 'nowhere/ckpt.pt: there is no such checkpoint'),
     (['--context=1'], 'context=1: takes two tokens or more'),
     (['--rounds=0'], 'rounds=0: takes a finite number above zero'),
     (['nowhere.py'], 'nowhere.py: there is no such config file'),
