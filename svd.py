@@ -44,6 +44,10 @@ class SvdOptions:
     out_dir: str | None = None  # folder for the results; None = the run's own, for a checkpoint out/svd-NAME
     seed: int = 1337  # of the noise
 
+    def __post_init__(self):
+        if self.seed < 0 or self.heads_of is not None and self.heads_of < 0:
+            raise UserError(f'seed={self.seed}, heads_of={self.heads_of}: take numbers from zero up')
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # reading: a layer is {part: (heads (H, d, n), basis (n, D) or None)}; what a head does to a normed token is their product,

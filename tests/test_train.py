@@ -254,8 +254,16 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     assert f'of run on 16 validation sequences of data/text-byte: loss {best:.4f}, perplexity' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('arguments', [[*ENCODER], ['--micro_batch_size=2', '--dropout=0.1'],
-                                       ['--optimizer=muon', '--dropout=0.1']], ids=['encoder', 'accumulation', 'muon'])
+ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True', '--n_layer=1', '--dropout=0.1']
+GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=4,1', '--widths=32,32,32', '--head_dim=16', '--dropout=0.1',
+           '--latent_loss=True', '--n_channels=2', '--learned_positions=False']
+
+
+@pytest.mark.parametrize('arguments', [
+    pytest.param([*ENCODER], id='encoder'), pytest.param(['--micro_batch_size=2', '--dropout=0.1'], id='accumulation'),
+    pytest.param(['--optimizer=muon', '--dropout=0.1'], id='muon'), pytest.param(ENCDEC, id='encoder_decoder'),
+    pytest.param(GROUPED, id='grouped'), pytest.param([*GROUPED, '--optimizer=muon'], id='grouped_muon', marks=pytest.mark.slow),
+    pytest.param(['--compile=True', '--dropout=0.1'], id='compiled', marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_identical(data, script, arguments):
     script(train, *SMALL, *arguments, '--out_dir=straight')
     for stop in (3, 5):  # at an evaluation, and between two
