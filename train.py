@@ -408,6 +408,9 @@ def compiled(options, model, machine):
         return model
     if not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++', 'cc'))):
         raise UserError('torch.compile needs a C++ compiler and there is none here: install one, or use --compile=False')
+    if machine.device.type == 'cpu':  # its threads would add up an embedding's gradient in whatever order they finish
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     return torch.compile(model, dynamic=False)  # static shapes
 
 
