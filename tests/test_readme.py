@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -19,7 +20,7 @@ NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_laye
 @pytest.fixture
 def copy(workspace):
     """A copy of the repository, as a clone would be, with a small corpus in place of what the hub holds."""
-    for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'config'):
+    for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'svd.py', 'config'):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
     (workspace / 'corpus.csv').write_text('text\n' + '\n'.join(f'"{text.strip()}"' for text in corpus(200)) + '\n')
@@ -70,7 +71,8 @@ def test_the_test_command():
 
 
 def test_the_commands_of_the_experiments(here):
-    commands = [c for c in COMMANDS[2:] if 'train.py' in c and 'gated' not in c and 'causal' not in c]
+    other = 'gated', 'causal', 'decoder_mla'
+    commands = [c for c in COMMANDS[2:] if 'train.py' in c and not any(word in c for word in other)]
     assert len(commands) == 6
     for command in commands:
         if command.startswith('torchrun'):
@@ -84,15 +86,37 @@ def test_the_commands_of_the_experiments(here):
 
 
 def test_the_commands_of_generation(here, copy):
-    commands = [c for c in COMMANDS if 'sample.py' in c or 'bench.py' in c]
-    assert len(commands) == 3
+    commands = [c for c in COMMANDS if 'sample.py' in c]
+    assert len(commands) == 2
     small = NO_HUB + CUT_SHORT + ['--tokenizer=bpe', '--micro_batch_size=4']
     here('python train.py config/decoder.py', *small)
     here(next(c for c in COMMANDS if '--causal=True' in c), *NO_HUB, *CUT_SHORT)
     (copy / 'prompt.txt').write_text('the river')
-    for command in commands[:2]:
+    for command in commands:
         assert here(command, '--max_new_tokens=5').strip()
-    assert 'encdec_mse_pos' in here(commands[2], '--n_layer=1', '--vocab_size=300', '--rounds=1')
+
+
+def test_the_commands_of_deepseek(here, copy):
+    commands = [c for c in COMMANDS if 'decoder_mla' in c and 'bench' not in c]
+    assert len(commands) == 4
+    for command in commands[:3]:
+        here(command, *NO_HUB, *CUT_SHORT, '--tokenizer=bpe', '--block_size=64', *([] if 'init_from' in command else ['--micro_batch_size=4']))
+    assert 'between heads' in here(commands[3], '--layers=0')
+    (copy / 'deepseek.py').write_text(BLOCKS['python'][1] + 'print(sum(p.numel() for p in again.parameters()))\n')
+    assert int(run('python deepseek.py').split()[-1]) > 1000
+
+
+def test_the_commands_of_speed(here, monkeypatch):
+    import bench
+    commands = [c for c in COMMANDS if 'bench.py' in c]
+    assert len(commands) == 4
+    monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)  # a process of its own takes seconds to start
+    assert 'decoder_mla_o' in here(commands[0], '--n_layer=1', '--vocab_size=300', '--rounds=1')
+    for name, value in dict(WIDTHS=(64,), MORE_WIDTHS=(), LENGTHS=(16,), HEADS=(32,)).items():
+        monkeypatch.setattr(bench, name, value)
+    assert 'cheaper from width' in here(commands[1], '--rounds=1')
+    config, *grid = commands[2].split()[3:]  # the grid is run in tests/test_bench.py
+    assert Path(config).exists() and [bench.values_of(values)[0] for values in grid] == ['learning_rate', 'seed']
 
 
 def test_the_commands_of_fine_tuning(here, copy):
@@ -124,7 +148,7 @@ def test_the_commands_of_the_data(here, copy):
 
 
 def test_add_your_own_attention(copy):
-    attention, listing = BLOCKS['python'][1:]
+    attention, listing = BLOCKS['python'][2:]
     command = next(c for c in COMMANDS if 'gated' in c)
     model = (copy / 'model.py').read_text()
     old = next(line for line in model.splitlines() if line.startswith('ATTENTIONS = '))

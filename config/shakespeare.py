@@ -1,0 +1,38 @@
+"""Ninety seconds on two CPU cores: a small causal model of bytes, on one's own text file.
+
+Asks: how good can a model get in that time, start to end? The usual subject is tinyshakespeare:
+python train.py config/shakespeare.py --source=input.txt
+"""
+
+# data: bytes; the last tenth of the file is held out
+dataset = 'text'
+tokenizer = 'byte'
+vocab_size = 257  # 256 bytes and <|endoftext|>
+block_size = 128
+
+# model
+arch = 'transformer'
+causal = True
+n_layer = 4
+n_head = 4
+n_embd = 128
+rope_dims = 32
+rope_theta = 100.0
+learned_positions = False
+norm = 'rms'
+qk_norm = True
+mlp = 'relu2'
+tie_embeddings = False
+
+# recipe
+batch_size = 16
+max_iters = 100_000  # the clock decides
+max_seconds = 76.0
+optimizer = 'muon'
+learning_rate = 1e-2
+schedule = 'wsd'
+warmup_iters = 20
+weight_decay = 0.05
+eval_interval = 1_000_000  # at the end, on all that is held out
+eval_iters = 0
+log_interval = 100
