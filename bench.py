@@ -38,6 +38,7 @@ import config
 import prepare
 from config import UserError
 from model import ARCHITECTURES, ATTENTIONS, Cache, ModelConfig, TransformerConfig, rope_table
+import train
 from train import (MachineOptions, TrainOptions, best_checkpoint, build, compiled, load_checkpoint, make_optimizers,
                    mean_and_interval, memory_gb, open_machine, predicted_share, read_metrics, split_options, train_step)
 
@@ -63,10 +64,18 @@ class BenchOptions(MachineOptions):
 KNOWN = (BenchOptions, TrainOptions, ModelConfig, *(config_class for _, config_class in ARCHITECTURES.values()))
 
 
-def read_options(arguments):
+def read_options(arguments, *known):
     """BenchOptions of the command line; options of training and models are checked by name, and left to the configs."""
-    values, _ = config.load(arguments, *KNOWN, doc=__doc__, takes_config=False)
+    values, _ = config.load(arguments, *(known or KNOWN), doc=__doc__, takes_config=False)
     return BenchOptions(**{field.name: values[field.name] for field in fields(BenchOptions) if field.name in values})
+
+
+def make_folder(path):
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be made ({error}): set --results') from None
+    return Path(path)
 
 
 def clock(device, work):
@@ -119,6 +128,8 @@ class Subject:
     def open_decoding(self, context):
         c = self.model.config
         self.size = min(context, c.block_size)
+        if self.size < 2:
+            raise UserError(f'block_size={c.block_size}: decoding takes two tokens, one to go on from and one to decode')
         self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.size - 1)
         self.idx = torch.randint(c.vocab_size, (1, self.size), device=self.machine.device)
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -175,6 +186,8 @@ def measure(paths, overrides):
     """The lines of the report, after `rounds` rounds and one to warm up."""
     options = read_options(overrides)
     machine = open_machine(options)
+    if options.profile and not Path(options.profile).parent.is_dir():
+        raise UserError(f'--profile={options.profile}: there is no such folder')
     subjects = [Subject(path, overrides, machine) for path in paths]
     memory = [memory_of(path, overrides) for path in paths]
     causal = [subject for subject in subjects if subject.model.config.causal]
@@ -274,7 +287,7 @@ def formulas(width, T, head_dim, ratio):
 def measure_layers(width, T, head_dim, ratio, rounds, machine):
     """{kind: a line of the csv} of the four attentions at one size, on T tokens or 1,024, if that is more."""
     batch = max(1, 1024 // T)
-    x = torch.randn(batch, T, width, device=machine.device)
+    x = torch.randn(batch, T, width, device=machine.device, requires_grad=True)
     cases = {}
     for kind in KINDS:
         layer, rope = make_layer(kind, width, head_dim, ratio)
@@ -286,6 +299,7 @@ def measure_layers(width, T, head_dim, ratio, rounds, machine):
             y = case.layer(x, case.rope)
         y.backward(y.detach())
         case.layer.zero_grad()
+        x.grad = None
 
     @torch.no_grad()
     def decode(case, n):
@@ -316,11 +330,10 @@ def repeated(device, work):
 
 def attention(overrides):
     """The isolated layers: a csv, a table of ratios, a plot, and from which width on the one is cheaper than the other."""
-    options = read_options(overrides)
-    machine, folder = open_machine(options), Path(options.results)
+    options = read_options(overrides, BenchOptions)
+    machine, folder = open_machine(options), make_folder(options.results)
     grid = HEADS, RATIOS, LENGTHS
     table = {(*sizes, width): formulas(width, sizes[2], *sizes[:2]) for sizes in itertools.product(*grid) for width in MORE_WIDTHS}
-    folder.mkdir(parents=True, exist_ok=True)
     print(f'{"":40}time of MLA / MHA, MLA / GQA, MLA-o / MLA: forward and backward | decoding | FLOPs | A100 by formula')
     for head_dim, ratio, T, width in itertools.product(*grid, WIDTHS):
         lines = table[head_dim, ratio, T, width] = measure_layers(width, T, head_dim, ratio, options.rounds, machine)
@@ -371,6 +384,7 @@ def plot_attention(path, table):
                     axes.plot(WIDTHS, cost('mflop_a_token'), linestyle=':', color=f'C{i}')
             axes.axhline(1, color='black', linewidth=0.8)
             axes.set(title=f'{a} / {b}, {COSTS[key]}', xscale='log', xticks=WIDTHS, xticklabels=WIDTHS, xlabel='width', ylim=(0, None))
+            axes.minorticks_off()
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
     figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {ratio}; dotted: FLOPs')
@@ -404,49 +418,77 @@ def values_of(argument):
 
 def is_done(folder):
     """Whether a run has come to its last step, or to the end of its time."""
-    path = Path(folder) / 'config.json'
     scored = [line for line in read_metrics(folder) if 'val_loss' in line]
-    if not path.exists() or not scored:
+    if not scored:
         return False
-    options = json.loads(path.read_text())
+    options = read_run_options(folder)
     return scored[-1]['step'] >= options['max_iters'] or scored[-1]['seconds'] >= (options['max_seconds'] or float('inf'))
+
+
+def read_run_options(run):
+    try:
+        return json.loads((Path(run) / 'config.json').read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{run}/config.json: cannot be read ({error}): name the folder of a run of train.py') from None
+
+
+def check_combination(config_path, folder, options):
+    """Refuses what train.py would refuse, and a folder whose run had other options."""
+    command = [config_path, *(f'--{key}={value}' for key, value in options.items())]
+    recipe, model_options, _ = train.read_options(command)
+    with torch.device('meta'):
+        build(recipe.arch, model_options)
+    if (folder / 'config.json').exists():
+        saved = read_run_options(folder)
+        for key, value in config.load(command, *KNOWN[1:])[0].items():
+            if value is not None and saved.get(key) != json.loads(json.dumps(value)):  # None: it follows from others
+                raise UserError(f'{folder} holds a run with {key}={saved.get(key)}, not {value}: move it away')
 
 
 def sweep(arguments):
     """Runs train.py for every combination, one after the other; a run that was cut off goes on."""
+    if '--help' in arguments:
+        return read_options(['--help'])
     paths = [argument for argument in arguments if not argument.startswith('--')]
     if len(paths) != 1:
         raise UserError('which config? python bench.py sweep CONFIG --key=a,b,c')
     grid = dict(values_of(argument) for argument in arguments if argument.startswith('--'))
-    if 'out_dir' in grid or 'init_from' in grid:
-        raise UserError('out_dir and init_from are set by sweep: leave them out')
+    for key in ('out_dir', 'init_from', 'dry_run', 'eval_only'):
+        if key in grid:
+            raise UserError(f'{key} is not for sweep, which trains each run in a folder of its own: leave it out')
     varied = [key for key, values in grid.items() if len(values) > 1]
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    for options in combinations:  # all of them are checked before the first one runs
-        config.load([paths[0], *(f'--{key}={value}' for key, value in options.items())], *KNOWN[1:])
     parent = Path('out') / f'sweep-{Path(paths[0]).stem}'
-    for i, options in enumerate(combinations, 1):
-        folder = parent / (','.join(f'{key}={options[key]}' for key in varied) or 'run')
+    runs = {parent / (','.join(f'{key}={options[key]}' for key in varied) or 'run'): options for options in combinations}
+    for folder, options in runs.items():  # all of them are checked before the first one runs
+        check_combination(paths[0], folder, options)
+    for i, (folder, options) in enumerate(runs.items(), 1):
         if is_done(folder):
             print(f'{i} of {len(combinations)}: {folder} is done', flush=True)
             continue
         print(f'{i} of {len(combinations)}: {folder}', flush=True)
         command = [sys.executable, str(Path(__file__).with_name('train.py')), paths[0], f'--out_dir={folder}', '--init_from=auto']
-        status = subprocess.run([*command, *(f'--{key}={value}' for key, value in options.items())]).returncode
+        process = subprocess.Popen([*command, *(f'--{key}={value}' for key, value in options.items())])
+        try:
+            status = process.wait()
+        except KeyboardInterrupt:  # the run has had it too: it finishes its step and saves
+            process.wait()
+            raise
         if status or not is_done(folder):
             raise UserError(f'{folder}: the run did not finish (status {status}); the same command goes on from here')
     print(f'\npython bench.py compare {parent}/*')
 
 
 def read_group_of(run):
-    """(options that are not the run's own, its scored lines, its data and tokenizer)."""
-    state = load_checkpoint(best_checkpoint(run))
+    """(options that are not the run's own, its scored lines, what its losses are losses of)."""
+    origin = load_checkpoint(best_checkpoint(run)).get('provenance', {})
     lines = [line for line in read_metrics(run) if 'val_loss' in line]
     if not lines:
         raise UserError(f'{run}: metrics.jsonl has no validation loss')
     own = 'seed', 'out_dir', 'init_from', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only'
-    options = {key: value for key, value in state['options'].items() if key not in own}
-    return options, lines, (state['provenance']['data_sha256'], state['provenance'].get('tokenizer'))
+    options = read_run_options(run)
+    what = origin.get('data_sha256'), origin.get('tokenizer'), options.get('causal', True)
+    return {key: value for key, value in options.items() if key not in own}, lines, what
 
 
 def loss_at(lines, key, x):
@@ -457,18 +499,18 @@ def loss_at(lines, key, x):
 def compare(arguments):
     """A table and a plot of groups of runs."""
     runs = [argument for argument in arguments if not argument.startswith('--')]
-    options = read_options([argument for argument in arguments if argument.startswith('--')])
+    options = read_options([argument for argument in arguments if argument.startswith('--')], BenchOptions)
     if len(runs) < 2:
         raise UserError('compares two runs or more: python bench.py compare RUN RUN ...')
     read = {run: read_group_of(run) for run in runs}
     for run, (_, _, data) in read.items():
         if data != read[runs[0]][2]:
-            raise UserError(f'{run} and {runs[0]} were trained on different data or with different tokenizers: their losses '
-                            'are not of the same thing')
+            raise UserError(f'{run} and {runs[0]} were trained on different data, with different tokenizers, or are an encoder '
+                            'and a causal model: their losses are not of the same thing')
     differ = {key for o, _, _ in read.values() for key in o if any(other.get(key) != o[key] for other, _, _ in read.values())}
     groups = {}
     for run, (o, lines, _) in read.items():
-        label = ', '.join(f'{key}={o.get(key)}' for key in sorted(differ)) or Path(run).name
+        label = ', '.join(f'{key}={o.get(key)}' for key in sorted(differ)) or 'all options the same'
         groups.setdefault(label, []).append(lines)
     ends = {key: min(lines[-1][key] for group in groups.values() for lines in group) for key in ('tokens', 'seconds')}
     table = []
@@ -476,8 +518,7 @@ def compare(arguments):
         losses = {'end': [lines[-1]['val_loss'] for lines in group]}
         losses |= {key: [loss_at(lines, key, end) for lines in group] for key, end in ends.items()}
         table.append(dict(options=label, runs=len(group), **{key: mean_and_interval(values) for key, values in losses.items()}))
-    folder = Path(options.results)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(options.results)
     plot_groups(folder / 'compare.png', groups)
     if options.json:
         return print(json.dumps(table, indent=2))

@@ -520,6 +520,8 @@ class GroupedLatentConfig(ModelConfig):
 
     def __post_init__(self):
         sizes = (self.group_size, *self.latents)
+        if self.head_dim is None:
+            raise ConfigError('head_dim: grouped latents need a number, the same on every level')
         if any(k <= next_k for k, next_k in zip(sizes, self.latents)):
             raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level has fewer than the last')
         if len(self.widths) != len(sizes):
@@ -539,6 +541,10 @@ class GroupedLatentConfig(ModelConfig):
         for name, needs in (needed | dict(latent_loss_coeff='latent_loss')).items():
             if not getattr(self, needs) and getattr(self, name) != getattr(type(self), name):
                 raise ConfigError(f'{name} belongs to {needs}: set that too')
+        if self.compress == 'perceiver' and self.n_compress != type(self).n_compress:
+            raise ConfigError("n_compress belongs to compress='transformer'")
+        if self.channels_every > self.n_layer:
+            raise ConfigError(f'channels_every={self.channels_every}: of {self.n_layer} blocks none would have channels')
         if self.n_channels is not None and (self.o_norm == 'head' or self.n_channels < 2):
             raise ConfigError(f"n_channels={self.n_channels}: takes two or more, and no o_norm='head'")
         super().__post_init__()
@@ -833,6 +839,7 @@ class Transformer(LanguageModel):
             qk_nope_head_dim=c.head_dim - c.rope_dims, qk_rope_head_dim=c.rope_dims, v_head_dim=c.v_head_dim or c.head_dim,
             max_position_embeddings=c.block_size, rope_theta=c.rope_theta, rope_interleave=True, rms_norm_eps=1e-6,
             hidden_act='silu', attention_bias=False, tie_word_embeddings=c.tie_embeddings,
+            bos_token_id=None, eos_token_id=None, pad_token_id=None,  # the tokenizer's own
             first_k_dense_replace=c.n_layer)  # no mixtures of experts
         return ours, hf_config | (dict(o_latent=c.o_latent, o_norm=c.o_norm) if split and c.o_latent else {})
 
@@ -1328,14 +1335,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         dx, dweight = torch.empty_like(rows), torch.zeros_like(weight, dtype=high)
         for r, i, s, d in zip(rows.split(size), index.split(size), scored.split(size), dx.split(size)):
             p = buffer[:r.size(0)]
-            p = p.addmm_(r, matrix.t(), beta=0) if low == high else p.copy_(r @ matrix.t())
+            p = torch.mm(r, matrix.t(), out=p) if low == high else p.copy_(r @ matrix.t())
             p = torch.softmax(p, dim=-1, out=p)
             # float32 ends at 87 nats; the gradient below does not mind
             loss = loss - (p.gather(1, i).clamp(min=torch.finfo(high).tiny).log() * s).sum()
             p = p.scatter_add_(1, i, -torch.ones_like(s)).mul_(s).to(low)
             d.copy_(p @ matrix)
             if low == high:
-                dweight.addmm_(p.t(), r)
+                torch.addmm(dweight, p.t(), r, out=dweight)
             else:
                 dweight.add_(p.t() @ r)
         n = scored.sum().clamp(min=1)
@@ -1412,7 +1419,8 @@ class GroupedCache:
         self.latents[level][:, row:row + latents.size(1)] = latents
 
     def n_bytes(self):
-        return sum(cache.n_bytes() for cache in (*self.levels, *self.open_group)) + sum(x.nbytes for x in self.latents)
+        return sum(cache.n_bytes() for cache in (*self.levels, *self.open_group)) + sum(
+            x.nbytes for x in self.latents if x is not None)
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
@@ -1445,7 +1453,7 @@ def options_of_deepseek(hf_config):
     c = dict(first_k_dense_replace=3, rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu',
              tie_word_embeddings=False) | hf_config
     rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})
-    if c.get('n_routed_experts') and c['first_k_dense_replace'] < c['num_hidden_layers']:
+    if c.get('n_routed_experts') and c['first_k_dense_replace'] < c.get('num_hidden_layers', 0):
         raise ConfigError(f'layers from {c["first_k_dense_replace"]} on are mixtures of experts, which a Transformer here does '
                           'not have: load it in transformers, where add_output_latent works too, or look at it with svd.py')
     if scaling := {rope.get('rope_type'), rope.get('type')} - {None, 'default'}:

@@ -13,6 +13,7 @@ of the same shapes filled with Gaussian noise. Writes svd.json with all singular
 
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -24,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 import config
 from config import UserError
-from model import MHA, Block, ChannelLinear, CrossBlock, OutputLatent
+from model import MHA, Block, ChannelBlock, CrossBlock, OutputLatent
 from train import load_run, save_text
 
 FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))  # the first is the side on which heads are stacked
@@ -73,18 +74,19 @@ def heads_of(weight, n_head):
 
 
 def read_run(folder):
-    """Yields the name and parts of each attention of one of our runs."""
+    """Yields the name of each attention of one of our runs, and a function that reads its parts (of upsampling by
+    attention, none)."""
     model, _, _ = load_run(folder)
-    with torch.no_grad():
-        for name, block in model.named_modules():
-            if isinstance(block, Block):
-                if any(isinstance(module, ChannelLinear) for module in block.modules()):
-                    raise UserError(f'{folder}: {name} has parallel channels, which svd.py cannot read')
-                source_norm = getattr(block, 'source_norm', None) if not isinstance(block, CrossBlock) else None
-                yield name, read_attention(block.attn, block.attn_norm.weight, (source_norm or block.attn_norm).weight, model.config)
-                if isinstance(block, CrossBlock):
-                    yield f'{name}.cross', read_attention(block.cross, block.cross_norm.weight, block.source_norm.weight,
-                                                          model.config.cross())
+    if any(isinstance(module, ChannelBlock) for module in model.modules()):
+        raise UserError(f'{folder}: has parallel channels, which svd.py cannot read')
+    for name, block in model.requires_grad_(False).named_modules():
+        if isinstance(block, Block):
+            source_norm = getattr(block, 'source_norm', None) if not isinstance(block, CrossBlock) else None
+            gains = block.attn_norm.weight, (source_norm or block.attn_norm).weight
+            yield name, lambda attn=block.attn, gains=gains: read_attention(attn, *gains, model.config)
+            if isinstance(block, CrossBlock):
+                gains = block.cross_norm.weight, block.source_norm.weight
+                yield f'{name}.cross', lambda attn=block.cross, gains=gains: read_attention(attn, *gains, model.config.cross())
 
 
 def read_attention(attn, gain, source_gain, c):
@@ -123,6 +125,8 @@ class Checkpoint:
     def __init__(self, folder):
         self.folder = Path(folder)
         self.config, index = read_json(self.folder / 'config.json'), self.folder / 'model.safetensors.index.json'
+        if (self.config.get('quantization_config') or {}).get('weight_block_size', [FP8_BLOCK] * 2) != [FP8_BLOCK] * 2:
+            raise UserError(f'{folder}: its weights have scales in other blocks than {FP8_BLOCK} x {FP8_BLOCK}: dequantise it first')
         if index.exists():
             self.files = {name: self.folder / file for name, file in read_json(index).get('weight_map', {}).items()}
         else:
@@ -150,41 +154,53 @@ class Checkpoint:
             raise UserError(f'{self.folder}: has no tensor {name}')
         weight = self.read(self.files[name], lambda file: file.get_tensor(name))
         if f'{name}_scale_inv' not in self:
-            return weight.float()
+            if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise UserError(f'{self.folder}: {name} is {weight.dtype} without {name}_scale_inv: dequantise it first')
+            weight = weight.float()
+            if not weight.isfinite().all():
+                raise UserError(f'{self.folder}: {name} holds numbers that are not finite')
+            return weight
         scale = self[f'{name}_scale_inv'].repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
         return weight.float() * scale[:weight.size(0), :weight.size(1)]
 
 
 def read_json(path):
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError('no json object')
+        return values
     except (OSError, ValueError) as error:
         raise UserError(f'{path}: cannot be read ({error}): name a run folder of train.py, or a folder with a checkpoint in '
                         "transformers' layout") from None
 
 
-def read_checkpoint(folder, layers):
-    """Yields the name and parts of each layer of a checkpoint."""
+def read_checkpoint(folder):
+    """Yields the name of each layer of a checkpoint, and a function that reads its parts."""
     tensors = Checkpoint(folder)
-    c = tensors.config.get('text_config', tensors.config)
+    n_layer = tensors.config.get('num_hidden_layers')
+    if not isinstance(n_layer, int):
+        raise UserError(f'{folder}/config.json: has no num_hidden_layers')
+    for i in range(n_layer):
+        yield f'layer {i}', lambda i=i: read_layer(tensors, i)
+
+
+def read_layer(tensors, i):
+    """The parts of layer i, laid out as in DeepSeek-V3 or in Llama."""
+    c, attn = tensors.config, f'model.layers.{i}.self_attn'
+    if f'{attn}.o_proj.weight' not in tensors:
+        raise UserError(f'{tensors.folder}: has no {attn}.o_proj.weight: svd.py reads attentions laid out as those of '
+                        'DeepSeek-V3 or Llama')
+    weight = lambda name: tensors[f'{attn}.{name}.weight']
     try:
-        n_layer, H = c['num_hidden_layers'], c['num_attention_heads']
-    except KeyError as error:
-        raise UserError(f'{folder}/config.json: has no {error.args[0]}') from None
-    for i in range(n_layer) if layers is None else layers:
-        if not 0 <= i < n_layer:
-            raise UserError(f'--layers={i}: {folder} has layers 0 to {n_layer - 1}')
-        attn = f'model.layers.{i}.self_attn'
-        if f'{attn}.o_proj.weight' not in tensors:
-            raise UserError(f'{folder}: has no {attn}.o_proj.weight: svd.py reads attentions laid out as those of '
-                            'DeepSeek-V3 or Llama')
-        weight = lambda name: tensors[f'{attn}.{name}.weight']
+        H = c['num_attention_heads']
         gain, o = tensors[f'model.layers.{i}.input_layernorm.weight'], (heads_of(weight('o_proj').t(), H), None)
         if 'kv_lora_rank' not in c:
             n_kv = c.get('num_key_value_heads') or H
-            q, k, v = ((heads_of(weight(name) * gain, n), None) for name, n in (('q_proj', H), ('k_proj', n_kv), ('v_proj', n_kv)))
-            yield f'layer {i}', parts_of(q, k, v, o, None, slice(None))
-            continue
+            q, k, v = (heads_of(weight(name) * gain, n) for name, n in (('q_proj', H), ('k_proj', n_kv), ('v_proj', n_kv)))
+            if f'{attn}.q_norm.weight' in tensors:
+                q, k = q * weight('q_norm')[:, None], k * weight('k_norm')[:, None]
+            return parts_of((q, None), (k, None), (v, None), o, None, slice(None))
         plain, r = c['qk_nope_head_dim'], c['qk_rope_head_dim']
         if c.get('q_lora_rank'):
             q = heads_of(weight('q_b_proj'), H), weight('q_a_layernorm')[:, None] * weight('q_a_proj') * gain
@@ -192,7 +208,11 @@ def read_checkpoint(folder, layers):
             q = heads_of(weight('q_proj') * gain, H), None
         latent, shared = (weight('kv_a_proj_with_mqa') * gain).split((c['kv_lora_rank'], r))
         basis, kv = weight('kv_a_layernorm')[:, None] * latent, heads_of(weight('kv_b_proj'), H)
-        yield f'layer {i}', parts_of(q, (kv[:, :plain], basis), (kv[:, plain:], basis), o, (shared[None], None), slice(plain, None))
+        return parts_of(q, (kv[:, :plain], basis), (kv[:, plain:], basis), o, (shared[None], None), slice(plain, None))
+    except KeyError as error:
+        raise UserError(f'{tensors.folder}/config.json: has no {error.args[0]}') from None
+    except (RuntimeError, TypeError) as error:  # shapes that do not divide into the heads that config.json names
+        raise UserError(f'{tensors.folder}: layer {i} does not fit config.json ({str(error).splitlines()[0]})') from None
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -218,7 +238,8 @@ def spectra(parts, stacked):
         heads = [torch.linalg.svdvals(head.double()) for head in x]
         result[kind] = dict(heads=[values.tolist() for values in heads])
         if stacked:
-            result[kind]['stacked'] = stacked_values(x, [values[0] for values in heads]).tolist()
+            tops = [values[0].clamp(min=torch.finfo(torch.float32).tiny) for values in heads]  # a head may be all zeros
+            result[kind]['stacked'] = stacked_values(x, tops).tolist()
     return result
 
 
@@ -275,14 +296,16 @@ def overlap(pairs):
 
 
 def alignment(parts, following):
-    """What the heads of a layer write against each other, against what the layer reads, and what the next one reads."""
+    """What the heads of a layer write against each other, against what the layer reads, and what the next one reads ({}:
+    there is none, or it has another width)."""
     written = subspaces(parts['o'], shared=False)
     result = {'between heads': overlap(itertools.combinations(written, 2))} if len(written) > 1 else {}
     for where, layer in (('own', parts), ('next', following)):
-        for part in ('q', 'k'):
+        for part, name in (('q', 'queries'), ('k', 'keys')):
             if part in layer or f'{part}_rope' in layer:
                 read = subspaces(layer.get(part) or layer[f'{part}_rope'], shared=True)
-                result[f'{where} {dict(q="queries", k="keys, values")[part]}'] = overlap(itertools.product(written, read))
+                if read[0].size(0) == written[0].size(0):
+                    result[f'{where} {name}'] = overlap(itertools.product(written, read))
     return result
 
 
@@ -305,16 +328,16 @@ def table_line(name, ranks):
 
 
 def plot(path, title, xlabel, series, noise):
-    """Two panels, what heads compare and what they copy; series: {kind: ranks}, noise: {kind: rank of the noise}."""
+    """Two panels, what heads compare and what they copy; series and noise: {kind: [(x, rank), ...]}."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
     names = {kind: kind.upper().replace('_ROPE', ' rotated') for kind in KINDS}
     for axes, kinds in zip(panels, (('q', 'k', 'qk', 'q_rope', 'k_rope', 'qk_rope'), ('v', 'o', 'vo'))):
-        for color, kind in enumerate(kind for kind in kinds if kind in series):
+        for color, kind in enumerate(kind for kind in kinds if series.get(kind)):
             axes.plot(*zip(*series[kind]), marker='o', markersize=3, color=f'C{color}', label=names[kind])
-            axes.axhline(noise[kind], color=f'C{color}', linestyle='--', linewidth=0.8)
+            axes.plot(*zip(*noise[kind]), color=f'C{color}', linestyle='--', linewidth=0.8)
         axes.set(xlabel=xlabel, ylabel=f'effective rank ({DISCARDED[0]:.0%} of the energy left out)', ylim=(0, None))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -324,6 +347,29 @@ def plot(path, title, xlabel, series, noise):
     plt.close(figure)
 
 
+def analyse(read, options):
+    """(layers, noise): for each of the chosen layers its number, name, spectra and alignment, and those of noise of its
+    shapes, which layers of one shape share."""
+    layers, noise, before = [], {}, None
+    for number, (name, load) in read:
+        start, parts = time.perf_counter(), load()
+        shapes = str({part: [None if x is None else tuple(x.shape) for x in both] for part, both in parts.items()})
+        if shapes not in noise:
+            noise[shapes] = dict(layer='noise', kinds=spectra(noise_like(parts, options.seed), options.stacked))
+            if options.align:
+                noise[shapes]['alignment'] = alignment(*(noise_like(parts, options.seed + i) for i in range(2)))
+            kinds = summary(noise[shapes]['kinds'])
+            print(f'\n{"":16}' + ''.join(f'{kind:>15}' for kind in kinds) + '\n' + table_line('noise', kinds))
+        layers.append(dict(number=number, layer=name, shapes=shapes, kinds=spectra(parts, options.stacked)))
+        if before and number == layers[-2]['number'] + 1:
+            layers[-2]['alignment'] = alignment(before, parts)
+        if options.align:
+            layers[-1]['alignment'] = alignment(parts, {})
+            before = parts  # two layers in memory, or one
+        print(table_line(name, summary(layers[-1]['kinds'])) + f'{time.perf_counter() - start:8.1f} s', flush=True)
+    return layers, noise
+
+
 def main():
     paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
     values, _ = config.load([a for a in sys.argv[1:] if a not in paths], SvdOptions, doc=__doc__, takes_config=False)
@@ -331,61 +377,47 @@ def main():
     if len(paths) != 1:
         raise UserError('which weights? python svd.py RUN_OR_CHECKPOINT, one folder')
     source, ours = Path(paths[0]), (Path(paths[0]) / 'ckpt.pt').exists()
+    read = list(enumerate(read_run(source) if ours else read_checkpoint(source)))
+    wanted = range(len(read)) if options.layers is None else options.layers
+    if absent := [number for number in (*wanted, options.heads_of or wanted[0]) if number not in range(len(read))]:
+        raise UserError(f'layer {absent[0]}: {source} has layers 0 to {len(read) - 1}')
     folder = Path(options.out_dir or (source if ours else Path('out') / f'svd-{source.resolve().name}'))
-    read = read_run(source) if ours else read_checkpoint(source, options.layers)
-    if ours and options.layers is not None:
-        read = (layer for i, layer in enumerate(read) if i in options.layers)
-    layers, noise, before = [], None, None
-    for name, parts in read:
-        start = time.perf_counter()
-        if noise is None:
-            noise = dict(layer='noise', kinds=spectra(noise_like(parts, options.seed), options.stacked))
-            if options.align:
-                noise['alignment'] = alignment(*(noise_like(parts, options.seed + i) for i in range(2)))
-            kinds = summary(noise['kinds'])
-            print(f'effective rank, {DISCARDED[0]:.0%} of the energy left out: {"stacked heads / " if options.stacked else ""}mean '
-                  f'of the heads\n\n{"":16}' + ''.join(f'{kind:>15}' for kind in kinds) + '\n' + table_line('noise', kinds))
-        layers.append(dict(layer=name, kinds=spectra(parts, options.stacked)))
-        if options.align and before:
-            layers[-2]['alignment'] = alignment(before, parts)
-        before = parts if options.align else None  # two layers in memory, or one
-        print(table_line(name, summary(layers[-1]['kinds'])) + f'{time.perf_counter() - start:8.1f} s', flush=True)
-    if not layers:
-        raise UserError(f'{source}: has no such layers as --layers={options.layers}')
-    if options.align:
-        layers[-1]['alignment'] = alignment(before, {})
+    if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK) or folder.is_file():
+        raise UserError(f'{folder}: cannot be written: set --out_dir')
+    print(f'effective rank, {DISCARDED[0]:.0%} of the energy left out: {"stacked heads / " if options.stacked else ""}mean of '
+          'the heads')
+    layers, noise = analyse([read[number] for number in wanted], options)
     write(folder, source.name, layers, noise, options)
 
 
 def write(folder, title, layers, noise, options):
     """svd.json, the plots, and the lines about alignment."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{folder}: cannot be written ({error}): set --out_dir') from None
-    for layer in (noise, *layers):
+    for layer in (*noise.values(), *layers):
         for found in layer['kinds'].values():
             stacks = [('stacked', [found['stacked']])] if 'stacked' in found else []
             found['effective_rank'] = {str(share): {name: [effective_rank(values, share) for values in rows]
                                                     for name, rows in (('heads', found['heads']), *stacks)} for share in DISCARDED}
+    folder.mkdir(parents=True, exist_ok=True)
     save_text(folder / 'svd.json', json.dumps(dict(source=title, noise=noise, layers=layers)) + '\n')
-    ranks, noise_ranks = [summary(layer['kinds']) for layer in layers], summary(noise['kinds'])
-    middle = len(layers) // 2 if options.heads_of is None else min(options.heads_of, len(layers) - 1)
-    what = 'stacked' if options.stacked else 'heads'
     value = lambda found: found['stacked'] if options.stacked else statistics.mean(found['heads'])
-    plot(folder / 'layers.png', f'{title}, {"heads stacked" if options.stacked else "mean of the heads"}', 'layer',
-         {kind: [(i, value(layer[kind])) for i, layer in enumerate(ranks) if kind in layer] for kind in noise_ranks},
-         {kind: value(found) for kind, found in noise_ranks.items()})
-    plot(folder / 'heads.png', f'{title}, {layers[middle]["layer"]}, head by head', 'head',
-         {kind: list(enumerate(found['heads'])) for kind, found in ranks[middle].items()},
-         {kind: statistics.mean(found['heads']) for kind, found in noise_ranks.items()})
+    ranks = {layer['number']: (summary(layer['kinds']), summary(noise[layer['shapes']]['kinds'])) for layer in layers}
+    over_layers = [{kind: [(number, value(pair[i][kind])) for number, pair in ranks.items() if kind in pair[i]] for kind in KINDS}
+                   for i in range(2)]
+    plot(folder / 'layers.png', f'{title}, {"heads stacked" if options.stacked else "mean of the heads"}', 'layer', *over_layers)
+    middle = layers[len(layers) // 2]['number'] if options.heads_of is None else options.heads_of
+    if middle not in ranks:
+        raise UserError(f'heads_of={middle}: is not among --layers={options.layers}; svd.json and layers.png are written')
+    found, random = ranks[middle]
+    plot(folder / 'heads.png', f'{title}, layer {middle}, head by head', 'head',
+         {kind: list(enumerate(found[kind]['heads'])) for kind in found},
+         {kind: list(enumerate(random[kind]['heads'])) for kind in found})
     if options.align:
-        names = list(noise['alignment'])
+        names = list(dict.fromkeys(name for layer in (*noise.values(), *layers) for name in layer['alignment']))
         print('\nwhat a head writes, mean squared cosine of the principal angles, 1 where subspaces line up: to what other heads '
-              f'write, and\nto what the layer itself and the next one read\n\n{"":16}' + ''.join(f'{name:>19}' for name in names))
-        for layer in (noise, *layers):
-            print(f'{layer["layer"]:16}' + ''.join(f'{layer["alignment"][name]["cos2"]:19.3f}' for name in names
-                                                   if name in layer['alignment']))
+              f'write, and\nto what the layer itself and the next one read\n\n{"":16}' + ''.join(f'{name:>15}' for name in names))
+        for layer in (*noise.values(), *layers):
+            cells = (f'{layer["alignment"][name]["cos2"]:.3f}' if name in layer['alignment'] else '' for name in names)
+            print(f'{layer["layer"]:16}' + ''.join(f'{cell:>15}' for cell in cells))
     print(f'\n{folder}: svd.json, layers.png, heads.png')
 
 

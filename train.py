@@ -406,8 +406,9 @@ def compiled(options, model, machine):
     """The model, or on CUDA or by --compile its compiled form."""
     if not (machine.device.type == 'cuda' if options.compile is None else options.compile):
         return model
-    if not any(map(shutil.which, (os.environ.get('CXX', 'g++'), 'c++', 'clang++', 'cc'))):
-        raise UserError('torch.compile needs a C++ compiler and there is none here: install one, or use --compile=False')
+    compiler = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')
+    if not shutil.which(compiler):
+        raise UserError(f'torch.compile needs a C++ compiler and there is no {compiler}: install it, set CXX, or use --compile=False')
     if machine.device.type == 'cpu':  # its threads would add up an embedding's gradient in whatever order they finish
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

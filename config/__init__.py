@@ -7,6 +7,7 @@ dataclass that declares it: the annotation, the default, and the comment behind 
 
 import ast
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -56,6 +57,7 @@ def reader_left():
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
+@functools.cache
 def options_of(*classes):
     """{name: Option} for the fields of the dataclasses, in order."""
     options = {}

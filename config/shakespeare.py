@@ -27,7 +27,7 @@ tie_embeddings = False
 # recipe
 batch_size = 16
 max_iters = 100_000  # the clock decides
-max_seconds = 76.0
+max_seconds = 75.0
 optimizer = 'muon'
 learning_rate = 1e-2
 schedule = 'wsd'

@@ -21,6 +21,7 @@ def paths(*names):
     return [REPOSITORY / f'config/{name}.py' for name in names]
 
 
+@pytest.mark.slow
 def test_reports_training_and_decoding(workspace, script, capsys):
     script(bench, *paths('decoder', 'encdec_mse_pos'), *SMALL, *TINY, '--json=True')
     lines = json.loads(capsys.readouterr().out)
@@ -49,6 +50,7 @@ def test_an_encoder_is_trained_on_masked_positions_and_not_decoded(workspace, sc
     assert 'mla_o' in out.split('decoding')[0] and 'mla_o' not in out.split('decoding')[1] and 'grouped' in out.split('decoding')[1]
 
 
+@pytest.mark.slow
 def test_a_profile_is_written(workspace, script, monkeypatch):
     monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)
     script(bench, *paths('decoder'), *SMALL, *TINY, '--profile=trace.json', '--json=True')
@@ -110,8 +112,12 @@ def test_sweep_and_compare(workspace, script, capfd):
     assert table[0]['tokens'][0] == pytest.approx(sum(losses) / 2) == pytest.approx(table[0]['end'][0])
     script(bench, 'compare', *runs)
     assert 'learning_rate=0.003' in capfd.readouterr().out and Path('out/bench/compare.png').stat().st_size > 10_000
+    with pytest.raises(UserError, match='holds a run with n_layer=1, not 2'):
+        script(bench, 'sweep', *grid, '--n_layer=2')
+    script(bench, 'compare', *runs[:2], '--json=True')
+    assert [(line['options'], line['runs']) for line in json.loads(capfd.readouterr().out)] == [('all options the same', 2)]
     train_runs(workspace, SWEEP, {'other': ['--lowercase=True', '--tokenizer=bpe', '--vocab_size=300']})
-    with pytest.raises(UserError, match='different data or with different tokenizers'):
+    with pytest.raises(UserError, match='different data, with different tokenizers'):
         script(bench, 'compare', 'one', 'other')
 
 
@@ -124,7 +130,11 @@ def test_loss_between_two_evaluations():
     (['sweep'], 'which config'),
     (['sweep', REPOSITORY / 'config/quick.py', '--lerning_rate=1,2'], 'did you mean learning_rate'),
     (['sweep', REPOSITORY / 'config/quick.py', '--learning_rate=1e-3,fast'], 'learning_rate=fast: takes a float'),
-    (['sweep', REPOSITORY / 'config/quick.py', '--out_dir=x'], 'out_dir and init_from are set by sweep'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--out_dir=x'], 'out_dir is not for sweep'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--n_head=4,3'], 'not divisible'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--dry_run=True'], 'dry_run is not for sweep'),
+    (['attention', '--n_layer=3'], 'n_layer: there is no such option'),
+    ([REPOSITORY / 'config/decoder.py', '--profile=nowhere/trace.json'], 'profile=nowhere/trace.json: there is no such folder'),
     (['compare', 'one'], 'compares two runs or more'),
     (['compare', 'nowhere', 'elsewhere'], 'nowhere/ckpt.pt: there is no such checkpoint'),
     (['--context=1'], 'context=1: takes two tokens or more'),

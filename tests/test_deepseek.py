@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+import transformers
 
 from model import ConfigError, OutputLatent, Transformer, add_output_latent, make_model
 from test_model import tokens
-
-transformers = pytest.importorskip('transformers')
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=24,

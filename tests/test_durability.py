@@ -217,6 +217,7 @@ def test_wrong_options_are_named(workspace, script, module, argument):
     assert not list(workspace.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('script', ['train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'svd.py'])
 def test_a_refusal_is_one_line_and_status_2(workspace, script):
     result = shell(REPOSITORY / script, '--sed=1')

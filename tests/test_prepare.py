@@ -274,6 +274,7 @@ def test_ctrl_c_is_one_line(workspace):
     assert not list((workspace / 'data').iterdir())
 
 
+@pytest.mark.slow
 def test_the_same_input_gives_the_same_bytes(workspace):
     contents = []
     for _ in range(2):

@@ -70,6 +70,7 @@ def test_the_test_command():
     assert install == 'pip install -r requirements-dev.txt' and test == 'python -m pytest'
 
 
+@pytest.mark.slow
 def test_the_commands_of_the_experiments(here):
     other = 'gated', 'causal', 'decoder_mla'
     commands = [c for c in COMMANDS[2:] if 'train.py' in c and not any(word in c for word in other)]
@@ -96,6 +97,7 @@ def test_the_commands_of_generation(here, copy):
         assert here(command, '--max_new_tokens=5').strip()
 
 
+@pytest.mark.slow
 def test_the_commands_of_deepseek(here, copy):
     commands = [c for c in COMMANDS if 'decoder_mla' in c and 'bench' not in c]
     assert len(commands) == 4
@@ -106,6 +108,7 @@ def test_the_commands_of_deepseek(here, copy):
     assert int(run('python deepseek.py').split()[-1]) > 1000
 
 
+@pytest.mark.slow
 def test_the_commands_of_speed(here, monkeypatch):
     import bench
     commands = [c for c in COMMANDS if 'bench.py' in c]
@@ -147,6 +150,7 @@ def test_the_commands_of_the_data(here, copy):
     assert {path.name for path in (copy / 'data').iterdir()} == {'wikitext103-bpe280-lower', 'text-bpe280', 'text-byte'}
 
 
+@pytest.mark.slow
 def test_add_your_own_attention(copy):
     attention, listing = BLOCKS['python'][2:]
     command = next(c for c in COMMANDS if 'gated' in c)

@@ -260,8 +260,8 @@ GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=4,1', '--widths
 
 
 @pytest.mark.parametrize('arguments', [
-    pytest.param([*ENCODER], id='encoder'), pytest.param(['--micro_batch_size=2', '--dropout=0.1'], id='accumulation'),
-    pytest.param(['--optimizer=muon', '--dropout=0.1'], id='muon'), pytest.param(ENCDEC, id='encoder_decoder'),
+    pytest.param([*ENCODER], id='encoder'), pytest.param(['--micro_batch_size=2', '--dropout=0.1'], id='accumulation', marks=pytest.mark.slow),
+    pytest.param(['--optimizer=muon', '--dropout=0.1'], id='muon', marks=pytest.mark.slow), pytest.param(ENCDEC, id='encoder_decoder'),
     pytest.param(GROUPED, id='grouped'), pytest.param([*GROUPED, '--optimizer=muon'], id='grouped_muon', marks=pytest.mark.slow),
     pytest.param(['--compile=True', '--dropout=0.1'], id='compiled', marks=pytest.mark.slow)])
 def test_a_resumed_run_is_bit_identical(data, script, arguments):
@@ -279,6 +279,7 @@ def test_a_resumed_run_is_bit_identical(data, script, arguments):
         assert train_lines[0] == train_lines[1]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
     script(train, *SMALL, '--out_dir=straight', '--max_iters=250', '--eval_interval=1000', '--dropout=0.1')
     for kind in (signal.SIGTERM, signal.SIGINT):
@@ -296,6 +297,7 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
         assert timeless(metrics(kind.name)) == timeless(metrics('straight'))
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data, script):
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d',
                 '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py')]
@@ -311,6 +313,7 @@ def test_two_processes_give_the_losses_of_one(data, script):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), key
 
 
+@pytest.mark.slow
 def test_compiled_gives_the_same_losses(data, script):
     for name, compile in (('plain', False), ('compiled', True)):
         script(train, *SMALL, *[a for a in ENCODER if 'dropout' not in a], f'--compile={compile}', f'--out_dir={name}',
