@@ -36,6 +36,7 @@ def test_reports_training_and_decoding(workspace, script, capsys):
     assert lines[0]['train_matmul_share'] == pytest.approx(flops / lines[0]['matmul_peak_flops_per_s'])
 
 
+@pytest.mark.slow
 def test_an_encoder_is_trained_on_masked_positions_and_not_decoded(workspace, script, capsys, monkeypatch):
     monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)  # a process of its own takes seconds to start
     script(bench, *paths('mla_o'), *SMALL, '--json=True')

@@ -633,6 +633,7 @@ def test_one_batch_can_be_learned_by_heart(name):
     assert model.eval()(idx, targets)['loss'].item() < 0.1  # in evaluation the cross-entropy alone
 
 
+@pytest.mark.slow
 def test_compiled_without_graph_breaks_and_equal():
     model = tiny(dtype=torch.float32, **VARIANTS['mla_o'], n_layer=1, causal=False)
     other = copy.deepcopy(model)

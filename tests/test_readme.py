@@ -54,6 +54,7 @@ def run(command, *more):
     return result.stdout
 
 
+@pytest.mark.slow
 def test_the_first_command(copy):
     """Every command chains from this one: install, then the quick run, here for two steps."""
     install, quick = [part.strip() for part in COMMANDS[0].split('&&')]

@@ -259,11 +259,13 @@ GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=4,1', '--widths
            '--latent_loss=True', '--n_channels=2', '--learned_positions=False']
 
 
-@pytest.mark.parametrize('arguments', [
-    pytest.param([*ENCODER], id='encoder'), pytest.param(['--micro_batch_size=2', '--dropout=0.1'], id='accumulation', marks=pytest.mark.slow),
-    pytest.param(['--optimizer=muon', '--dropout=0.1'], id='muon', marks=pytest.mark.slow), pytest.param(ENCDEC, id='encoder_decoder'),
-    pytest.param(GROUPED, id='grouped'), pytest.param([*GROUPED, '--optimizer=muon'], id='grouped_muon', marks=pytest.mark.slow),
-    pytest.param(['--compile=True', '--dropout=0.1'], id='compiled', marks=pytest.mark.slow)])
+RESUMED = {'encoder': ENCODER, 'accumulation': ['--micro_batch_size=2', '--dropout=0.1'],
+           'muon': ['--optimizer=muon', '--dropout=0.1'], 'encoder_decoder': ENCDEC, 'grouped': GROUPED,
+           'grouped_muon': [*GROUPED, '--optimizer=muon'], 'compiled': ['--compile=True', '--dropout=0.1']}
+
+
+@pytest.mark.parametrize('arguments', [pytest.param(value, id=name, marks=() if name == 'encoder' else pytest.mark.slow)
+                                       for name, value in RESUMED.items()])
 def test_a_resumed_run_is_bit_identical(data, script, arguments):
     def run(*more):
         torch._dynamo.reset()  # as in a process of its own: after many models in one, torch.compile gives up
@@ -339,6 +341,7 @@ def test_starting_from_another_run(data, script):
     assert json.loads(Path('second/config.json').read_text())['learning_rate'] == 1e-3  # but not its recipe
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
     mla = ['--attention=mla', '--kv_latent=8', '--max_iters=20', '--learning_rate=1e-2']
     script(train, *SMALL, *mla, '--out_dir=dense')
@@ -529,6 +532,7 @@ SHRUNK = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_laye
           '--micro_batch_size=1', '--max_iters=1', '--eval_iters=1', '--tokenizer=bpe', '--wandb=False']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_config_takes_a_step(data, script, path):
     assert path.read_text().startswith('"""')
