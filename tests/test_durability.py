@@ -100,8 +100,9 @@ def test_torchrun_replaces_a_killed_process(data):
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--max-restarts=2', '--master_port=0',
                 '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py'), *SMALL, '--dropout=0.1',
                 '--max_iters=120', '--lr_decay_iters=120', '--eval_interval=20', '--micro_batch_size=4', '--init_from=auto']
-    assert subprocess.run([*torchrun, '--out_dir=straight'], capture_output=True, timeout=200).returncode == 0
-    run = subprocess.Popen([*torchrun, '--out_dir=run'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    alone = os.environ | dict(OMP_NUM_THREADS='1')  # two processes of two threads on two cores wait for each other
+    assert subprocess.run([*torchrun, '--out_dir=straight'], capture_output=True, timeout=200, env=alone).returncode == 0
+    run = subprocess.Popen([*torchrun, '--out_dir=run'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=alone)
     while not any('step 50/' in line for line in iter(run.stdout.readline, '')) and run.poll() is None:
         pass
     workers = [int(pid) for pid in subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True).stdout.split()]
