@@ -352,6 +352,7 @@ def analyse(read, options):
     shapes, which layers of one shape share."""
     layers, noise, before = [], {}, None
     for number, (name, load) in read:
+        parts = None  # the layer before makes room
         start, parts = time.perf_counter(), load()
         shapes = str({part: [None if x is None else tuple(x.shape) for x in both] for part, both in parts.items()})
         if shapes not in noise:
