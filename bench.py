@@ -35,12 +35,11 @@ import numpy as np
 import torch
 
 import config
-import prepare
-from config import UserError
-from model import ARCHITECTURES, ATTENTIONS, Cache, ModelConfig, TransformerConfig, rope_table
 import train
+from config import UserError
+from model import ARCHITECTURES, ATTENTIONS, Cache, ModelConfig, TransformerConfig, block_flops, rope_table
 from train import (MachineOptions, TrainOptions, best_checkpoint, build, compiled, load_checkpoint, make_optimizers,
-                   mean_and_interval, memory_gb, open_machine, predicted_share, read_metrics, split_options, train_step)
+                   mean_and_interval, memory_gb, open_machine, predicted_share, pyplot, read_metrics, recipe_of, train_step)
 
 CACHED_TOKENS = 16  # decoded in a round, up to the context; with grouped latents a whole group
 
@@ -56,7 +55,7 @@ class BenchOptions(MachineOptions):
     results: str = 'out/bench'  # folder for the table and plot of attention, and the plot of compare
 
     def __post_init__(self):
-        self.check_numbers('seed')
+        config.check_numbers(self, 'seed')
         if self.context < 2:
             raise UserError(f'context={self.context}: takes two tokens or more, one to go on from and one to decode')
 
@@ -102,9 +101,8 @@ class Subject:
     def __init__(self, path, overrides, machine):
         flat, self.name = config.load([str(path), *overrides], *KNOWN)
         own = {field.name for field in fields(BenchOptions)} - {field.name for field in fields(MachineOptions)}
-        training, model_options = split_options({k: v for k, v in flat.items() if k not in own})
-        self.recipe, self.machine = TrainOptions(**training, vocab_size=flat.get('vocab_size')), machine
-        model_options['vocab_size'] = flat.get('vocab_size') or prepare.vocab_size_of(self.recipe)
+        self.recipe, model_options = recipe_of({k: v for k, v in flat.items() if k not in own})
+        self.machine = machine
         torch.manual_seed(self.recipe.seed)
         self.model = build(self.recipe.arch, model_options).to(machine.device)
         self.runner = compiled(self.recipe, self.model, machine)
@@ -182,9 +180,8 @@ def peak_memory(path, overrides):
     return round(memory_gb(machine.device) * 2 ** 30)
 
 
-def measure(paths, overrides):
+def measure(paths, overrides, options):
     """The lines of the report, after `rounds` rounds and one to warm up."""
-    options = read_options(overrides)
     machine = open_machine(options)
     if options.profile and not Path(options.profile).parent.is_dir():
         raise UserError(f'--profile={options.profile}: there is no such folder')
@@ -258,8 +255,7 @@ def make_layer(kind, width, head_dim, ratio):
 
 def layer_flops(layer, T):
     """Forward and backward FLOPs a token."""
-    weights = sum(m.weight.numel() for m in layer.modules() if isinstance(m, torch.nn.Linear))
-    return 3 * (2 * weights + layer.score_flops((T + 1) / 2))
+    return 3 * block_flops(layer, 1, 1, (T + 1) / 2)
 
 
 def roofline(layer, tokens, T, flops, bandwidth):
@@ -390,13 +386,6 @@ def plot_attention(path, table):
     figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {ratio}; dotted: FLOPs')
     figure.savefig(path, dpi=120)
     plt.close(figure)
-
-
-def pyplot():
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -553,8 +542,9 @@ def main():
         return commands[sys.argv[1]](sys.argv[2:])
     paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
     overrides = [argument for argument in sys.argv[1:] if argument.startswith('--')]
-    lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides)
-    if read_options(overrides).json:
+    options = read_options(overrides)
+    lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides, options)
+    if options.json:
         print(json.dumps(lines, indent=2))
     else:
         show(lines)

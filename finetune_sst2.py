@@ -58,7 +58,7 @@ class FinetuneOptions(MachineOptions):
     predict: str = ''  # classify this sentence with the fine-tuned run, and end
 
     def __post_init__(self):
-        self.check_numbers('seed', 'classifier_dropout', 'weight_decay')
+        config.check_numbers(self, 'seed', 'classifier_dropout', 'weight_decay')
         if self.classifier_dropout >= 1:
             raise UserError(f'classifier_dropout={self.classifier_dropout}: takes a number below 1')
         if self.out_dir is None:

@@ -50,8 +50,7 @@ class PrepareOptions(DataOptions):
     seed: int = 1337  # which documents are held out, where the data set has no validation split
 
     def __post_init__(self):
-        if self.seed < 0 or self.vocab_size is not None and self.vocab_size < 1:
-            raise UserError(f'seed={self.seed}, vocab_size={self.vocab_size}: take numbers from zero, and from one up')
+        config.check_numbers(self, 'seed')
 
 
 # Where the data sets live on the hub: path, configuration, the text's column, held-out share if there is no such split

@@ -30,7 +30,7 @@ class SampleOptions(MachineOptions):
     top_p: float | None = None  # draw from the fewest tokens whose probabilities reach p; None = all
 
     def __post_init__(self):
-        self.check_numbers('seed', 'temperature')
+        config.check_numbers(self, 'seed', 'temperature')
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f'top_p={self.top_p}: takes a probability, up to 1')
         if self.out_dir is None:

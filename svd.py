@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 import config
 from config import UserError
 from model import MHA, Block, ChannelBlock, CrossBlock, OutputLatent
-from train import load_run, save_text
+from train import load_run, pyplot, save_text
 
 FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))  # the first is the side on which heads are stacked
 KINDS = 'q', 'k', 'qk', 'v', 'o', 'vo', 'q_rope', 'k_rope', 'qk_rope'
@@ -46,8 +46,7 @@ class SvdOptions:
     seed: int = 1337  # of the noise
 
     def __post_init__(self):
-        if self.seed < 0 or self.heads_of is not None and self.heads_of < 0:
-            raise UserError(f'seed={self.seed}, heads_of={self.heads_of}: take numbers from zero up')
+        config.check_numbers(self, 'seed', 'heads_of')
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -220,7 +219,7 @@ def read_layer(tensors, i):
 
 
 def spectra(parts, stacked):
-    """{kind: dict(heads=[singular values of each head], stacked=[singular values])} of a layer."""
+    """{kind: dict(heads=[singular values of each head], stacked=[singular values], effective_rank=...)} of a layer."""
     thin = {}
     for name, (heads, basis) in parts.items():
         # basis.T = Q R: with an orthonormal basis Q the singular values are those of heads @ R.T, n wide and not D
@@ -236,10 +235,14 @@ def spectra(parts, stacked):
             other = thin[second].repeat_interleave(len(x) // len(thin[second]), dim=0)
             x = torch.stack([(torch.linalg.qr(b.t().double(), mode='r').R @ a.double()).float() for a, b in zip(x, other)])
         heads = [torch.linalg.svdvals(head.double()) for head in x]
-        result[kind] = dict(heads=[values.tolist() for values in heads])
+        found = result[kind] = dict(heads=[values.tolist() for values in heads])
+        rows = dict(found)
         if stacked:
             tops = [values[0].clamp(min=torch.finfo(torch.float32).tiny) for values in heads]  # a head may be all zeros
-            result[kind]['stacked'] = stacked_values(x, tops).tolist()
+            found['stacked'] = stacked_values(x, tops).tolist()
+            rows['stacked'] = [found['stacked']]
+        found['effective_rank'] = {str(share): {name: [effective_rank(values, share) for values in several]
+                                                for name, several in rows.items()} for share in DISCARDED}
     return result
 
 
@@ -295,18 +298,22 @@ def overlap(pairs):
     return dict(cos2=statistics.mean(squares), smallest_angle=statistics.mean(angles))
 
 
-def alignment(parts, following):
-    """What the heads of a layer write against each other, against what the layer reads, and what the next one reads ({}:
-    there is none, or it has another width)."""
-    written = subspaces(parts['o'], shared=False)
-    result = {'between heads': overlap(itertools.combinations(written, 2))} if len(written) > 1 else {}
-    for where, layer in (('own', parts), ('next', following)):
-        for part, name in (('q', 'queries'), ('k', 'keys')):
-            if part in layer or f'{part}_rope' in layer:
-                read = subspaces(layer.get(part) or layer[f'{part}_rope'], shared=True)
-                if read[0].size(0) == written[0].size(0):
-                    result[f'{where} {name}'] = overlap(itertools.product(written, read))
+def read_by(layer, written, where):
+    """What the heads of a layer write (subspaces) against what `where`, the 'own' layer or the 'next', reads; nothing if its
+    width is another."""
+    result = {}
+    for part, name in (('q', 'queries'), ('k', 'keys')):
+        if part in layer or f'{part}_rope' in layer:
+            read = subspaces(layer.get(part) or layer[f'{part}_rope'], shared=True)
+            if read[0].size(0) == written[0].size(0):
+                result[f'{where} {name}'] = overlap(itertools.product(written, read))
     return result
+
+
+def alignment(parts, written):
+    """What the heads of a layer write against each other, and against what the layer reads."""
+    between = {'between heads': overlap(itertools.combinations(written, 2))} if len(written) > 1 else {}
+    return between | read_by(parts, written, 'own')
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -314,10 +321,9 @@ def alignment(parts, following):
 
 
 def summary(kinds):
-    """{kind: effective ranks at the first share of DISCARDED: of the stack, and of the heads}."""
-    return {kind: dict(heads=[effective_rank(values, DISCARDED[0]) for values in found['heads']],
-                       **({'stacked': effective_rank(found['stacked'], DISCARDED[0])} if 'stacked' in found else {}))
-            for kind, found in kinds.items()}
+    """{kind: effective ranks at the first share of DISCARDED: `heads`, a list, and of the stack}."""
+    ranks = {kind: found['effective_rank'][str(DISCARDED[0])] for kind, found in kinds.items()}
+    return {kind: found | {'stacked': rank for rank in found.get('stacked', ())} for kind, found in ranks.items()}
 
 
 def table_line(name, ranks):
@@ -329,9 +335,7 @@ def table_line(name, ranks):
 
 def plot(path, title, xlabel, series, noise):
     """Two panels, what heads compare and what they copy; series and noise: {kind: [(x, rank), ...]}."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
     names = {kind: kind.upper().replace('_ROPE', ' rotated') for kind in KINDS}
     for axes, kinds in zip(panels, (('q', 'k', 'qk', 'q_rope', 'k_rope', 'qk_rope'), ('v', 'o', 'vo'))):
@@ -358,15 +362,18 @@ def analyse(read, options):
         if shapes not in noise:
             noise[shapes] = dict(layer='noise', kinds=spectra(noise_like(parts, options.seed), options.stacked))
             if options.align:
-                noise[shapes]['alignment'] = alignment(*(noise_like(parts, options.seed + i) for i in range(2)))
+                first, second = (noise_like(parts, options.seed + i) for i in range(2))
+                written = subspaces(first['o'], shared=False)
+                noise[shapes]['alignment'] = alignment(first, written) | read_by(second, written, 'next')
+                del first, second
             kinds = summary(noise[shapes]['kinds'])
             print(f'\n{"":16}' + ''.join(f'{kind:>15}' for kind in kinds) + '\n' + table_line('noise', kinds))
         layers.append(dict(number=number, layer=name, shapes=shapes, kinds=spectra(parts, options.stacked)))
         if before and number == layers[-2]['number'] + 1:
-            layers[-2]['alignment'] = alignment(before, parts)
+            layers[-2]['alignment'] |= read_by(parts, before, 'next')
         if options.align:
-            layers[-1]['alignment'] = alignment(parts, {})
-            before = parts  # two layers in memory, or one
+            before = subspaces(parts['o'], shared=False)
+            layers[-1]['alignment'] = alignment(parts, before)
         print(table_line(name, summary(layers[-1]['kinds'])) + f'{time.perf_counter() - start:8.1f} s', flush=True)
     return layers, noise
 
@@ -380,24 +387,22 @@ def main():
     source, ours = Path(paths[0]), (Path(paths[0]) / 'ckpt.pt').exists()
     read = list(enumerate(read_run(source) if ours else read_checkpoint(source)))
     wanted = range(len(read)) if options.layers is None else options.layers
-    if absent := [number for number in (*wanted, options.heads_of or wanted[0]) if number not in range(len(read))]:
+    if absent := [number for number in (*wanted, options.heads_of or 0) if number not in range(len(read))]:
         raise UserError(f'layer {absent[0]}: {source} has layers 0 to {len(read) - 1}')
+    middle = wanted[len(wanted) // 2] if options.heads_of is None else options.heads_of
+    if middle not in wanted:
+        raise UserError(f'heads_of={middle}: is not among --layers={options.layers}')
     folder = Path(options.out_dir or (source if ours else Path('out') / f'svd-{source.resolve().name}'))
     if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK) or folder.is_file():
         raise UserError(f'{folder}: cannot be written: set --out_dir')
     print(f'effective rank, {DISCARDED[0]:.0%} of the energy left out: {"stacked heads / " if options.stacked else ""}mean of '
           'the heads')
     layers, noise = analyse([read[number] for number in wanted], options)
-    write(folder, source.name, layers, noise, options)
+    write(folder, source.name, layers, noise, middle, options)
 
 
-def write(folder, title, layers, noise, options):
+def write(folder, title, layers, noise, middle, options):
     """svd.json, the plots, and the lines about alignment."""
-    for layer in (*noise.values(), *layers):
-        for found in layer['kinds'].values():
-            stacks = [('stacked', [found['stacked']])] if 'stacked' in found else []
-            found['effective_rank'] = {str(share): {name: [effective_rank(values, share) for values in rows]
-                                                    for name, rows in (('heads', found['heads']), *stacks)} for share in DISCARDED}
     folder.mkdir(parents=True, exist_ok=True)
     save_text(folder / 'svd.json', json.dumps(dict(source=title, noise=noise, layers=layers)) + '\n')
     value = lambda found: found['stacked'] if options.stacked else statistics.mean(found['heads'])
@@ -405,9 +410,6 @@ def write(folder, title, layers, noise, options):
     over_layers = [{kind: [(number, value(pair[i][kind])) for number, pair in ranks.items() if kind in pair[i]] for kind in KINDS}
                    for i in range(2)]
     plot(folder / 'layers.png', f'{title}, {"heads stacked" if options.stacked else "mean of the heads"}', 'layer', *over_layers)
-    middle = layers[len(layers) // 2]['number'] if options.heads_of is None else options.heads_of
-    if middle not in ranks:
-        raise UserError(f'heads_of={middle}: is not among --layers={options.layers}; svd.json and layers.png are written')
     found, random = ranks[middle]
     plot(folder / 'heads.png', f'{title}, layer {middle}, head by head', 'head',
          {kind: list(enumerate(found[kind]['heads'])) for kind in found},

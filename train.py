@@ -59,13 +59,6 @@ class MachineOptions:
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
     seed: int = 1337  # of weights, order of the data, masks and dropout
 
-    def check_numbers(self, *zero_is_fine):
-        for name, value in vars(self).items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if not 0 <= value < math.inf or value == 0 and name not in zero_is_fine:
-                    raise UserError(f'{name}={value}: takes a finite number '
-                                    + ('from zero up' if name in zero_is_fine else 'above zero'))
-
 
 @dataclass
 class TrainOptions(MachineOptions, DataOptions):
@@ -98,7 +91,7 @@ class TrainOptions(MachineOptions, DataOptions):
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
     def __post_init__(self):
-        self.check_numbers('min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'eval_iters', 'seed')
+        config.check_numbers(self, 'min_lr', 'warmup_iters', 'weight_decay', 'beta1', 'beta2', 'grad_clip', 'eval_iters', 'seed')
         for name in ('beta1', 'beta2', 'mask_prob'):
             if getattr(self, name) >= 1:
                 raise UserError(f'{name}={getattr(self, name)}: takes a number below 1')
@@ -395,6 +388,13 @@ def split_options(flat):
     return {k: v for k, v in flat.items() if k in training}, {k: v for k, v in flat.items() if k not in training}
 
 
+def recipe_of(flat):
+    """A flat dict of options -> (TrainOptions, those of the model, vocab_size included)."""
+    training, model_options = split_options(flat)
+    options = TrainOptions(**training, vocab_size=flat.get('vocab_size'))
+    return options, model_options | dict(vocab_size=options.vocab_size or prepare.vocab_size_of(options))
+
+
 def build(arch, model_options):
     try:
         return make_model(arch, **model_options)
@@ -557,11 +557,17 @@ def show_guesses(model, loader, device, n_sentences=4, length=40):
     print()
 
 
-def plot_losses(folder):
-    """RUN/loss.png: training and validation loss over the steps."""
+def pyplot():
+    """matplotlib.pyplot for files, imported by whoever plots: it takes a second."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    return plt
+
+
+def plot_losses(folder):
+    """RUN/loss.png: training and validation loss over the steps."""
+    plt = pyplot()
     lines = read_metrics(folder)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
     # where the training loss has further parts, its cross-entropy is what compares with the validation loss
@@ -664,10 +670,7 @@ def read_options(argv):
         saved = {k: v for k, v in training.items() if k in inherited}
         saved |= {k: v for k, v in model_options.items() if k not in ('dropout', 'attention_dropout')}
     flat = {**saved, **values, 'out_dir': out_dir, 'init_from': init_from}
-    training, model_options = split_options(flat)
-    options = TrainOptions(**training, vocab_size=flat.get('vocab_size'))
-    model_options['vocab_size'] = flat.get('vocab_size') or prepare.vocab_size_of(options)
-    return options, model_options, state
+    return *recipe_of(flat), state
 
 
 def accumulation(options, world):

@@ -9,6 +9,7 @@ import ast
 import difflib
 import functools
 import inspect
+import math
 import os
 import re
 import runpy
@@ -153,6 +154,15 @@ def check(name, value, known, refused, where, text=None):
     if str in choices and text is not None:
         return text  # --out_dir=2024 names a folder
     raise UserError(f'{where}: takes {describe(kind)}')
+
+
+def check_numbers(options, *zero_is_fine):
+    """Refuses numbers in a dataclass of options that are below zero, not finite, or zero, but for those named."""
+    for name, value in vars(options).items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if not 0 <= value < math.inf or value == 0 and name not in zero_is_fine:
+                raise UserError(f'{name}={value}: takes a finite number '
+                                + ('from zero up' if name in zero_is_fine else 'above zero'))
 
 
 def describe(kind):

@@ -38,11 +38,16 @@ def corpus(n_documents, seed=0):
     return documents
 
 
+def write_corpus(folder, n_documents):
+    """corpus.csv: a column `text`, a document a row."""
+    rows = ''.join(f'"{text.strip()}"\n' for text in corpus(n_documents))
+    (folder / 'corpus.csv').write_text(f'text\n{rows}')
+
+
 def train_runs(folder, arguments, runs):
     """Trains the runs {name: further arguments} in a folder, on the corpus, which stands there as corpus.csv."""
     import train
-    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(100))
-    (folder / 'corpus.csv').write_text(f'text\n{lines}\n')
+    write_corpus(folder, 100)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, options in runs.items():
@@ -59,6 +64,13 @@ def workspace(tmp_path, monkeypatch):
     yield tmp_path
     for kind, handler in handlers.items():
         signal.signal(kind, handler)
+
+
+@pytest.fixture
+def data(workspace):
+    """The working directory with a corpus in it."""
+    write_corpus(workspace, 200)
+    return workspace
 
 
 @pytest.fixture

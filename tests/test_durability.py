@@ -23,16 +23,9 @@ import sample
 import svd
 import train
 from config import UserError, options_of
-from conftest import REPOSITORY, corpus, shell
+from conftest import REPOSITORY, shell
 from test_train import ENCODER, SMALL, metrics, same_state
 from train import load_checkpoint, save_checkpoint
-
-
-@pytest.fixture
-def data(workspace):
-    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(200))
-    (workspace / 'corpus.csv').write_text(f'text\n{lines}\n')
-    return workspace
 
 
 def in_a_fork(work):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import REPOSITORY, corpus, shell
+from conftest import REPOSITORY, corpus, shell, write_corpus
 
 README = (REPOSITORY / 'README.md').read_text()
 BLOCKS = {language: re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL) for language in ('bash', 'python')}
@@ -23,7 +23,7 @@ def copy(workspace):
     for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'svd.py', 'config'):
         source = REPOSITORY / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
-    (workspace / 'corpus.csv').write_text('text\n' + '\n'.join(f'"{text.strip()}"' for text in corpus(200)) + '\n')
+    write_corpus(workspace, 200)
     (workspace / 'input.txt').write_text(''.join(corpus(20)))
     return workspace
 

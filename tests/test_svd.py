@@ -280,7 +280,8 @@ def test_alignment_is_that_of_known_subspaces():
     axes = torch.eye(12)
     first, second, third = axes[:2], torch.tensor([[1.0, 2.0], [3.0, -1.0]]) @ axes[:2], axes[4:6]
     parts = dict(o=(torch.stack((first, second, third)), None), q=(torch.randn(3, 2, 2), axes[4:6]), k=(torch.randn(3, 2, 3), axes[3:6]))
-    found = svd.alignment(parts, dict(k_rope=(axes[None, :2], None)))
+    written = svd.subspaces(parts['o'], shared=False)
+    found = svd.alignment(parts, written) | svd.read_by(dict(k_rope=(axes[None, :2], None)), written, 'next')
     assert found['between heads']['cos2'] == pytest.approx(1 / 3, abs=1e-5)
     assert found['own queries']['cos2'] == pytest.approx(1 / 3, abs=1e-5) == found['own keys']['cos2']
     assert found['next keys']['cos2'] == pytest.approx(2 / 3, abs=1e-5) and 'next queries' not in found

@@ -30,13 +30,6 @@ ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--at
            '--q_latent=16', '--o_latent=16', '--norm=rms', '--dropout=0.1', '--attention_dropout=0.1']
 
 
-@pytest.fixture
-def data(workspace):
-    lines = '\n'.join(f'"{text.strip()}"' for text in corpus(200))
-    (workspace / 'corpus.csv').write_text(f'text\n{lines}\n')
-    return workspace
-
-
 def metrics(folder='run'):
     return [json.loads(line) for line in Path(folder, 'metrics.jsonl').read_text().splitlines()]
 
