@@ -485,6 +485,13 @@ def loss_at(lines, key, x):
     return float(np.interp(x, [line[key] for line in lines], [line['val_loss'] for line in lines]))
 
 
+def spent_until(lines, key, loss):
+    """Tokens or seconds until a run first has a validation loss, on the straight line between two evaluations."""
+    later = next(i for i, line in enumerate(lines) if line['val_loss'] <= loss)
+    before, after = lines[max(later - 1, 0)], lines[later]
+    return float(np.interp(-loss, [-before['val_loss'], -after['val_loss']], [before[key], after[key]]))
+
+
 def compare(arguments):
     """A table and a plot of groups of runs."""
     runs = [argument for argument in arguments if not argument.startswith('--')]
@@ -501,22 +508,30 @@ def compare(arguments):
     for run, (o, lines, _) in read.items():
         label = ', '.join(f'{key}={o.get(key)}' for key in sorted(differ)) or 'all options the same'
         groups.setdefault(label, []).append(lines)
-    ends = {key: min(lines[-1][key] for group in groups.values() for lines in group) for key in ('tokens', 'seconds')}
+    all_lines = [lines for _, lines, _ in read.values()]
+    ends = {key: min(lines[-1][key] for lines in all_lines) for key in ('tokens', 'seconds')}
+    reached = max(min(line['val_loss'] for line in lines) for lines in all_lines)  # by every run
     table = []
     for label, group in groups.items():
-        losses = {'end': [lines[-1]['val_loss'] for lines in group]}
-        losses |= {key: [loss_at(lines, key, end) for lines in group] for key, end in ends.items()}
-        table.append(dict(options=label, runs=len(group), **{key: mean_and_interval(values) for key, values in losses.items()}))
+        values = {'end': [lines[-1]['val_loss'] for lines in group]}
+        values |= {key: [loss_at(lines, key, end) for lines in group] for key, end in ends.items()}
+        values |= {f'{key}_to_loss': [spent_until(lines, key, reached) for lines in group] for key in ends}
+        table.append(dict(options=label, runs=len(group), **{key: mean_and_interval(v) for key, v in values.items()}))
     folder = make_folder(options.results)
     plot_groups(folder / 'compare.png', groups)
     if options.json:
         return print(json.dumps(table, indent=2))
-    print(f'validation loss, nats, mean and 95% interval over seeds\n\n{"runs":>5}{"at the end":>20}'
-          f'{"at " + format(ends["tokens"], ",") + " tokens":>24}{"at " + format(ends["seconds"], ",.0f") + " seconds":>22}')
+    heads = (('end', 'at the end', '.4f'), ('tokens', f'at {ends["tokens"]:,} tokens', '.4f'),
+             ('seconds', f'at {ends["seconds"]:,.0f} seconds', '.4f'), ('tokens_to_loss', f'tokens to {reached:.4f}', ',.0f'),
+             ('seconds_to_loss', f'seconds to {reached:.4f}', ',.0f'))
+    print('validation loss, nats, and what it takes to reach the one that all do; mean and 95% interval over seeds\n')
+    print(' runs' + ''.join(title.rjust(24) for _, title, _ in heads))
     for line in sorted(table, key=lambda line: line['end'][0]):
-        cells = (f'{mean:.4f}' + (f' +- {interval:.4f}' if interval is not None else '') for mean, interval in
-                 (line[key] for key in ('end', 'tokens', 'seconds')))
-        print(f'{line["runs"]:5}' + ''.join(cell.rjust(width) for cell, width in zip(cells, (20, 24, 22))) + f'   {line["options"]}')
+        cells = (format(line[key][0], form) + ('' if line[key][1] is None else f' +- {format(line[key][1], form)}')
+                 for key, _, form in heads)
+        print(f'{line["runs"]:5}' + ''.join(cell.rjust(24) for cell in cells) + f'   {line["options"]}')
+    if len({options['eval_iters'] * options['batch_size'] for options, _, _ in read.values()}) > 1:
+        print('\nthese runs were evaluated on different numbers of sequences (eval_iters x batch_size)')
     print(f'\n{folder / "compare.png"}')
 
 

@@ -111,6 +111,7 @@ def test_sweep_and_compare(workspace, script, capfd):
     losses = [json.loads(line)['val_loss'] for run in runs[:2] for line in (run / 'metrics.jsonl').read_text().splitlines()
               if json.loads(line).get('step') == 4 and 'val_loss' in line]
     assert table[0]['tokens'][0] == pytest.approx(sum(losses) / 2) == pytest.approx(table[0]['end'][0])
+    assert all(0 < line['tokens_to_loss'][0] <= 4 * 4 * 32 and 0 < line['seconds_to_loss'][0] for line in table)
     script(bench, 'compare', *runs)
     assert 'learning_rate=0.003' in capfd.readouterr().out and Path('out/bench/compare.png').stat().st_size > 10_000
     with pytest.raises(UserError, match='holds a run with n_layer=1, not 2'):
@@ -125,6 +126,9 @@ def test_sweep_and_compare(workspace, script, capfd):
 def test_loss_between_two_evaluations():
     lines = [dict(tokens=0, val_loss=4.0), dict(tokens=100, val_loss=2.0)]
     assert bench.loss_at(lines, 'tokens', 25) == 3.5
+    assert bench.spent_until(lines, 'tokens', 3.5) == 25 and bench.spent_until(lines, 'tokens', 4.5) == 0
+    lines += [dict(tokens=200, val_loss=3.0), dict(tokens=300, val_loss=1.0)]
+    assert bench.spent_until(lines, 'tokens', 2.5) == 75 and bench.spent_until(lines, 'tokens', 1.5) == 275  # the first time
 
 
 @pytest.mark.parametrize('arguments, message', [
