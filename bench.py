@@ -19,12 +19,14 @@ validation loss at the end, at equal tokens and at equal seconds.
 """
 
 import csv
+import difflib
 import itertools
 import json
 import multiprocessing
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
@@ -58,6 +60,8 @@ class BenchOptions(MachineOptions):
         config.check_numbers(self, 'seed')
         if self.context < 2:
             raise UserError(f'context={self.context}: takes two tokens or more, one to go on from and one to decode')
+        if self.profile and (Path(self.profile).is_dir() or not Path(self.profile).parent.is_dir()):
+            raise UserError(f'profile={self.profile}: takes the name of a file in a folder that exists')
 
 
 KNOWN = (BenchOptions, TrainOptions, ModelConfig, *(config_class for _, config_class in ARCHITECTURES.values()))
@@ -183,8 +187,6 @@ def peak_memory(path, overrides):
 def measure(paths, overrides, options):
     """The lines of the report, after `rounds` rounds and one to warm up."""
     machine = open_machine(options)
-    if options.profile and not Path(options.profile).parent.is_dir():
-        raise UserError(f'--profile={options.profile}: there is no such folder')
     subjects = [Subject(path, overrides, machine) for path in paths]
     memory = [memory_of(path, overrides) for path in paths]
     causal = [subject for subject in subjects if subject.model.config.causal]
@@ -369,7 +371,7 @@ def crossover(table, a, b, key):
 def plot_attention(path, table):
     """Ratios of time over width, a line for each length; DeepSeek's ratios, the wider heads."""
     plt = pyplot()
-    figure, panels = plt.subplots(2, len(PAIRS), figsize=(12, 7), sharex=True, layout='constrained')
+    figure, panels = plt.subplots(2, len(PAIRS), figsize=(12, 7), sharey='row', layout='constrained')
     ratio, head_dim = next(iter(RATIOS)), HEADS[-1]
     for row, key in zip(panels, MEASURED):
         for axes, (a, b) in zip(row, PAIRS):
@@ -383,6 +385,7 @@ def plot_attention(path, table):
             axes.minorticks_off()
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
+        row[0].set_ylabel('ratio of times, 1 = equal')
     figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {ratio}; dotted: FLOPs')
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -442,6 +445,9 @@ def sweep(arguments):
     if len(paths) != 1:
         raise UserError('which config? python bench.py sweep CONFIG --key=a,b,c')
     grid = dict(values_of(argument) for argument in arguments if argument.startswith('--'))
+    for key, values in grid.items():
+        if len(set(values)) < len(values):
+            raise UserError(f'{key}={",".join(values)}: names a value twice')
     for key in ('out_dir', 'init_from', 'dry_run', 'eval_only'):
         if key in grid:
             raise UserError(f'{key} is not for sweep, which trains each run in a folder of its own: leave it out')
@@ -465,7 +471,7 @@ def sweep(arguments):
             raise
         if status or not is_done(folder):
             raise UserError(f'{folder}: the run did not finish (status {status}); the same command goes on from here')
-    print(f'\npython bench.py compare {parent}/*')
+    print('\npython bench.py compare ' + ' '.join(map(str, runs)))
 
 
 def read_group_of(run):
@@ -474,8 +480,8 @@ def read_group_of(run):
     lines = [line for line in read_metrics(run) if 'val_loss' in line]
     if not lines:
         raise UserError(f'{run}: metrics.jsonl has no validation loss')
-    own = 'seed', 'out_dir', 'init_from', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only'
-    options = read_run_options(run)
+    own = 'seed', 'out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only'
+    options = read_run_options(run) | dict(init_from=origin.get('started_from', 'scratch'))
     what = origin.get('data_sha256'), origin.get('tokenizer'), options.get('causal', True)
     return {key: value for key, value in options.items() if key not in own}, lines, what
 
@@ -496,8 +502,8 @@ def compare(arguments):
     """A table and a plot of groups of runs."""
     runs = [argument for argument in arguments if not argument.startswith('--')]
     options = read_options([argument for argument in arguments if argument.startswith('--')], BenchOptions)
-    if len(runs) < 2:
-        raise UserError('compares two runs or more: python bench.py compare RUN RUN ...')
+    if len(set(runs)) < max(len(runs), 2):
+        raise UserError('compares two runs or more, each named once: python bench.py compare RUN RUN ...')
     read = {run: read_group_of(run) for run in runs}
     for run, (_, _, data) in read.items():
         if data != read[runs[0]][2]:
@@ -546,7 +552,8 @@ def plot_groups(path, groups):
                           marker='.', label=None if n else label)
         axes.set(xlabel=key, ylabel='validation loss (nats)')
         axes.grid(alpha=0.3)
-    panels[0].legend(fontsize=7)
+    labels = ['\n'.join(textwrap.wrap(label, 140)) for label in groups]
+    figure.legend(panels[0].get_legend_handles_labels()[0], labels, fontsize=7, loc='outside lower center')
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -558,6 +565,9 @@ def main():
     paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
     overrides = [argument for argument in sys.argv[1:] if argument.startswith('--')]
     options = read_options(overrides)
+    for path in paths:
+        if near := difflib.get_close_matches(path, commands, 1):
+            raise UserError(f'{path}: there is no such config file; did you mean bench.py {near[0]}?')
     lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides, options)
     if options.json:
         print(json.dumps(lines, indent=2))

@@ -801,8 +801,9 @@ class Transformer(LanguageModel):
     @classmethod
     def from_deepseek(cls, state_dict, hf_config):
         """A dense DeepSeek-V3 in the layout of transformers: state_dict (any precision, becomes float32), hf_config the dict
-        of its config.json. Same logits. Raises ConfigError on mixtures of experts, rotary scaling, quantised weights,
+        of its config.json, or the config itself. Same logits. Raises ConfigError on mixtures of experts, rotary scaling, quantised weights,
         tensors that are missing or of another shape."""
+        hf_config = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
         model = make_model('transformer', **options_of_deepseek(hf_config))
         weights = model.state_dict()
         for theirs, (ours, rows) in deepseek_layout(model.config, hf_config.get('rope_interleave', True)).items():
@@ -1529,7 +1530,7 @@ def add_output_latent(model, rank, init='svd', norm='none'):
     for name, module in found.items():
         full = min(module.o_proj.weight.shape)
         if not 0 < rank <= full:
-            raise ConfigError(f'rank={rank}: {name}.o_proj has a rank of {full} at most')
+            raise ConfigError(f'an output latent of {rank}: {name}.o_proj takes 1 to {full}')
     if init not in ('svd', 'xavier') or norm not in ('none', 'sum', 'head'):
         raise ConfigError(f"init={init!r}, norm={norm!r}: takes 'svd' or 'xavier', and 'none', 'sum' or 'head'")
     for module in found.values():

@@ -340,12 +340,15 @@ def plot(path, title, xlabel, series, noise):
     names = {kind: kind.upper().replace('_ROPE', ' rotated') for kind in KINDS}
     for axes, kinds in zip(panels, (('q', 'k', 'qk', 'q_rope', 'k_rope', 'qk_rope'), ('v', 'o', 'vo'))):
         for color, kind in enumerate(kind for kind in kinds if series.get(kind)):
-            axes.plot(*zip(*series[kind]), marker='o', markersize=3, color=f'C{color}', label=names[kind])
-            axes.plot(*zip(*noise[kind]), color=f'C{color}', linestyle='--', linewidth=0.8)
-        axes.set(xlabel=xlabel, ylabel=f'effective rank ({DISCARDED[0]:.0%} of the energy left out)', ylim=(0, None))
+            width = 4 - 0.6 * color  # where lines coincide, the later one is seen inside the earlier
+            axes.plot(*zip(*series[kind]), marker='o', markersize=width + 2, linewidth=width, color=f'C{color}', alpha=0.7,
+                      label=names[kind])
+            axes.plot(*zip(*noise[kind]), color=f'C{color}', linestyle='--', linewidth=1, zorder=3)
+        axes.set(xlabel=xlabel, ylabel=f'effective rank ({DISCARDED[0]:.0%} of the energy left out)')
+        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes')
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -379,21 +382,24 @@ def analyse(read, options):
 
 
 def main():
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
+    paths = [argument for argument in sys.argv[1:] if not argument.startswith('-')]
     values, _ = config.load([a for a in sys.argv[1:] if a not in paths], SvdOptions, doc=__doc__, takes_config=False)
     options = SvdOptions(**values)
     if len(paths) != 1:
         raise UserError('which weights? python svd.py RUN_OR_CHECKPOINT, one folder')
     source, ours = Path(paths[0]), (Path(paths[0]) / 'ckpt.pt').exists()
+    if source.is_file():
+        raise UserError(f'{source}: is a file: name the folder that it is in')
     read = list(enumerate(read_run(source) if ours else read_checkpoint(source)))
     wanted = range(len(read)) if options.layers is None else options.layers
     if absent := [number for number in (*wanted, options.heads_of or 0) if number not in range(len(read))]:
         raise UserError(f'layer {absent[0]}: {source} has layers 0 to {len(read) - 1}')
     middle = wanted[len(wanted) // 2] if options.heads_of is None else options.heads_of
     if middle not in wanted:
-        raise UserError(f'heads_of={middle}: is not among --layers={options.layers}')
+        raise UserError(f'heads_of={middle}: takes one of --layers={",".join(map(str, options.layers))}')
     folder = Path(options.out_dir or (source if ours else Path('out') / f'svd-{source.resolve().name}'))
-    if not os.access(next(path for path in (folder, *folder.absolute().parents) if path.exists()), os.W_OK) or folder.is_file():
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f'{folder}: cannot be written: set --out_dir')
     print(f'effective rank, {DISCARDED[0]:.0%} of the energy left out: {"stacked heads / " if options.stacked else ""}mean of '
           'the heads')
@@ -403,7 +409,10 @@ def main():
 
 def write(folder, title, layers, noise, middle, options):
     """svd.json, the plots, and the lines about alignment."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{folder}: cannot be made ({error}): set --out_dir') from None
     save_text(folder / 'svd.json', json.dumps(dict(source=title, noise=noise, layers=layers)) + '\n')
     value = lambda found: found['stacked'] if options.stacked else statistics.mean(found['heads'])
     ranks = {layer['number']: (summary(layer['kinds']), summary(noise[layer['shapes']]['kinds'])) for layer in layers}

@@ -440,7 +440,7 @@ def with_output_latent(state, config, path):
     try:
         add_output_latent(model, config.o_latent, norm=config.o_norm)
     except ConfigError as error:
-        raise UserError(f'o_latent={config.o_latent}: {error}') from None
+        raise UserError(str(error)) from None
     options = state['options'] | dict(o_latent=config.o_latent, o_norm=config.o_norm)
     return state | dict(model=model.state_dict(), options=options)
 
@@ -754,6 +754,7 @@ def train(options, model, forward, state, machine, data):
         forward, forward_sync_buffers=False, device_ids=[machine.device] if machine.device.type == 'cuda' else None)
 
     flat, origin = dataclasses.asdict(options) | dataclasses.asdict(c), provenance(machine, data.meta, data.tokenizer)
+    origin['started_from'] = state['provenance'].get('started_from', 'scratch') if state else options.init_from
     folder, wandb_run = Path(options.out_dir), None
     if master:
         open_run(folder, flat, data.tokenizer, step if state else None)

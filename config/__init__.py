@@ -133,7 +133,7 @@ def check(name, value, known, refused, where, text=None):
         raise UserError(f'{name}: {refused[name]}')
     if name not in known:
         near = difflib.get_close_matches(name, list(known), 1)
-        raise UserError(f'{name}: there is no such option' + (f'; did you mean {near[0]}?' if near else ''))
+        raise UserError(f'{name}: there is no such option; ' + (f'did you mean {near[0]}?' if near else '--help lists them'))
     if where is None:
         return None
     kind = known[name].type

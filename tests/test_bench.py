@@ -118,6 +118,10 @@ def test_sweep_and_compare(workspace, script, capfd):
         script(bench, 'sweep', *grid, '--n_layer=2')
     script(bench, 'compare', *runs[:2], '--json=True')
     assert [(line['options'], line['runs']) for line in json.loads(capfd.readouterr().out)] == [('all options the same', 2)]
+    train_runs(workspace, SWEEP, dict(two=['--init_from=one']))
+    capfd.readouterr()
+    script(bench, 'compare', 'one', 'two', '--json=True')  # other initial weights are no second seed
+    assert {line['options'] for line in json.loads(capfd.readouterr().out)} == {'init_from=scratch', 'init_from=one'}
     train_runs(workspace, SWEEP, {'other': ['--lowercase=True', '--tokenizer=bpe', '--vocab_size=300']})
     with pytest.raises(UserError, match='different data, with different tokenizers'):
         script(bench, 'compare', 'one', 'other')
@@ -139,7 +143,11 @@ def test_loss_between_two_evaluations():
     (['sweep', REPOSITORY / 'config/quick.py', '--n_head=4,3'], 'not divisible'),
     (['sweep', REPOSITORY / 'config/quick.py', '--dry_run=True'], 'dry_run is not for sweep'),
     (['attention', '--n_layer=3'], 'n_layer: there is no such option'),
-    ([REPOSITORY / 'config/decoder.py', '--profile=nowhere/trace.json'], 'profile=nowhere/trace.json: there is no such folder'),
+    ([REPOSITORY / 'config/decoder.py', '--profile=nowhere/trace.json'], 'profile=nowhere/trace.json: takes the name of a file'),
+    ([REPOSITORY / 'config/decoder.py', f'--profile={REPOSITORY}'], 'takes the name of a file in a folder that exists'),
+    (['comapre', 'one', 'other'], 'did you mean bench.py compare'),
+    (['sweep', REPOSITORY / 'config/quick.py', '--seed=1,1'], 'seed=1,1: names a value twice'),
+    (['compare', 'one', 'one'], 'each named once'),
     (['compare', 'one'], 'compares two runs or more'),
     (['compare', 'nowhere', 'elsewhere'], 'nowhere/ckpt.pt: there is no such checkpoint'),
     (['--context=1'], 'context=1: takes two tokens or more'),

@@ -40,7 +40,7 @@ def assert_close(a, b):
 @pytest.mark.parametrize('name', SHAPES)
 def test_logits_and_greedy_text_are_theirs_both_ways(name):
     original = theirs(**SHAPES[name])
-    model, idx = Transformer.from_deepseek(original.state_dict(), original.config.to_dict()), tokens(2, 20)
+    model, idx = Transformer.from_deepseek(original.state_dict(), original.config), tokens(2, 20)
     with torch.no_grad():
         assert_close(model(idx), original(idx).logits)
         greedy = original.generate(idx, max_new_tokens=15, do_sample=False)
@@ -166,8 +166,8 @@ def test_to_deepseek_refuses(options, message):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (dict(rank=65), 'rank=65: blocks.0.attn.o_proj has a rank of 64 at most'),
-    (dict(rank=0), 'rank=0'),
+    (dict(rank=65), 'an output latent of 65: blocks.0.attn.o_proj takes 1 to 64'),
+    (dict(rank=0), 'an output latent of 0'),
     (dict(rank=8, init='random'), "init='random'"),
 ])
 def test_add_output_latent_refuses_before_it_changes_anything(arguments, message):

@@ -242,6 +242,9 @@ def test_refuses_damaged_checkpoints(checkpoint, script, kind, message):
     (['deepseek', '--layers=7'], 'layer 7: deepseek has layers 0 to 1'),
     (['deepseek', '--heads_of=2'], 'layer 2: deepseek has layers 0 to 1'),
     (['deepseek', '--out_dir=deepseek/config.json'], 'cannot be written'),
+    (['deepseek', '--out_dir=deepseek/config.json/below'], 'cannot be written'),
+    (['deepseek/config.json'], 'is a file: name the folder'),
+    (['deepseek', '-align=True'], '-align=True: options are written --key=value'),
     (['deepseek', '--layers=(0,x)'], 'takes .* or None'),
 ])
 def test_refusals(checkpoint, script, arguments, message):
