@@ -345,7 +345,7 @@ def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
         assert before - 1e-4 < metrics(f'rank{rank}')[0]['val_loss'] < before + worse
         assert load_checkpoint(f'rank{rank}/ckpt.pt')['options']['o_latent'] == rank
     script(train, '--init_from=rank2', '--eval_only=True')  # is a run like any other
-    for arguments, message in ((['--init_from=dense', '--o_latent=33'], 'o_latent=33: rank=33: blocks.0.attn.o_proj has a rank of 32'),
+    for arguments, message in ((['--init_from=dense', '--o_latent=33'], 'an output latent of 33: blocks.0.attn.o_proj takes 1 to 32'),
                                (['--init_from=resume', '--out_dir=dense', '--o_latent=8'], 'another architecture')):
         with pytest.raises(UserError, match=message):
             script(train, *arguments)
