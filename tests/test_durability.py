@@ -9,12 +9,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from datasets.utils import tqdm
 
 import bench
 import finetune_sst2
@@ -34,6 +36,7 @@ def in_a_fork(work):
     if process:
         return process
     try:
+        tqdm.set_lock(threading.RLock())  # its own is shared with this process, and would stay taken by a copy killed with it
         work()
     finally:
         os._exit(0)
