@@ -73,14 +73,6 @@ def read_options(arguments, *known):
     return BenchOptions(**{field.name: values[field.name] for field in fields(BenchOptions) if field.name in values})
 
 
-def make_folder(path):
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be made ({error}): set --results') from None
-    return Path(path)
-
-
 def clock(device, work):
     """Seconds that work() takes, until the device is done."""
     if device.type == 'cuda':
@@ -329,7 +321,7 @@ def repeated(device, work):
 def attention(overrides):
     """The isolated layers: a csv, a table of ratios, a plot, and from which width on the one is cheaper than the other."""
     options = read_options(overrides, BenchOptions)
-    machine, folder = open_machine(options), make_folder(options.results)
+    machine, folder = open_machine(options), config.make_folder(options.results, 'results')
     grid = HEADS, RATIOS, LENGTHS
     table = {(*sizes, width): formulas(width, sizes[2], *sizes[:2]) for sizes in itertools.product(*grid) for width in MORE_WIDTHS}
     print(f'{"":40}time of MLA / MHA, MLA / GQA, MLA-o / MLA: forward and backward | decoding | FLOPs | A100 by formula')
@@ -523,7 +515,7 @@ def compare(arguments):
         values |= {key: [loss_at(lines, key, end) for lines in group] for key, end in ends.items()}
         values |= {f'{key}_to_loss': [spent_until(lines, key, reached) for lines in group] for key in ends}
         table.append(dict(options=label, runs=len(group), **{key: mean_and_interval(v) for key, v in values.items()}))
-    folder = make_folder(options.results)
+    folder = config.make_folder(options.results, 'results')
     plot_groups(folder / 'compare.png', groups)
     if options.json:
         return print(json.dumps(table, indent=2))
@@ -566,7 +558,7 @@ def main():
     overrides = [argument for argument in sys.argv[1:] if argument.startswith('--')]
     options = read_options(overrides)
     for path in paths:
-        if near := difflib.get_close_matches(path, commands, 1):
+        if not Path(path).exists() and (near := difflib.get_close_matches(path, commands, 1)):
             raise UserError(f'{path}: there is no such config file; did you mean bench.py {near[0]}?')
     lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides, options)
     if options.json:

@@ -409,10 +409,7 @@ def main():
 
 def write(folder, title, layers, noise, middle, options):
     """svd.json, the plots, and the lines about alignment."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{folder}: cannot be made ({error}): set --out_dir') from None
+    config.make_folder(folder, 'out_dir')
     save_text(folder / 'svd.json', json.dumps(dict(source=title, noise=noise, layers=layers)) + '\n')
     value = lambda found: found['stacked'] if options.stacked else statistics.mean(found['heads'])
     ranks = {layer['number']: (summary(layer['kinds']), summary(noise[layer['shapes']]['kinds'])) for layer in layers}

@@ -228,9 +228,10 @@ def open_machine(options):
     if world > 1:
         patience = timedelta(minutes=10)
         store, _, _ = next(dist.rendezvous('env://', timeout=patience))
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':  # torchrun's one store for all restarts: the addresses of the dead are in it
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':  # it outlives a restart, with the addresses of the dead in it
             store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world, timeout=patience)
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo', store=store, rank=rank, world_size=world,
+                                timeout=patience)
         preparing = dist.new_group(backend='gloo', timeout=timedelta(days=2))
         control = dist.new_group(backend='gloo', timeout=patience)  # flags and clocks travel here and never wait for a GPU
 

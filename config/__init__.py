@@ -165,6 +165,15 @@ def check_numbers(options, *zero_is_fine):
                                 + ('from zero up' if name in zero_is_fine else 'above zero'))
 
 
+def make_folder(path, option):
+    """The folder that an option names, made where it is missing."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be made ({error}): set --{option}') from None
+    return Path(path)
+
+
 def describe(kind):
     """A type in the words of --help."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
