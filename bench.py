@@ -1,21 +1,32 @@
-"""How fast configurations are on this machine, and which of several runs is better.
+"""How fast configs are on this machine, and which of several runs is better.
 
-    python bench.py config/mla.py config/mla_o.py --micro_batch_size=32      # training and decoding, against each other
-    python bench.py                                                         # all configs: on a CPU it takes long
-    python bench.py attention                                               # one layer: from where on do latents pay?
+    python bench.py config/mla.py config/mla_o.py --micro_batch_size=32
+    python bench.py                              # all configs; on a CPU this takes long
+    python bench.py attention                    # one layer: from which width on do latents pay?
     python bench.py sweep config/quick.py --learning_rate=3e-3,6e-3 --seed=1,2,3
     python bench.py compare out/sweep-quick/*
 
-Speed: weights and tokens are random. Training: steps of train.py on micro_batch_size sequences (batch_size, where there is
-none): tokens/s, the share of the machine's matmul peak that their useful arithmetic is, and the peak memory of a process
-that does nothing else. Decoding (causal models): milliseconds for one token of one sequence at `context` tokens (or
-block_size, if that is less), with the cache and without, beside the time to read once the weights that a token needs; the
-worst token, where tokens cost unlike amounts. Medians of rounds in which all take turns.
+With configs it measures training and decoding, in turns, and reports the median of several rounds.
+Weights and tokens are random.
 
-attention: one layer of MHA, of grouped-query MHA with MLA's cache, of MLA and of MLA-o, forward and backward, and decoding,
-over widths, heads, latents and lengths. sweep: one run of train.py for each combination of the values, separated by
-commas, skipping what is done. compare: runs that differ in their seed alone are one group; mean and 95% interval of the
-validation loss at the end, at equal tokens and at equal seconds.
+Training: steps of train.py on micro_batch_size sequences, or batch_size if that is not set. It
+reports tokens/s; the useful FLOPs as a share of the FLOP/s that a large matrix product reaches on
+this machine; and the peak memory of a process that does nothing else.
+
+Decoding, for causal models: milliseconds for one token of one sequence at `context` tokens, or
+block_size if that is less, with the cache and without. Where tokens cost unlike amounts, the worst
+one is reported too. Beside them stands the time to read once the weights that a token needs.
+
+attention: one layer of MHA, of grouped-query attention (GQA) that caches about as much as MLA, of
+MLA and of MLA-o. It compares their times, forward and backward and in decoding, and their FLOPs,
+over widths, heads, latents and lengths.
+
+sweep: one run of train.py for each combination of the values, which are separated by commas. Runs
+that are done are skipped.
+
+compare: runs that differ in their seed alone form a group. For each group it prints mean and 95%
+interval of the validation loss at the end, after equally many tokens and after equally many
+seconds, and of the tokens and seconds until the loss that all runs reach.
 """
 
 import csv
@@ -31,64 +42,88 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn as nn
 
 import config
 import train
 from config import UserError
-from model import ARCHITECTURES, ATTENTIONS, Cache, ModelConfig, TransformerConfig, block_flops, rope_table
-from train import (MachineOptions, TrainOptions, best_checkpoint, build, compiled, load_checkpoint, make_optimizers,
-                   mean_and_interval, memory_gb, open_machine, predicted_share, pyplot, read_metrics, recipe_of, train_step)
+from model import (ARCHITECTURES, BlockConfig, Cache, Count, ModelConfig, Range, block_flops,
+                   make_attention, make_rope, rope_table)
+from run import (Machine, MachineOptions, best_checkpoint, build, load_checkpoint,
+                 mean_and_interval, pyplot, read_metrics)
+from train import (TrainOptions, compiled, current_options, make_optimizers, predicted_share,
+                   split_options, train_step)
 
-CACHED_TOKENS = 16  # decoded in a round, up to the context; with grouped latents a whole group
+CACHED_TOKENS = 16  # decoded in a round, fewer if the context is short; grouped latents: a group
+Context = Annotated[int, Range(least=2)]  # a token to go on from, and one to decode
 
 
 @dataclass
 class BenchOptions(MachineOptions):
     """Options"""
 
-    context: int = 200  # tokens of context when decoding, at most block_size
-    rounds: int = 5  # of which the median is reported
+    context: Context = 200  # tokens of context when decoding, at most block_size
+    rounds: Count = 5  # of which the median is reported
     json: bool = False  # print a list of dicts instead of the tables
-    profile: str | None = None  # file for a profiler trace of one more round, for chrome://tracing or Perfetto
-    results: str = 'out/bench'  # folder for the table and plot of attention, and the plot of compare
+    profile: str | None = None  # file for a profiler trace of one more round, for Perfetto
+    results: str = 'out/bench'  # folder for the files that attention and compare write
 
     def __post_init__(self):
-        config.check_numbers(self, 'seed')
-        if self.context < 2:
-            raise UserError(f'context={self.context}: takes two tokens or more, one to go on from and one to decode')
-        if self.profile and (Path(self.profile).is_dir() or not Path(self.profile).parent.is_dir()):
-            raise UserError(f'profile={self.profile}: takes the name of a file in a folder that exists')
+        if self.profile:
+            path = Path(self.profile)
+            if path.is_dir() or not path.parent.is_dir():
+                raise UserError(f'profile={self.profile}: takes the name of a file in a folder '
+                                'that exists')
 
 
-KNOWN = (BenchOptions, TrainOptions, ModelConfig, *(config_class for _, config_class in ARCHITECTURES.values()))
+KNOWN = (BenchOptions, TrainOptions, BlockConfig, ModelConfig,
+         *(config_class for _, config_class in ARCHITECTURES.values()))
 
 
 def read_options(arguments, *known):
-    """BenchOptions of the command line; options of training and models are checked by name, and left to the configs."""
+    """The BenchOptions of a command line. Options of training and of models are checked by name:
+    they are for the configs."""
     values, _ = config.load(arguments, *(known or KNOWN), doc=__doc__, takes_config=False)
-    return BenchOptions(**{field.name: values[field.name] for field in fields(BenchOptions) if field.name in values})
+    names = {option.name for option in fields(BenchOptions)}
+    return BenchOptions(**{name: value for name, value in values.items() if name in names})
 
 
-def clock(device, work):
-    """Seconds that work() takes, until the device is done."""
+def clock(device, work, *arguments, repeat=1, **keywords):
+    """Seconds until the device has done work(*arguments, **keywords), `repeat` times."""
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     start = time.perf_counter()
-    work()
+    for _ in range(repeat):
+        work(*arguments, **keywords)
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def matmul_peak(machine):
-    """FLOP/s of a square matrix product that is large for the device, in the precision in which it trains."""
-    n = 8192 if machine.device.type == 'cuda' else 2048
-    a, b, out = torch.randn(3, n, n, device=machine.device).to(machine.precision)
-    return 2 * n ** 3 / min(clock(machine.device, lambda: torch.mm(a, b, out=out)) for _ in range(3))
+# --------------------------------------------------------------------------------------------------
+# configs: training and decoding
+
+
+class RandomBatch:
+    """Stands in for a Loader of train.py: a batch of random tokens, the same at every step."""
+
+    def __init__(self, n_sequences, model_config, share):
+        """share: how much of the tokens is predicted; in an encoder those positions are random."""
+        c = model_config
+        idx = torch.randint(c.vocab_size, (n_sequences, c.block_size))  # (B, T)
+        self.n_sequences, self.n_tokens = n_sequences, idx.numel()
+        self.tensors = idx, idx
+        if not c.block.causal:
+            order = torch.rand(n_sequences, c.block_size).argsort(dim=1)
+            positions = order[:, :round(share * c.block_size)]  # (B, M)
+            self.tensors = idx, idx.gather(1, positions), positions
+
+    def batch(self, numbers):
+        return self.tensors
 
 
 class Subject:
@@ -96,155 +131,195 @@ class Subject:
 
     def __init__(self, path, overrides, machine):
         flat, self.name = config.load([str(path), *overrides], *KNOWN)
-        own = {field.name for field in fields(BenchOptions)} - {field.name for field in fields(MachineOptions)}
-        self.recipe, model_options = recipe_of({k: v for k, v in flat.items() if k not in own})
+        own = {option.name for option in fields(BenchOptions)}
+        own -= {option.name for option in fields(MachineOptions)}
+        flat = {name: value for name, value in flat.items() if name not in own}
+        self.recipe, model_options = split_options(flat)
         self.machine = machine
         torch.manual_seed(self.recipe.seed)
         self.model = build(self.recipe.arch, model_options).to(machine.device)
         self.runner = compiled(self.recipe, self.model, machine)
         self.optimizers = make_optimizers(self.model, self.recipe)
-        self.ms = []  # of each round: a dict
-
-        c, self.n = self.model.config, self.recipe.micro_batch_size or self.recipe.batch_size
-        idx = torch.randint(c.vocab_size, (self.n, c.block_size))
-        share = predicted_share(self.recipe, c)
-        self.batch = idx, idx
-        if not c.causal:
-            positions = torch.rand(self.n, c.block_size).argsort(dim=1)[:, :round(share * c.block_size)]
-            self.batch = idx, idx.gather(1, positions), positions
-        self.tokens = idx.numel()
-        self.flops = self.tokens * self.model.flops_per_token(c.block_size, share)  # useful ones
+        c, share = self.model.config, predicted_share(self.recipe, self.model.config)
+        self.causal = c.block.causal
+        self.data = RandomBatch(self.recipe.micro_batch_size or self.recipe.batch_size, c, share)
+        self.flops = self.data.n_tokens * self.model.flops_per_token(c.block_size, share)
+        self.milliseconds = []  # a dict for each round
 
     def step(self):
-        data = SimpleNamespace(batch=lambda numbers: self.batch)
-        train_step(self.runner.train(), self.optimizers, data, 0, self.recipe, self.machine, self.n, 1)
+        """A step of training."""
+        train_step(self.runner.train(), self.optimizers, self.data, 0, self.recipe, self.machine,
+                   self.data.n_sequences, 1)
 
-    def open_decoding(self, context):
-        c = self.model.config
-        self.size = min(context, c.block_size)
-        if self.size < 2:
-            raise UserError(f'block_size={c.block_size}: decoding takes two tokens, one to go on from and one to decode')
-        self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.size - 1)
-        self.idx = torch.randint(c.vocab_size, (1, self.size), device=self.machine.device)
-        tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
-        tables -= {id(self.model.head_weight())}
-        weights = [p.detach().flatten() for p in self.model.parameters() if id(p) not in tables]
-        self.weights = torch.cat(weights).to(self.machine.precision)
-        self.cache = self.model.init_cache(1, self.size)
+    def prepare_decoding(self, context):
+        """Makes what `decode` needs: a sequence, a cache, and the weights that a token needs."""
+        c, model, device = self.model.config, self.model, self.machine.device
+        self.context = min(context, c.block_size)
+        if self.context < 2:
+            raise UserError(f'block_size={c.block_size}: decoding takes two tokens, one to go on '
+                            'from and one to decode')
+        self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.context - 1)
+        self.idx = torch.randint(c.vocab_size, (1, self.context), device=device)
+        self.cache = model.init_cache(1, self.context)
+        # of an embedding a token needs one row, unless it is the head too
+        embeddings = {id(module.weight) for module in model.modules()
+                      if isinstance(module, nn.Embedding)} - {id(model.head_weight())}
+        needed = [parameter.detach().flatten() for parameter in model.parameters()
+                  if id(parameter) not in embeddings]
+        self.weights = torch.cat(needed).to(self.machine.precision)
 
     @torch.no_grad()
     def decode(self):
-        """Milliseconds: of the last tokens with the cache, of the very last without it, of reading the weights."""
-        model, first = self.model.eval(), self.size - self.n_cached
-        last = torch.full((1, 1), self.size - 1, device=self.machine.device)
-        milliseconds = lambda work: 1e3 * clock(self.machine.device, work)
+        """Milliseconds: of each of the last tokens with the cache, of the very last one without it,
+        and of reading the weights."""
+        device, model = self.machine.device, self.model.eval()
+        first = self.context - self.n_cached
+        last = torch.full((1, 1), self.context - 1, device=device)
+        cached = []
         with self.machine.autocast():
             self.cache.n_tokens = 0
             model(self.idx[:, :first], cache=self.cache)
-            cached = [milliseconds(lambda: model(self.idx[:, t:t + 1], cache=self.cache)) for t in range(first, self.size)]
-            return dict(cached=cached, uncached=milliseconds(lambda: model(self.idx, positions=last)),
-                        read=milliseconds(self.weights.sum))
+            for t in range(first, self.context):
+                token = self.idx[:, t:t + 1]
+                cached.append(1e3 * clock(device, model, token, cache=self.cache))
+            uncached = 1e3 * clock(device, model, self.idx, positions=last)
+            read = 1e3 * clock(device, self.weights.sum)
+        return dict(cached=cached, uncached=uncached, read=read)
+
+    def measure(self):
+        """Milliseconds of a step, and of decoding for a causal model."""
+        measured = dict(step=1e3 * clock(self.machine.device, self.step))
+        return measured | self.decode() if self.causal else measured
+
+    def median(self, name):
+        return statistics.median(measured[name] for measured in self.milliseconds)
 
     def report(self, peak, memory):
         """What --json=True prints of it. peak: FLOP/s of matrix products; memory: bytes."""
-        median = lambda name: statistics.median(ms[name] for ms in self.ms)
-        seconds = median('step') / 1e3
-        line = dict(config=self.name, params=self.model.n_params(), sequences=self.n, block_size=self.batch[0].size(1),
-                    train_tokens_per_s=self.tokens / seconds, train_matmul_share=self.flops / seconds / peak,
-                    matmul_peak_flops_per_s=peak, peak_memory_bytes=memory)
-        if not self.model.config.causal:
+        seconds = self.median('step') / 1e3
+        line = dict(
+            config=self.name, params=self.model.n_params(), sequences=self.data.n_sequences,
+            block_size=self.model.config.block_size,
+            train_tokens_per_s=self.data.n_tokens / seconds,
+            train_matmul_share=self.flops / seconds / peak, matmul_peak_flops_per_s=peak,
+            peak_memory_bytes=memory)
+        if not self.causal:
             return line
-        cached = [statistics.median(token) for token in zip(*(ms['cached'] for ms in self.ms))]  # of each token
+        rounds = zip(*(measured['cached'] for measured in self.milliseconds))
+        cached = [statistics.median(token) for token in rounds]  # of each token
         return line | dict(
-            context=self.size, decode_ms_per_token=statistics.mean(cached), decode_ms_per_token_worst=max(cached),
-            decode_ms_per_token_uncached=median('uncached'), weights_read_ms=median('read'),
+            context=self.context, decode_ms_per_token=statistics.mean(cached),
+            decode_ms_per_token_worst=max(cached),
+            decode_ms_per_token_uncached=self.median('uncached'),
+            weights_read_ms=self.median('read'),
             cache_bytes_per_token=self.model.cache_bytes_per_token(self.machine.precision),
-            cache_bytes_per_token_counted=self.cache.n_bytes() / self.size)
+            cache_bytes_per_token_counted=self.cache.n_bytes() / self.context)
+
+
+def matmul_peak(machine):
+    """FLOP/s of a square matrix product that is large for the device, in the precision in which it
+    trains."""
+    n = 8192 if machine.cuda else 2048
+    a, b, out = torch.randn(3, n, n, device=machine.device).to(machine.precision)
+    return 2 * n ** 3 / min(clock(machine.device, torch.mm, a, b, out=out) for _ in range(3))
 
 
 def memory_of(path, overrides):
-    """Bytes that a process of its own takes at most, in all or on its GPU, to train a config."""
+    """Peak memory in bytes, of its GPU if it has one, else in all, of a process of its own that
+    trains a config."""
     with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
         return fresh.submit(peak_memory, path, overrides).result()
 
 
 def peak_memory(path, overrides):
-    machine = open_machine(read_options(overrides))
+    machine = Machine(read_options(overrides))
     subject = Subject(path, overrides, machine)
     subject.step()
-    subject.step()  # has gradients beside the optimizer's state
-    return round(memory_gb(machine.device) * 2 ** 30)
+    subject.step()  # only now are there activations and gradients beside the optimizer's state
+    return round(machine.memory_gb() * 2 ** 30)
 
 
-def measure(paths, overrides, options):
-    """The lines of the report, after `rounds` rounds and one to warm up."""
-    machine = open_machine(options)
+def measure_configs(paths, overrides, options):
+    """The lines of the report, after a round to warm up and `rounds` rounds that count."""
+    machine = Machine(options)
     subjects = [Subject(path, overrides, machine) for path in paths]
     memory = [memory_of(path, overrides) for path in paths]
-    causal = [subject for subject in subjects if subject.model.config.causal]
-    for subject in causal:
-        subject.open_decoding(options.context)
+    for subject in subjects:
+        if subject.causal:
+            subject.prepare_decoding(options.context)
     peaks = []
     for i in range(options.rounds + 1):
-        print(f'\rround {i} of {options.rounds}', end='\n' if i == options.rounds else '', file=sys.stderr, flush=True)
+        end = '\n' if i == options.rounds else ''
+        print(f'\rround {i} of {options.rounds}', end=end, file=sys.stderr, flush=True)
         peaks.append(matmul_peak(machine))
         for subject in subjects:
-            ms = dict(step=1e3 * clock(machine.device, subject.step))
-            ms |= subject.decode() if subject in causal else {}
-            if i:
-                subject.ms.append(ms)
+            measured = subject.measure()
+            if i > 0:
+                subject.milliseconds.append(measured)
     if options.profile:
         with torch.profiler.profile() as trace:
             for subject in subjects:
-                subject.step()
-                if subject in causal:
-                    subject.decode()
+                subject.measure()
         trace.export_chrome_trace(options.profile)
     return [subject.report(max(peaks), n_bytes) for subject, n_bytes in zip(subjects, memory)]
 
 
 def show(lines):
-    """A table of training, and one of decoding."""
-    print(f'training: matrix products reach {lines[0]["matmul_peak_flops_per_s"] / 1e9:,.0f} GFLOP/s here\n')
-    print(f'{"":22}{"parameters":>12}{"sequences":>16}{"tokens/s":>11}{"of the peak":>13}{"memory, GB":>12}')
+    """Prints a table of training, and one of decoding."""
+    peak = lines[0]['matmul_peak_flops_per_s'] / 1e9
+    print(f'training: matrix products reach {peak:,.0f} GFLOP/s here\n')
+    print(f'{"":22}{"parameters":>12}{"sequences":>16}{"tokens/s":>11}{"of the peak":>13}'
+          f'{"memory, GB":>12}')
     for line in lines:
-        print(f'{line["config"]:22}{line["params"]:12,}{line["sequences"]:9} x{line["block_size"]:5}'
-              f'{line["train_tokens_per_s"]:11,.0f}{line["train_matmul_share"]:13.1%}{line["peak_memory_bytes"] / 2 ** 30:12.2f}')
+        print(f'{line["config"]:22}{line["params"]:12,}'
+              f'{line["sequences"]:9} x{line["block_size"]:5}'
+              f'{line["train_tokens_per_s"]:11,.0f}{line["train_matmul_share"]:13.1%}'
+              f'{line["peak_memory_bytes"] / 2 ** 30:12.2f}')
     decoding = [line for line in lines if 'context' in line]
     if not decoding:
         return
-    print(f'\ndecoding, ms a token\n\n{"":22}{"context":>9}{"cached":>9}{"worst":>9}{"uncached":>10}{"weights":>9}{"ratio":>7}'
-          f'{"cache bytes a token":>23}\n{"":58}{"read":>10}{"formula / counted":>31}')
+    print('\ndecoding, ms a token\n')
+    print(f'{"":22}{"context":>9}{"cached":>9}{"worst":>9}{"uncached":>10}{"weights":>9}'
+          f'{"ratio":>7}{"cache bytes a token":>23}')
+    print(f'{"":58}{"read":>10}{"formula / counted":>31}')
     for line in decoding:
-        print(f'{line["config"]:22}{line["context"]:9,}{line["decode_ms_per_token"]:9.2f}{line["decode_ms_per_token_worst"]:9.2f}'
-              f'{line["decode_ms_per_token_uncached"]:10.2f}{line["weights_read_ms"]:9.2f}'
-              f'{line["decode_ms_per_token"] / line["weights_read_ms"]:7.1f}'
-              f'{line["cache_bytes_per_token"]:13,.0f} / {line["cache_bytes_per_token_counted"]:,.0f}')
+        ms, read = line['decode_ms_per_token'], line['weights_read_ms']
+        print(f'{line["config"]:22}{line["context"]:9,}{ms:9.2f}'
+              f'{line["decode_ms_per_token_worst"]:9.2f}'
+              f'{line["decode_ms_per_token_uncached"]:10.2f}{read:9.2f}{ms / read:7.1f}'
+              f'{line["cache_bytes_per_token"]:13,.0f} / '
+              f'{line["cache_bytes_per_token_counted"]:,.0f}')
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # attention: one layer
 
 
 WIDTHS, LENGTHS, HEADS = (128, 256, 512, 1024, 2048), (128, 512, 2048), (32, 64)
-MORE_WIDTHS = 4096, 8192  # by formula alone
-RATIOS = {'DeepSeek-V3': (3 / 14, 1 / 14, 3 / 14), 'half of it': (3 / 28, 1 / 28, 3 / 28)}  # query, key-value, output latent
+MORE_WIDTHS = 4096, 8192  # nothing is timed at these, FLOPs alone are counted
+# widths of the query, key-value and output latents, as shares of the width of the layer
+LATENTS = {'DeepSeek-V3': (3 / 14, 1 / 14, 3 / 14), 'half of it': (3 / 28, 1 / 28, 3 / 28)}
 KINDS = 'MHA', 'GQA', 'MLA', 'MLA-o'
-A100 = dict(flops=312e12, bandwidth=1.555e12)  # bfloat16 and HBM2, the vendor's figures
+PAIRS = ('MLA', 'MHA'), ('MLA', 'GQA'), ('MLA-o', 'MLA')  # the first is compared to the second
+MEASURED = dict(train_us_a_token='forward and backward', decode_us='decoding')
+COSTS = MEASURED | dict(mflop_a_token='FLOPs')
 
 
-def make_layer(kind, width, head_dim, ratio):
-    """One attention: rotary dimensions are half of a head, MLA's on a shared key. GQA caches as much as MLA, or as little
-    over that as whole heads allow."""
-    q, kv, o = (max(8, round(width * share / 8) * 8) for share in RATIOS[ratio])
-    options = dict(n_embd=width, n_head=width // head_dim, rope_dims=head_dim // 2, vocab_size=1)
+def make_layer(kind, width, head_dim, latents):
+    """One attention. Half of the dimensions of a head are rotary; MLA has them on a key that all
+    heads share. GQA has the fewest key heads with which it caches at least as much as MLA."""
+    n_head = width // head_dim
+    q, kv, o = (max(8, round(width * share / 8) * 8) for share in LATENTS[latents])
+    options = dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2)
     if kind == 'GQA':
-        heads = [n for n in range(1, width // head_dim + 1) if width // head_dim % n == 0]
-        options['n_kv_head'] = next((n for n in heads if 2 * n * head_dim >= kv + head_dim // 2), heads[-1])
+        mla_caches = kv + head_dim // 2
+        possible = [n for n in range(1, n_head + 1) if n_head % n == 0]
+        enough = [n for n in possible if 2 * n * head_dim >= mla_caches]
+        options['n_kv_head'] = enough[0] if enough else n_head
     elif kind != 'MHA':
-        options |= dict(attention='mla', q_latent=q, kv_latent=kv, rope_key='shared', o_latent=o if kind == 'MLA-o' else None)
-    c = TransformerConfig(**options)
-    return ATTENTIONS[c.attention](c), rope_table(max(LENGTHS), c.rope_dims, c.rope_theta)
+        options |= dict(attention='mla', q_latent=q, kv_latent=kv, rope_key='shared',
+                        o_latent=o if kind == 'MLA-o' else None)
+    return make_attention(BlockConfig(**options))
 
 
 def layer_flops(layer, T):
@@ -252,143 +327,162 @@ def layer_flops(layer, T):
     return 3 * block_flops(layer, 1, 1, (T + 1) / 2)
 
 
-def roofline(layer, tokens, T, flops, bandwidth):
-    """Seconds, forward and backward, of a device on which each matrix product takes the longer of its arithmetic and of
-    moving its operands in two bytes a number; scores never leave the chip."""
-    seconds = 3 * tokens * layer.score_flops((T + 1) / 2) / flops
-    for m in layer.modules():
-        if isinstance(m, torch.nn.Linear):
-            n_out, n_in = m.weight.shape
-            moved = 2 * (tokens * (n_in + n_out) + n_in * n_out)
-            seconds += 3 * max(2 * tokens * n_in * n_out / flops, moved / bandwidth)
-    return seconds
-
-
-def formulas(width, T, head_dim, ratio):
-    """{kind: what is known without measuring} of the four attentions at one size; the A100 has 16,384 tokens to do."""
-    with torch.device('meta'):
-        layers = {kind: make_layer(kind, width, head_dim, ratio)[0] for kind in KINDS}
-    return {kind: dict(attention=kind, width=width, head_dim=head_dim, latents=ratio, T=T,
-                       params=sum(p.numel() for p in layer.parameters()), cache_numbers=layer.cache_width(),
-                       mflop_a_token=layer_flops(layer, T) / 1e6,
-                       a100_us_a_token=1e6 * roofline(layer, 16384, T, **A100) / 16384) for kind, layer in layers.items()}
-
-
-def measure_layers(width, T, head_dim, ratio, rounds, machine):
-    """{kind: a line of the csv} of the four attentions at one size, on T tokens or 1,024, if that is more."""
-    batch = max(1, 1024 // T)
-    x = torch.randn(batch, T, width, device=machine.device, requires_grad=True)
-    cases = {}
+def formulas(width, T, head_dim, latents):
+    """{kind: what is known without measuring} of the four attentions at one size."""
+    lines = {}
     for kind in KINDS:
-        layer, rope = make_layer(kind, width, head_dim, ratio)
-        cases[kind] = SimpleNamespace(layer=layer.to(machine.device), rope=[t[:T].to(machine.device) for t in rope],
-                                      cache=Cache(1, T), train=[], decode=[])
+        with torch.device('meta'):
+            layer = make_layer(kind, width, head_dim, latents)
+        lines[kind] = dict(
+            attention=kind, width=width, head_dim=head_dim, latents=latents, T=T,
+            params=sum(parameter.numel() for parameter in layer.parameters()),
+            cache_numbers=layer.cache_width(), mflop_a_token=layer_flops(layer, T) / 1e6)
+    return lines
 
-    def forward_backward(case):
-        with machine.autocast():
-            y = case.layer(x, case.rope)
+
+class Layer:
+    """An attention under measurement, with a cache that has all tokens of x but the last one."""
+
+    def __init__(self, attention, x, machine):
+        """x: (B, T, width), input and target of the gradient."""
+        self.attention, self.x, self.machine = attention.to(machine.device), x, machine
+        table = rope_table(x.size(1), attention.rope_dims, ModelConfig.rope_theta)
+        self.rope = make_rope(table.to(machine.device))
+        self.cache = Cache(1, x.size(1))
+        self.decode(x[:1])
+        self.cache.n_tokens = x.size(1) - 1
+        self.train_seconds, self.decode_seconds = [], []  # of each round
+
+    def forward_backward(self):
+        with self.machine.autocast():
+            y = self.attention(self.x, rope=self.rope)
         y.backward(y.detach())
-        case.layer.zero_grad()
-        x.grad = None
+        self.attention.zero_grad()
+        self.x.grad = None
 
     @torch.no_grad()
-    def decode(case, n):
-        with machine.autocast():
-            case.layer(x[:1, :n], case.rope, None, None, case.cache)
+    def decode(self, new):
+        with self.machine.autocast():
+            self.attention(new, rope=self.rope, cache=self.cache)
 
-    for case in cases.values():
-        decode(case, T)
-        case.cache.n_tokens = T - 1
+
+def measure_layers(width, T, head_dim, latents, rounds, machine):
+    """{kind: a line of the csv} of the four attentions at one size, on T tokens or 1,024, if that
+    is more."""
+    x = torch.randn(max(1, 1024 // T), T, width, device=machine.device, requires_grad=True)
+    layers = {kind: Layer(make_layer(kind, width, head_dim, latents), x, machine)
+              for kind in KINDS}
     for i in range(rounds + 1):
-        for case in cases.values():
-            times = (repeated(machine.device, lambda: forward_backward(case)), repeated(machine.device, lambda: decode(case, 1)))
-            if i:
-                case.train.append(times[0])
-                case.decode.append(times[1])
-    return {kind: line | dict(train_us_a_token=1e6 * statistics.median(cases[kind].train) / (batch * T),
-                              decode_us=1e6 * statistics.median(cases[kind].decode))
-            for kind, line in formulas(width, T, head_dim, ratio).items()}
+        for layer in layers.values():
+            train_seconds = repeated(machine.device, layer.forward_backward)
+            decode_seconds = repeated(machine.device, layer.decode, x[:1, :1])
+            if i > 0:  # the first round warms up
+                layer.train_seconds.append(train_seconds)
+                layer.decode_seconds.append(decode_seconds)
+    lines, n_tokens = formulas(width, T, head_dim, latents), x.size(0) * T
+    for kind, layer in layers.items():
+        lines[kind] |= dict(
+            train_us_a_token=1e6 * statistics.median(layer.train_seconds) / n_tokens,
+            decode_us=1e6 * statistics.median(layer.decode_seconds))
+    return lines
 
 
-def repeated(device, work):
-    """Seconds of work(), which is repeated until the clock has something to measure."""
+def repeated(device, work, *arguments):
+    """Seconds of work(*arguments), which is repeated until the clock has something to measure."""
     n = 1
-    while (seconds := clock(device, lambda: [work() for _ in range(n)])) < 0.01:
+    while (seconds := clock(device, work, *arguments, repeat=n)) < 0.01:
         n *= 4
     return seconds / n
 
 
+def cost_ratio(lines, a, b, cost):
+    """What attention `a` costs, over what `b` costs. lines: from formulas or measure_layers."""
+    return lines[a][cost] / lines[b][cost]
+
+
 def attention(overrides):
-    """The isolated layers: a csv, a table of ratios, a plot, and from which width on the one is cheaper than the other."""
+    """Measures single layers: a csv, a table of ratios, a plot, and from which width on one
+    attention is cheaper than another."""
     options = read_options(overrides, BenchOptions)
-    machine, folder = open_machine(options), config.make_folder(options.results, 'results')
-    grid = HEADS, RATIOS, LENGTHS
-    table = {(*sizes, width): formulas(width, sizes[2], *sizes[:2]) for sizes in itertools.product(*grid) for width in MORE_WIDTHS}
-    print(f'{"":40}time of MLA / MHA, MLA / GQA, MLA-o / MLA: forward and backward | decoding | FLOPs | A100 by formula')
-    for head_dim, ratio, T, width in itertools.product(*grid, WIDTHS):
-        lines = table[head_dim, ratio, T, width] = measure_layers(width, T, head_dim, ratio, options.rounds, machine)
-        shown = ' | '.join(' '.join(f'{lines[a][key] / lines[b][key]:5.2f}' for a, b in PAIRS) for key in COSTS)
-        print(f'latents {ratio:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}', flush=True)
-    with open(folder / 'attention.csv', 'w', newline='') as file:
-        lines = [line for size in sorted(table) for line in table[size].values()]
-        writer = csv.DictWriter(file, max(lines, key=len))  # what is known by formula alone leaves the measured columns empty
-        writer.writeheader()
-        writer.writerows(lines)
+    machine, folder = Machine(options), config.make_folder(options.results, 'results')
+    table = {}  # (head_dim, latents, T, width): {kind: line}
+    for head_dim, latents, T, width in itertools.product(HEADS, LATENTS, LENGTHS, MORE_WIDTHS):
+        table[head_dim, latents, T, width] = formulas(width, T, head_dim, latents)
+    pairs = ', '.join(f'{a} / {b}' for a, b in PAIRS)
+    print(f'{"":40}time of {pairs}: {" | ".join(COSTS.values())}')
+    for head_dim, latents, T, width in itertools.product(HEADS, LATENTS, LENGTHS, WIDTHS):
+        lines = measure_layers(width, T, head_dim, latents, options.rounds, machine)
+        table[head_dim, latents, T, width] = lines
+        shown = ' | '.join(' '.join(f'{cost_ratio(lines, a, b, cost):5.2f}' for a, b in PAIRS)
+                           for cost in COSTS)
+        print(f'latents {latents:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}',
+              flush=True)
+    write_csv(folder / 'attention.csv', table)
     print()
-    for (a, b), (key, what) in itertools.product(PAIRS, COSTS.items()):
-        print(f'{a} against {b}, {what}: {crossover(table, a, b, key)}')
+    for (a, b), (cost, what) in itertools.product(PAIRS, COSTS.items()):
+        print(f'{a} against {b}, {what}: {crossover(table, a, b, cost)}')
     plot_attention(folder / 'attention.png', table)
     print(f'\n{folder}: attention.csv, attention.png')
 
 
-PAIRS = ('MLA', 'MHA'), ('MLA', 'GQA'), ('MLA-o', 'MLA')
-MEASURED = 'train_us_a_token', 'decode_us'
-COSTS = dict(train_us_a_token='forward and backward', decode_us='decoding', mflop_a_token='FLOPs',
-             a100_us_a_token='A100 by formula')
+def write_csv(path, table):
+    """A line for each attention at each size. What is not measured stays empty."""
+    lines = [line for size in sorted(table) for line in table[size].values()]
+    with open(path, 'w', newline='') as file:
+        writer = csv.DictWriter(file, max(lines, key=len))  # the columns of a line with all of them
+        writer.writeheader()
+        writer.writerows(lines)
 
 
-def crossover(table, a, b, key):
-    """Where `a` is cheaper, in words: for each latent ratio and length the least width from which on it always is."""
-    words, widths = [], WIDTHS + (() if key in MEASURED else MORE_WIDTHS)
-    for ratio, head_dim in itertools.product(RATIOS, HEADS):
-        from_width = []
+def crossover(table, a, b, cost):
+    """Where `a` is cheaper than `b`, in words: for latents, heads and lengths the least width from
+    which on it always is."""
+    words, widths = [], WIDTHS if cost in MEASURED else WIDTHS + MORE_WIDTHS
+    for latents, head_dim in itertools.product(LATENTS, HEADS):
+        least = []  # for each length
         for T in LENGTHS:
-            dearer = [w for w in widths if table[head_dim, ratio, T, w][a][key] >= table[head_dim, ratio, T, w][b][key]]
-            cheaper = [w for w in widths if w > max(dearer, default=0)]
-            from_width.append(f'{cheaper[0]:,}' if cheaper else 'never')
-        words.append(f'{ratio}, heads of {head_dim}: {" / ".join(from_width)}')
+            dearer = [width for width in widths
+                      if cost_ratio(table[head_dim, latents, T, width], a, b, cost) >= 1]
+            cheaper = [width for width in widths if width > max(dearer, default=0)]
+            least.append(f'{cheaper[0]:,}' if cheaper else 'never')
+        words.append(f'{latents}, heads of {head_dim}: {" / ".join(least)}')
     return f'cheaper from width (T {" / ".join(map(str, LENGTHS))}) ' + '; '.join(words)
 
 
 def plot_attention(path, table):
-    """Ratios of time over width, a line for each length; DeepSeek's ratios, the wider heads."""
+    """Ratios of time over width, a line for each length: the first LATENTS, the widest heads."""
     plt = pyplot()
-    figure, panels = plt.subplots(2, len(PAIRS), figsize=(12, 7), sharey='row', layout='constrained')
-    ratio, head_dim = next(iter(RATIOS)), HEADS[-1]
-    for row, key in zip(panels, MEASURED):
+    figure, panels = plt.subplots(2, len(PAIRS), figsize=(12, 7), sharey='row',
+                                  layout='constrained')
+    latents, head_dim = next(iter(LATENTS)), HEADS[-1]
+    for row, (cost, what) in zip(panels, MEASURED.items()):
         for axes, (a, b) in zip(row, PAIRS):
             for i, T in enumerate(LENGTHS):
-                cost = lambda key: [table[head_dim, ratio, T, w][a][key] / table[head_dim, ratio, T, w][b][key] for w in WIDTHS]
-                axes.plot(WIDTHS, cost(key), marker='o', color=f'C{i}', label=f'T {T:,}')
-                if key == 'train_us_a_token':
-                    axes.plot(WIDTHS, cost('mflop_a_token'), linestyle=':', color=f'C{i}')
+                sizes = [table[head_dim, latents, T, width] for width in WIDTHS]
+                times = [cost_ratio(lines, a, b, cost) for lines in sizes]
+                axes.plot(WIDTHS, times, marker='o', color=f'C{i}', label=f'T {T:,}')
+                if cost == 'train_us_a_token':
+                    flops = [cost_ratio(lines, a, b, 'mflop_a_token') for lines in sizes]
+                    axes.plot(WIDTHS, flops, linestyle=':', color=f'C{i}')
             axes.axhline(1, color='black', linewidth=0.8)
-            axes.set(title=f'{a} / {b}, {COSTS[key]}', xscale='log', xticks=WIDTHS, xticklabels=WIDTHS, xlabel='width', ylim=(0, None))
+            axes.set(title=f'{a} / {b}, {what}', xscale='log', xticks=WIDTHS, xticklabels=WIDTHS,
+                     xlabel='width', ylim=(0, None))
             axes.minorticks_off()
             axes.grid(alpha=0.3)
             axes.legend(fontsize=8)
         row[0].set_ylabel('ratio of times, 1 = equal')
-    figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {ratio}; dotted: FLOPs')
+    figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {latents}; '
+                    'dotted: FLOPs')
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# sweep and compare: many runs
+# --------------------------------------------------------------------------------------------------
+# sweep: a grid of runs
 
 
 def values_of(argument):
-    """'--key=a,b' -> ('key', ['a', 'b']); commas inside brackets belong to a value."""
+    """'--key=a,b' -> ('key', ['a', 'b']). Commas inside brackets belong to a value."""
     key, _, text = argument.removeprefix('--').partition('=')
     values, depth = [''], 0
     for character in text:
@@ -400,39 +494,8 @@ def values_of(argument):
     return key, values
 
 
-def is_done(folder):
-    """Whether a run has come to its last step, or to the end of its time."""
-    scored = [line for line in read_metrics(folder) if 'val_loss' in line]
-    if not scored:
-        return False
-    options = read_run_options(folder)
-    return scored[-1]['step'] >= options['max_iters'] or scored[-1]['seconds'] >= (options['max_seconds'] or float('inf'))
-
-
-def read_run_options(run):
-    try:
-        return json.loads((Path(run) / 'config.json').read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{run}/config.json: cannot be read ({error}): name the folder of a run of train.py') from None
-
-
-def check_combination(config_path, folder, options):
-    """Refuses what train.py would refuse, and a folder whose run had other options."""
-    command = [config_path, *(f'--{key}={value}' for key, value in options.items())]
-    recipe, model_options, _ = train.read_options(command)
-    with torch.device('meta'):
-        build(recipe.arch, model_options)
-    if (folder / 'config.json').exists():
-        saved = read_run_options(folder)
-        for key, value in config.load(command, *KNOWN[1:])[0].items():
-            if value is not None and saved.get(key) != json.loads(json.dumps(value)):  # None: it follows from others
-                raise UserError(f'{folder} holds a run with {key}={saved.get(key)}, not {value}: move it away')
-
-
-def sweep(arguments):
-    """Runs train.py for every combination, one after the other; a run that was cut off goes on."""
-    if '--help' in arguments:
-        return read_options(['--help'])
+def read_grid(arguments):
+    """(path of the config, {option: its values}) of a sweep's command line."""
     paths = [argument for argument in arguments if not argument.startswith('--')]
     if len(paths) != 1:
         raise UserError('which config? python bench.py sweep CONFIG --key=a,b,c')
@@ -442,125 +505,240 @@ def sweep(arguments):
             raise UserError(f'{key}={",".join(values)}: names a value twice')
     for key in ('out_dir', 'init_from', 'dry_run', 'eval_only'):
         if key in grid:
-            raise UserError(f'{key} is not for sweep, which trains each run in a folder of its own: leave it out')
+            raise UserError(f'{key} is not for sweep, which trains each run in a folder of its '
+                            'own: leave it out')
+    return paths[0], grid
+
+
+def runs_of(path, grid):
+    """{folder: options} of the runs of a sweep. A folder is named after the options that vary."""
+    parent, runs = Path('out') / f'sweep-{Path(path).stem}', {}
     varied = [key for key, values in grid.items() if len(values) > 1]
-    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    parent = Path('out') / f'sweep-{Path(paths[0]).stem}'
-    runs = {parent / (','.join(f'{key}={options[key]}' for key in varied) or 'run'): options for options in combinations}
+    for values in itertools.product(*grid.values()):
+        options = dict(zip(grid, values))
+        name = ','.join(f'{key}={options[key]}' for key in varied)
+        runs[parent / (name or 'run')] = options
+    return runs
+
+
+def read_run_options(run):
+    """The options of a run as its config.json has them, but for those that no longer exist."""
+    try:
+        saved = json.loads((Path(run) / 'config.json').read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f'{run}/config.json: cannot be read ({error}): name the folder of a run '
+                        'of train.py') from None
+    return current_options(saved)
+
+
+def is_done(folder):
+    """Whether a run has come to its last step, or to the end of its time."""
+    scored = [line for line in read_metrics(folder) if 'val_loss' in line]
+    if not scored:
+        return False
+    options, last = read_run_options(folder), scored[-1]
+    max_seconds = options['max_seconds'] or float('inf')
+    return last['step'] >= options['max_iters'] or last['seconds'] >= max_seconds
+
+
+def check_run(path, folder, options):
+    """Raises UserError on options that train.py would refuse, and on a folder that holds a run with
+    others."""
+    command = [path, *(f'--{key}={value}' for key, value in options.items())]
+    recipe, model_options, _ = train.read_options(command)
+    with torch.device('meta'):
+        build(recipe.arch, model_options)
+    if not (folder / 'config.json').exists():
+        return
+    saved = read_run_options(folder)
+    values, _ = config.load(command, *KNOWN[1:])
+    for key, value in values.items():
+        follows = value is None  # from other options
+        if key in saved and not follows and saved[key] != json.loads(json.dumps(value)):
+            raise UserError(f'{folder} holds a run with {key}={saved[key]}, not {value}: move it '
+                            'away')
+
+
+def train_run(path, folder, options):
+    """Trains a run of a sweep in a process of its own, or goes on with one that was cut off."""
+    process = subprocess.Popen([
+        sys.executable, str(Path(__file__).with_name('train.py')), path, f'--out_dir={folder}',
+        '--init_from=auto', *(f'--{key}={value}' for key, value in options.items())])
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:  # the run has had it too: it finishes its step and saves
+        process.wait()
+        raise
+    if status or not is_done(folder):
+        raise UserError(f'{folder}: the run did not finish (status {status}); the same command '
+                        'goes on from here')
+
+
+def sweep(arguments):
+    """Runs train.py for every combination of values, one after the other."""
+    if '--help' in arguments:
+        return read_options(['--help'])
+    path, grid = read_grid(arguments)
+    runs = runs_of(path, grid)
     for folder, options in runs.items():  # all of them are checked before the first one runs
-        check_combination(paths[0], folder, options)
+        check_run(path, folder, options)
     for i, (folder, options) in enumerate(runs.items(), 1):
-        if is_done(folder):
-            print(f'{i} of {len(combinations)}: {folder} is done', flush=True)
-            continue
-        print(f'{i} of {len(combinations)}: {folder}', flush=True)
-        command = [sys.executable, str(Path(__file__).with_name('train.py')), paths[0], f'--out_dir={folder}', '--init_from=auto']
-        process = subprocess.Popen([*command, *(f'--{key}={value}' for key, value in options.items())])
-        try:
-            status = process.wait()
-        except KeyboardInterrupt:  # the run has had it too: it finishes its step and saves
-            process.wait()
-            raise
-        if status or not is_done(folder):
-            raise UserError(f'{folder}: the run did not finish (status {status}); the same command goes on from here')
+        done = is_done(folder)
+        print(f'{i} of {len(runs)}: {folder}{" is done" if done else ""}', flush=True)
+        if not done:
+            train_run(path, folder, options)
     print('\npython bench.py compare ' + ' '.join(map(str, runs)))
 
 
-def read_group_of(run):
-    """(options that are not the run's own, its scored lines, what its losses are losses of)."""
-    origin = load_checkpoint(best_checkpoint(run)).get('provenance', {})
-    lines = [line for line in read_metrics(run) if 'val_loss' in line]
+# --------------------------------------------------------------------------------------------------
+# compare: groups of runs
+
+
+class FinishedRun(NamedTuple):
+    """A run to compare."""
+
+    options: dict  # those that tell one group from another
+    lines: list  # of metrics.jsonl, those with a validation loss
+    losses_of: tuple  # what has to be the same if losses are to be compared
+
+
+def read_run(folder):
+    origin = load_checkpoint(best_checkpoint(folder)).get('provenance', {})
+    lines = [line for line in read_metrics(folder) if 'val_loss' in line]
     if not lines:
-        raise UserError(f'{run}: metrics.jsonl has no validation loss')
+        raise UserError(f'{folder}: metrics.jsonl has no validation loss')
+    options = read_run_options(folder) | dict(init_from=origin.get('started_from', 'scratch'))
+    losses_of = origin.get('data_sha256'), origin.get('tokenizer'), options.get('causal', True)
     own = 'seed', 'out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only'
-    options = read_run_options(run) | dict(init_from=origin.get('started_from', 'scratch'))
-    what = origin.get('data_sha256'), origin.get('tokenizer'), options.get('causal', True)
-    return {key: value for key, value in options.items() if key not in own}, lines, what
+    shared = {name: value for name, value in options.items() if name not in own}
+    return FinishedRun(shared, lines, losses_of)
+
+
+def group_runs(runs):
+    """{label: metrics of the runs}, a group for each combination of options. Its label names the
+    options in which the groups differ."""
+    names = {name for run in runs for name in run.options}
+    differ = sorted(name for name in names
+                    if any(run.options.get(name) != runs[0].options.get(name) for run in runs))
+    groups = {}
+    for run in runs:
+        label = ', '.join(f'{name}={run.options.get(name)}' for name in differ)
+        groups.setdefault(label or 'all options the same', []).append(run.lines)
+    return groups
 
 
 def loss_at(lines, key, x):
     """Validation loss at x tokens or seconds, on the straight line between two evaluations."""
-    return float(np.interp(x, [line[key] for line in lines], [line['val_loss'] for line in lines]))
+    losses = [line['val_loss'] for line in lines]
+    return float(np.interp(x, [line[key] for line in lines], losses))
 
 
 def spent_until(lines, key, loss):
-    """Tokens or seconds until a run first has a validation loss, on the straight line between two evaluations."""
+    """Tokens or seconds until a run first has a validation loss, on the straight line between two
+    evaluations."""
     later = next(i for i, line in enumerate(lines) if line['val_loss'] <= loss)
     before, after = lines[max(later - 1, 0)], lines[later]
-    return float(np.interp(-loss, [-before['val_loss'], -after['val_loss']], [before[key], after[key]]))
+    falling = [-before['val_loss'], -after['val_loss']]  # np.interp wants them in rising order
+    return float(np.interp(-loss, falling, [before[key], after[key]]))
 
 
 def compare(arguments):
-    """A table and a plot of groups of runs."""
-    runs = [argument for argument in arguments if not argument.startswith('--')]
-    options = read_options([argument for argument in arguments if argument.startswith('--')], BenchOptions)
-    if len(set(runs)) < max(len(runs), 2):
-        raise UserError('compares two runs or more, each named once: python bench.py compare RUN RUN ...')
-    read = {run: read_group_of(run) for run in runs}
-    for run, (_, _, data) in read.items():
-        if data != read[runs[0]][2]:
-            raise UserError(f'{run} and {runs[0]} were trained on different data, with different tokenizers, or are an encoder '
-                            'and a causal model: their losses are not of the same thing')
-    differ = {key for o, _, _ in read.values() for key in o if any(other.get(key) != o[key] for other, _, _ in read.values())}
-    groups = {}
-    for run, (o, lines, _) in read.items():
-        label = ', '.join(f'{key}={o.get(key)}' for key in sorted(differ)) or 'all options the same'
-        groups.setdefault(label, []).append(lines)
-    all_lines = [lines for _, lines, _ in read.values()]
-    ends = {key: min(lines[-1][key] for lines in all_lines) for key in ('tokens', 'seconds')}
-    reached = max(min(line['val_loss'] for line in lines) for lines in all_lines)  # by every run
-    table = []
-    for label, group in groups.items():
-        values = {'end': [lines[-1]['val_loss'] for lines in group]}
-        values |= {key: [loss_at(lines, key, end) for lines in group] for key, end in ends.items()}
-        values |= {f'{key}_to_loss': [spent_until(lines, key, reached) for lines in group] for key in ends}
-        table.append(dict(options=label, runs=len(group), **{key: mean_and_interval(v) for key, v in values.items()}))
+    """Prints a table of groups of runs, and plots them."""
+    folders = [argument for argument in arguments if not argument.startswith('--')]
+    overrides = [argument for argument in arguments if argument.startswith('--')]
+    options = read_options(overrides, BenchOptions)
+    if len(set(folders)) < max(len(folders), 2):
+        raise UserError('compares two runs or more, each named once: '
+                        'python bench.py compare RUN RUN ...')
+    runs = [read_run(folder) for folder in folders]
+    for folder, run in zip(folders, runs):
+        if run.losses_of != runs[0].losses_of:
+            raise UserError(f'{folder} and {folders[0]} were trained on different data, with '
+                            'different tokenizers, or are an encoder and a causal model: their '
+                            'losses are not of the same thing')
+    groups, all_lines = group_runs(runs), [run.lines for run in runs]
+    # what every run has spent, and the loss that every run has reached
+    spent = {key: min(lines[-1][key] for lines in all_lines) for key in ('tokens', 'seconds')}
+    reached = max(min(line['val_loss'] for line in lines) for lines in all_lines)
+    table = [compare_group(label, group, spent, reached) for label, group in groups.items()]
     folder = config.make_folder(options.results, 'results')
     plot_groups(folder / 'compare.png', groups)
     if options.json:
-        return print(json.dumps(table, indent=2))
-    heads = (('end', 'at the end', '.4f'), ('tokens', f'at {ends["tokens"]:,} tokens', '.4f'),
-             ('seconds', f'at {ends["seconds"]:,.0f} seconds', '.4f'), ('tokens_to_loss', f'tokens to {reached:.4f}', ',.0f'),
-             ('seconds_to_loss', f'seconds to {reached:.4f}', ',.0f'))
-    print('validation loss, nats, and what it takes to reach the one that all do; mean and 95% interval over seeds\n')
-    print(' runs' + ''.join(title.rjust(24) for _, title, _ in heads))
-    for line in sorted(table, key=lambda line: line['end'][0]):
-        cells = (format(line[key][0], form) + ('' if line[key][1] is None else f' +- {format(line[key][1], form)}')
-                 for key, _, form in heads)
-        print(f'{line["runs"]:5}' + ''.join(cell.rjust(24) for cell in cells) + f'   {line["options"]}')
-    if len({options['eval_iters'] * options['batch_size'] for options, _, _ in read.values()}) > 1:
-        print('\nthese runs were evaluated on different numbers of sequences (eval_iters x batch_size)')
+        print(json.dumps(table, indent=2))
+        return
+    show_groups(table, spent, reached)
+    evaluated = {run.options['eval_iters'] * run.options['batch_size'] for run in runs}
+    if len(evaluated) > 1:
+        print('\nthese runs were evaluated on different numbers of sequences '
+              '(eval_iters x batch_size)')
     print(f'\n{folder / "compare.png"}')
 
 
+def compare_group(label, group, spent, reached):
+    """A line of the table: each entry is the mean over the runs and half its 95% interval."""
+    values = {'end': [lines[-1]['val_loss'] for lines in group]}
+    for key, x in spent.items():
+        values[key] = [loss_at(lines, key, x) for lines in group]
+    for key in spent:
+        values[f'{key}_to_loss'] = [spent_until(lines, key, reached) for lines in group]
+    means = {key: mean_and_interval(of_runs) for key, of_runs in values.items()}
+    return dict(options=label, runs=len(group), **means)
+
+
+def show_groups(table, spent, reached):
+    """Prints the table, the group with the lowest loss at the end first."""
+    columns = (('end', 'at the end', '.4f'),
+               ('tokens', f'at {spent["tokens"]:,} tokens', '.4f'),
+               ('seconds', f'at {spent["seconds"]:,.0f} seconds', '.4f'),
+               ('tokens_to_loss', f'tokens to {reached:.4f}', ',.0f'),
+               ('seconds_to_loss', f'seconds to {reached:.4f}', ',.0f'))
+    print('validation loss, nats, and what it takes to reach the one that all do; mean and 95% '
+          'interval over seeds\n')
+    print(' runs' + ''.join(title.rjust(24) for _, title, _ in columns))
+    for line in sorted(table, key=lambda line: line['end'][0]):
+        cells = []
+        for key, _, form in columns:
+            mean, interval = line[key]
+            cell = format(mean, form)
+            cells.append(cell if interval is None else f'{cell} +- {format(interval, form)}')
+        print(f'{line["runs"]:5}' + ''.join(cell.rjust(24) for cell in cells)
+              + f'   {line["options"]}')
+
+
 def plot_groups(path, groups):
-    """Validation loss over tokens and over seconds, a colour for each group and a line for each run."""
+    """Validation loss over tokens and over seconds, a colour for each group and a line for each
+    run."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout='constrained')
     for axes, key in zip(panels, ('tokens', 'seconds')):
         for i, (label, group) in enumerate(groups.items()):
             for n, lines in enumerate(group):
-                axes.plot([line[key] for line in lines], [line['val_loss'] for line in lines], color=f'C{i % 10}', alpha=0.7,
-                          marker='.', label=None if n else label)
+                axes.plot([line[key] for line in lines], [line['val_loss'] for line in lines],
+                          color=f'C{i % 10}', alpha=0.7, marker='.', label=None if n else label)
         axes.set(xlabel=key, ylabel='validation loss (nats)')
         axes.grid(alpha=0.3)
     labels = ['\n'.join(textwrap.wrap(label, 140)) for label in groups]
-    figure.legend(panels[0].get_legend_handles_labels()[0], labels, fontsize=7, loc='outside lower center')
+    handles, _ = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, fontsize=7, loc='outside lower center')
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
 
 def main():
     commands = dict(attention=attention, sweep=sweep, compare=compare)
-    if len(sys.argv) > 1 and sys.argv[1] in commands:
-        return commands[sys.argv[1]](sys.argv[2:])
-    paths = [argument for argument in sys.argv[1:] if not argument.startswith('--')]
-    overrides = [argument for argument in sys.argv[1:] if argument.startswith('--')]
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] in commands:
+        return commands[arguments[0]](arguments[1:])
+    paths = [argument for argument in arguments if not argument.startswith('--')]
+    overrides = [argument for argument in arguments if argument.startswith('--')]
     options = read_options(overrides)
     for path in paths:
-        if not Path(path).exists() and (near := difflib.get_close_matches(path, commands, 1)):
-            raise UserError(f'{path}: there is no such config file; did you mean bench.py {near[0]}?')
-    lines = measure(paths or sorted(Path(__file__).parent.glob('config/[!_]*.py')), overrides, options)
+        near = difflib.get_close_matches(path, commands, 1)
+        if near and not Path(path).exists():
+            raise UserError(f'{path}: there is no such config file; did you mean bench.py '
+                            f'{near[0]}?')
+    paths = paths or sorted(Path(__file__).parent.glob('config/[!_]*.py'))
+    lines = measure_configs(paths, overrides, options)
     if options.json:
         print(json.dumps(lines, indent=2))
     else:

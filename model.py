@@ -1,19 +1,36 @@
-"""Transformers with multi-head latent attention (MLA) and a shared output latent (MLA-o), in one file.
+"""Transformers with latent attention, in one file that reads from top to bottom.
+
+    pieces           norms, matrices, rotary positions, softmax attention
+    attention        what an attention has to provide; MHA; MLA and, with an output latent, MLA-o
+    block            feed-forward, residual block, block with cross-attention
+    options          every option of a model, with its range
+    language model   what all architectures share, and where weights get their first values
+    architectures    Transformer, EncoderDecoder, GroupedLatent
+    loss, generation, counting
 
 Symbols, here and in every shape comment:
 
-    B  batch            T  new tokens (queries)      S  tokens that are attended to (keys)
-    D  n_embd           V  vocab_size                H  n_head            d  head_dim (dv: of the values)
+    B  sequences                       T  new tokens, those that ask     S  tokens attended to
+    D  n_embd, width of the stream     V  vocab_size                     H  n_head (Hkv: n_kv_head)
+    d  head_dim (dv: of a value head)  r  rope_dims                      L  kv_latent
+    R  rank: of an output latent, of the vocabulary, of a feed-forward   W  window, in tokens
     M  predicted positions a sequence in masked-language modelling
     N  rows that meet the vocabulary: B*T, or B*M
 
-Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); grouped queries, Ainslie et al. 2023
-(2305.13245); MLA, DeepSeek-V2 (2405.04434, section 2.1) and DeepSeek-V3 (2412.19437, section 2.1.1).
+In grouped latents also:
+
+    g  group_size, tokens a group      K  slots a group on a level, K' on the level above it
+    G  groups of a call                k  new slots of a group, k' on the level above
+    C  n_channels
+
+Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); grouped queries, Ainslie
+et al. 2023 (2305.13245); MLA, DeepSeek-V2 (2405.04434, section 2.1) and DeepSeek-V3 (2412.19437,
+section 2.1.1).
 """
 
 import math
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from dataclasses import dataclass, field, fields, replace
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn as nn
@@ -21,159 +38,236 @@ import torch.nn.functional as F
 
 
 class ConfigError(ValueError):
-    """Options that contradict each other, or that an architecture does not have. The message says how to mend it."""
+    """Options that contradict each other, or that an architecture does not have. The message says
+    what to change."""
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# norm, linear, rope, attend
+# --------------------------------------------------------------------------------------------------
+# pieces: norms, matrices, rotary positions, softmax attention
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm, eps 1e-6. The gain takes the input's precision: under autocast latents are bfloat16 and gains float32,
-    and the fused kernel wants one of the two."""
+    """RMSNorm with eps 1e-6. The result has the precision of the input, and so does the gain while
+    it is applied: the fused kernel wants one precision, and under autocast latents are bfloat16."""
 
     def __init__(self, width):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).type_as(x)  # latents are cached
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).type_as(x)
 
 
 def make_norm(kind, width):
     return RMSNorm(width) if kind == 'rms' else nn.LayerNorm(width, eps=1e-5, bias=False)
 
 
-def linear(n_in, n_out, bias, rank=None, inner_norm=False):
-    """A dense matrix, or two of rank `rank` with an RMSNorm between them; the bias belongs to the last one."""
-    if rank is None:
-        return nn.Linear(n_in, n_out, bias=bias)
-    norm = [RMSNorm(rank)] if inner_norm else []
-    return nn.Sequential(nn.Linear(n_in, rank, bias=False), *norm, nn.Linear(rank, n_out, bias=bias))
-
-
-def fused_linear(n_in, *n_outs, bias=False):
-    """One matrix for several projections of the same input. `splits` says which rows are whose: split_fused splits the
-    output by it, and Muon, which orthogonalises one projection at a time, the weight."""
-    layer = nn.Linear(n_in, sum(n_outs), bias=bias)
-    layer.splits = n_outs
-    return layer
-
-
 def make_dropout(p):
-    return nn.Dropout(p) if p else nn.Identity()  # a Dropout of 0 takes its time too, at every token
+    return nn.Dropout(p) if p else nn.Identity()  # a Dropout of 0 costs time at every token
 
 
-def split_fused(layer, x):
-    return layer(x).split(layer.splits, dim=-1)
+class Linear(nn.Linear):
+    """A matrix that says what it serves, for what has to treat matrices differently.
+
+    writes: its output is added to the residual stream, so it starts smaller (see init_weights).
+    keys: it is applied to the tokens that are attended to. In cross-attention those are others than
+    the tokens that ask, and FLOPs are counted for as many.
+    """
+
+    def __init__(self, n_in, n_out, bias=False, writes=False, keys=False):
+        super().__init__(n_in, n_out, bias=bias)
+        self.writes, self.keys = writes, keys
+
+
+def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
+    """A matrix; with a rank, two matrices of that rank, with an RMSNorm between them if inner_norm.
+    The bias belongs to the last one, and so does writing into the residual stream."""
+    if rank is None:
+        return Linear(n_in, n_out, bias, writes=writes)
+    norm = [RMSNorm(rank)] if inner_norm else []
+    return nn.Sequential(Linear(n_in, rank), *norm, Linear(rank, n_out, bias, writes=writes))
+
+
+class Rope(NamedTuple):
+    """Rotary tables of the tokens that ask and of the tokens attended to, each from rope_table."""
+
+    q: torch.Tensor
+    k: torch.Tensor
 
 
 def rope_table(length, rope_dims, theta):
-    """cos and sin, each (length, rope_dims/2), of position times theta^(-2i/rope_dims). RoFormer, section 3.2.2."""
+    """Cosine and sine, (2, length, rope_dims/2), of position times theta^(-2i/rope_dims); None if
+    rope_dims is 0. RoFormer, section 3.2.2."""
+    if not rope_dims:
+        return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().float(), angle.sin().float()
+    return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def rotate(x, rope):
-    """Rotates the first rope_dims dimensions of x (..., T, d), which holds the last T positions of the table: pairs are
-    i and i + rope_dims/2."""
-    cos, sin = (table[table.size(0) - x.size(-2):] for table in rope)  # float32: in bfloat16 neighbours would share an angle
+def make_rope(q, k=None):
+    """The Rope of two tables; without k, of tokens that attend to each other; None without q."""
+    return None if q is None else Rope(q, q if k is None else k)
+
+
+def rope_until(table, end):
+    """The Rope of tokens that attend to each other, up to position end - 1, or None."""
+    return None if table is None else make_rope(table[:, :end])
+
+
+def rotate(x, table):
+    """Rotates the first rope_dims dimensions of x (..., T, d), whose positions are the last T of
+    the table. Dimension i forms a pair with i + rope_dims/2."""
+    # the table is float32 even under autocast: in bfloat16 neighbours would share an angle
+    cos, sin = table[:, table.size(1) - x.size(-2):]
     half = cos.size(-1)
     a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
-    return torch.cat(((a * cos - b * sin).type_as(x), (b * cos + a * sin).type_as(x), rest), dim=-1)
+    a, b = a * cos - b * sin, b * cos + a * sin
+    return torch.cat((a.type_as(x), b.type_as(x), rest), dim=-1)
 
 
 def split_heads(x, n_head):
     return x.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, T, H*d) -> (B, H, T, d)
 
 
-def attend(q, k, v, causal=False, key_mask=None, dropout=0.0, window=None):
-    """Softmax attention, (B, H, T, d), (B, Hkv, S, d), (B, Hkv, S, dv) -> (B, T, H*dv).
+def join_heads(y):
+    return y.transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
 
-    key_mask (B, S) bool, True = may be attended to; or any mask that broadcasts to (B, H, T, S). causal: the queries are
-    the last T of the S positions, and with a window see only the last `window` keys. Scale 1/sqrt(d). The flash kernels
-    want heads of one width: the narrower of d and dv is padded with zeros, which changes no product and is cheaper than
-    the unfused path.
+
+def attend(q, k, v, causal=False, key_mask=None, dropout=0.0, window=None):
+    """Softmax attention with scale 1/sqrt(d):
+    q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv).
+
+    key_mask: (B, S) bool, True = may be attended to, or a mask that broadcasts to (B, H, T, S).
+    causal: the T queries stand at the last T of the S positions and see nothing later; with a
+    window they see only the last `window` keys, their own included.
     """
-    T, S = q.size(2), k.size(2)
-    d, dv = q.size(-1), v.size(-1)
+    T, S, d, dv = q.size(2), k.size(2), q.size(-1), v.size(-1)
+    # Flash kernels want heads of one width. Padding with zeros changes no product, and it costs
+    # less than the unfused path.
     if d < dv:
         q, k = F.pad(q, (0, dv - d)), F.pad(k, (0, dv - d))
     elif dv < d:
         v = F.pad(v, (0, d - dv))
-    narrow = window is not None and S > window
-    if narrow:
-        if T == S:
-            return attend_in_windows(q, k, v, window, dropout, d ** -0.5)[..., :dv].transpose(1, 2).flatten(2)
-        k, v, S = k[:, :, -(T + window - 1):], v[:, :, -(T + window - 1):], min(S, T + window - 1)
-    mask = key_mask if key_mask is None or key_mask.dim() == 4 else key_mask[:, None, None, :]  # (B, 1, 1, S)
-    if causal and T > 1 and (T < S or narrow):  # is_causal would take the queries for the first T positions
+
+    windowed = window is not None and window < S
+    if windowed and T == S:
+        return join_heads(attend_in_windows(q, k, v, window, dropout, d ** -0.5)[..., :dv])
+    if windowed:
+        S = min(S, T + window - 1)  # the first query sees no key before these
+        k, v = k[:, :, -S:], v[:, :, -S:]
+
+    mask = key_mask
+    if mask is not None and mask.dim() == 2:
+        mask = mask[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
+    if causal and T > 1 and (T < S or windowed):
+        # is_causal would take the queries for the first T positions
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        if narrow:
+        if windowed:
             mask = mask.triu(S - T - window + 1)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=d ** -0.5,
-                                       is_causal=causal and mask is None and T > 1, enable_gqa=q.size(1) != k.size(1))
-    return y[..., :dv].transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and T > 1,
+        scale=d ** -0.5, enable_gqa=q.size(1) != k.size(1))
+    return join_heads(y[..., :dv])
 
 
 def attend_in_windows(q, k, v, window, dropout, scale):
-    """Causal attention in which a query sees the last `window` keys, (B, H, T, d) -> (B, H, T, dv): windows are folded
-    into the batch and each meets its own keys and those of the one before, T * 2 * window products instead of T * T."""
+    """Causal attention in which a query sees the last `window` keys, (B, H, T, d) -> (B, H, T, dv).
+
+    The sequence is cut into n = T/W blocks, which are folded into the batch. A block meets its own
+    keys and those of the block before it: T * 2W products instead of T * T.
+    """
     B, T = q.size(0), q.size(2)
-    q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))  # (B, H, n, W, d)
-    k, v = (torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), dim=3) for x in (k, v))  # (B, H, n, 2W, d)
-    n = q.size(2)
+    q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))
+    n = q.size(2)  # q, k, v: (B, H, n, W, d)
+
+    def with_block_before(x):
+        return torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), dim=3)  # (B, H, n, 2W, d)
+
+    k, v = with_block_before(k), with_block_before(v)
     mask = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).tril(window).triu(1)
-    mask = mask.repeat(n, 1, 1)
-    mask[0, :, :window] = False  # nothing stands before the first
+    mask = mask.repeat(n, 1, 1)  # (n, W, 2W)
+    mask[0, :, :window] = False  # there is no block before the first
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*n, H, ., d)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.repeat(B, 1, 1)[:, None], dropout_p=dropout,
-                                       scale=scale, enable_gqa=q.size(1) != k.size(1))
+    y = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask.repeat(B, 1, 1)[:, None], dropout_p=dropout, scale=scale,
+        enable_gqa=q.size(1) != k.size(1))
     return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # attention
 
 
 class Attention(nn.Module):
-    """What every attention shares. A subclass builds its projections, `o_proj` among them, and says in `qkv` how
-    queries, keys and values come about, or in `heads` what it makes of them; `options` names the options that it alone
-    understands.
+    """What an attention has to provide. To add one, subclass this class or one below it:
 
-    Keys and values come from x, or in cross-attention, built with source_width, from `source`, another sequence of
-    that width at the same positions. With a cache, x and source hold the new tokens alone, and the keys and values of
-    those before come from it.
+    options      names of the fields of BlockConfig that this attention has and others may not have
+    check        raises ConfigError on options that contradict each other
+    __init__     builds the projections. The last one is `o_proj`; whatever writes into the residual
+                 stream says writes=True, whatever is applied to the tokens attended to keys=True
+    heads        what the heads have read
+    cache_width  how many numbers `heads` gives to the cache for each token
+    matrices     what each head does to a token; only svd.py asks for it
+
+    and name it in ATTENTIONS. make_attention checks what it can. Everything else follows: every
+    architecture, FLOPs, cache bytes, initial weights, optimizer groups, checkpoints.
     """
 
     options = ()
+    window = None  # keys that a query sees at most; GroupedLatent sets it
+    n_channels = 1  # parallel copies that are folded into the batch; ChannelBlock sets it
 
     def __init__(self, config, source_width=None):
+        """config: a BlockConfig. source_width: width of the sequence that is attended to, if that
+        is another than the one that asks."""
         super().__init__()
-        self.n_head, self.head_dim, self.v_head_dim = config.n_head, config.head_dim, config.head_dim
+        self.n_head, self.head_dim = config.n_head, config.head_dim
+        self.v_head_dim, self.rope_dims = config.head_dim, config.rope_dims
         self.causal, self.dropout = config.causal, config.attention_dropout
-        self.window, self.n_channels = None, 1  # set by GroupedLatent, where it has them
 
-    def qkv(self, x, rope, source, cache):
-        """x (B, T, D) -> q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv), rotated where the options say so. rope: cos
-        and sin up to the last position; where keys have other positions than queries, four tables, theirs last."""
+    @classmethod
+    def check(cls, config):
+        """Raises ConfigError if options of this attention contradict each other."""
+
+    def heads(self, x, *, rope=None, key_mask=None, source=None, cache=None):
+        """What the heads have read, side by side: x (B, T, D) -> (B, T, H*dv).
+
+        rope: a Rope up to the last position, or None. key_mask: see `attend`. source: another
+        sequence to attend to instead of x, (B, S, width). cache: x and source hold the new tokens
+        alone; cache.extend(self, ...) stores what they add and returns it behind what came before.
+        """
         raise NotImplementedError
-
-    def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
-        """What the heads have read, side by side: (B, T, D) -> (B, T, H*dv)."""
-        q, k, v = self.qkv(x, rope, source, cache)
-        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0, self.window)
-
-    def forward(self, x, *context):
-        return self.o_proj(self.heads(x, *context))
-
-    def score_flops(self, keys):
-        """Forward FLOPs a query of q.k and of the weighted sum of v, over so many keys."""
-        return 2 * self.n_channels * self.n_head * (self.head_dim + self.v_head_dim) * keys
 
     def cache_width(self):
-        """Numbers that generation has to keep for a token in this layer."""
-        raise NotImplementedError
+        """Numbers that generation keeps for a token in this attention."""
+        raise NotImplementedError(f'{type(self).__name__} has no cache_width')
+
+    def matrices(self):
+        """What each head does to a normed token: {part: (heads (H, d, n), basis (n, D) or None)}.
+        The matrix of a head is heads[h] @ basis; where basis is None, n is D.
+
+        Parts: q, k, v, o, and q_rope and k_rope for the rotated dimensions, which stand apart; a
+        part without dimensions is left out. For o it is the transpose of what a head writes. Gains
+        of the attention's norms are folded in.
+        """
+        raise NotImplementedError(f'{type(self).__name__} has no matrices')
+
+    def output_matrices(self):
+        """The part o of `matrices`."""
+        if isinstance(self.o_proj, OutputLatent):
+            return self.o_proj.matrices()
+        return self.o_proj.weight.t().unflatten(0, (self.n_head, -1)), None  # (H, dv, D)
+
+    def forward(self, x, **context):
+        return self.o_proj(self.heads(x, **context))
+
+    def attend(self, q, k, v, key_mask=None):
+        dropout = self.dropout if self.training else 0.0
+        return attend(q, k, v, self.causal, key_mask, dropout, self.window)
+
+    def score_flops(self, n_keys):
+        """Forward FLOPs of a query over n_keys keys: q.k, and the weighted sum of v."""
+        return 2 * self.n_channels * self.n_head * (self.head_dim + self.v_head_dim) * n_keys
 
 
 class MHA(Attention):
@@ -185,41 +279,64 @@ class MHA(Attention):
         super().__init__(config)
         self.n_kv_head = config.n_kv_head or config.n_head
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        if source_width is None:
-            self.qkv_proj = fused_linear(config.n_embd, q_width, kv_width, kv_width, bias=config.bias)
-        else:
-            self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.bias)
-            self.kv_proj = fused_linear(source_width, kv_width, kv_width, bias=config.bias)
+        source_width = source_width or config.n_embd
+        self.q_proj = Linear(config.n_embd, q_width, config.bias)
+        self.k_proj = Linear(source_width, kv_width, config.bias, keys=True)
+        self.v_proj = Linear(source_width, kv_width, config.bias, keys=True)
         self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
-        self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.bias)
+        self.o_proj = Linear(q_width, config.n_embd, config.bias, writes=True)
 
-    def qkv(self, x, rope, source, cache):
-        if source is None:
-            q, k, v = split_fused(self.qkv_proj, x)
-        else:
-            q, (k, v) = self.q_proj(x), split_fused(self.kv_proj, source)
-        q = self.q_norm(split_heads(q, self.n_head))
-        k = self.k_norm(split_heads(k, self.n_kv_head))
-        v = split_heads(v, self.n_kv_head)
+    @classmethod
+    def check(cls, config):
+        if config.n_kv_head and config.n_head % config.n_kv_head:
+            raise ConfigError(f'n_head={config.n_head} is not divisible by '
+                              f'n_kv_head={config.n_kv_head}')
+
+    def heads(self, x, *, rope=None, key_mask=None, source=None, cache=None):
+        source = x if source is None else source
+        q = self.q_norm(split_heads(self.q_proj(x), self.n_head))  # (B, H, T, d)
+        k = self.k_norm(split_heads(self.k_proj(source), self.n_kv_head))  # (B, Hkv, S, d)
+        v = split_heads(self.v_proj(source), self.n_kv_head)
         if rope is not None:
-            q, k = rotate(q, rope[:2]), rotate(k, rope[-2:])
-        return (q, k, v) if cache is None else (q, *cache.extend(self, k, v))
+            q, k = rotate(q, rope.q), rotate(k, rope.k)
+        if cache is not None:
+            k, v = cache.extend(self, k, v)
+        return self.attend(q, k, v, key_mask)
 
     def cache_width(self):
         return 2 * self.n_kv_head * self.head_dim
 
+    def matrices(self):
+        r = self.rope_dims
+        q = self.q_proj.weight.unflatten(0, (self.n_head, -1))  # (H, d, D)
+        k = self.k_proj.weight.unflatten(0, (self.n_kv_head, -1))  # (Hkv, d, D)
+        v = self.v_proj.weight.unflatten(0, (self.n_kv_head, -1))
+        if isinstance(self.q_norm, RMSNorm):
+            q, k = q * self.q_norm.weight[:, None], k * self.k_norm.weight[:, None]
+        parts = dict(v=(v, None), o=self.output_matrices(), q=(q[:, r:], None),
+                     q_rope=(q[:, :r], None), k=(k[:, r:], None), k_rope=(k[:, :r], None))
+        return {name: part for name, part in parts.items() if part[0].size(1)}
+
 
 class MLA(Attention):
-    """Multi-head latent attention (DeepSeek-V2, section 2.1): keys and values of all heads come from one latent of
-    kv_latent numbers a token, queries from one of q_latent (None: straight from x). With o_latent, MLA-o, the heads
-    also write through a shared latent: W^O becomes a per-head matrix into it and one shared matrix out of it.
+    """Multi-head latent attention (DeepSeek-V2, section 2.1). The keys and values of all heads come
+    from one latent of kv_latent numbers a token, queries from one of q_latent (None: straight from
+    x). With o_latent, MLA-o, the heads also write through a latent that they share.
 
-    Inside a head the rotated dimensions come first. rope_key='per_head': each head's first rope_dims key dimensions
-    are rotated. 'shared' (DeepSeek): a key is [one rotated key of rope_dims for all heads, straight from x | the
-    head's own head_dim - rope_dims]. No biases. Only latents are cached, but for 'per_head' generation has to make the
-    rotated keys of all cached tokens again at each step, S*H*rope_dims*kv_latent multiply-adds a layer: at 8 heads of
-    32 and a latent of 32 about 17 times the arithmetic of MHA, where the shared key costs 1.25 times.
+        x -- q_a_proj -> norm -> q_b_proj ---------------> q of each head
+        x -- kv_a_proj -> norm -> latent (cached) -+- k_b_proj -> k
+                                                   +- v_b_proj -> v
+        x -- k_rope_proj -> rotate (cached) -----------> the rotated part of k, rope_key='shared'
+
+    Inside a head the rotated dimensions come first. rope_key='per_head': the first rope_dims key
+    dimensions of each head are rotated. 'shared' (DeepSeek): all heads share one rotated key of
+    rope_dims, which is neither normed nor scaled, and have head_dim - rope_dims of their own.
+
+    The cache holds the latent and the shared key, nothing a head. But with 'per_head', generation
+    has to make the rotated keys of all cached tokens again at each step, S*H*r*L multiply-adds a
+    layer: at 8 heads of 32 and a latent of 32 about 17 times the arithmetic of MHA, where the
+    shared key costs 1.25 times.
     """
 
     options = ('q_latent', 'kv_latent', 'o_latent', 'rope_key', 'v_head_dim', 'o_norm')
@@ -227,120 +344,181 @@ class MLA(Attention):
     def __init__(self, config, source_width=None):
         super().__init__(config)
         self.v_head_dim = config.v_head_dim or config.head_dim
-        self.kv_latent, self.rope_dims = config.kv_latent, config.rope_dims
-        self.shared_dims = config.rope_dims if config.rope_key == 'shared' else 0
+        self.q_latent, self.shared_key = config.q_latent, config.rope_key == 'shared'
+        self.kv_latent = config.kv_latent
         q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
-        k_width = q_width - self.n_head * self.shared_dims
-
-        q_a_width = config.q_latent or q_width
-        if source_width is None:
-            self.qkv_a_proj = fused_linear(config.n_embd, q_a_width, self.kv_latent, self.shared_dims)
+        k_width = q_width - self.n_head * self.rope_dims if self.shared_key else q_width
+        source_width = source_width or config.n_embd
+        if self.q_latent:
+            self.q_a_proj = Linear(config.n_embd, self.q_latent)
+            self.q_a_norm = RMSNorm(self.q_latent)
+            self.q_b_proj = Linear(self.q_latent, q_width)
         else:
-            self.q_a_proj = nn.Linear(config.n_embd, q_a_width, bias=False)
-            self.kv_a_proj = fused_linear(source_width, self.kv_latent, self.shared_dims)
-        self.q_a_norm = RMSNorm(config.q_latent) if config.q_latent else nn.Identity()
-        self.q_b_proj = nn.Linear(config.q_latent, q_width, bias=False) if config.q_latent else nn.Identity()
+            self.q_proj = Linear(config.n_embd, q_width)
+        self.kv_a_proj = Linear(source_width, self.kv_latent, keys=True)
         self.kv_a_norm = RMSNorm(self.kv_latent)
-        self.kv_b_proj = fused_linear(self.kv_latent, k_width, v_width)
+        self.k_b_proj = Linear(self.kv_latent, k_width, keys=True)
+        self.v_b_proj = Linear(self.kv_latent, v_width, keys=True)
+        if self.shared_key:
+            self.k_rope_proj = Linear(source_width, self.rope_dims, keys=True)
         if config.o_latent:
-            self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd, config.o_norm)
+            self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd,
+                                       config.o_norm)
         else:
-            self.o_proj = nn.Linear(v_width, config.n_embd, bias=False)
+            self.o_proj = Linear(v_width, config.n_embd, writes=True)
 
-    def heads(self, x, rope=None, key_mask=None, source=None, cache=None):
-        if source is None:
-            q, latent, k_shared = split_fused(self.qkv_a_proj, x)
-        else:
-            q, (latent, k_shared) = self.q_a_proj(x), split_fused(self.kv_a_proj, source)
-        q, latent = split_heads(self.q_b_proj(self.q_a_norm(q)), self.n_head), self.kv_a_norm(latent)
+    @classmethod
+    def check(cls, config):
+        if not config.kv_latent:
+            raise ConfigError(f'attention={config.attention!r} needs kv_latent, the width of its '
+                              'key-value latent')
+        if config.o_norm != 'none' and not config.o_latent:
+            raise ConfigError(f'o_norm={config.o_norm!r} normalises the output latent: '
+                              'set o_latent')
+        if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
+            raise ConfigError("rope_key='shared' needs rope_dims between 2 and "
+                              f'head_dim-1={config.head_dim - 1}: the other dimensions of a key '
+                              'belong to its head')
+
+    def heads(self, x, *, rope=None, key_mask=None, source=None, cache=None):
+        source = x if source is None else source
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_latent else self.q_proj(x)
+        q = split_heads(q, self.n_head)  # (B, H, T, d)
+        latent = self.kv_a_norm(self.kv_a_proj(source))  # (B, S, L)
+        k_rope = self.k_rope_proj(source) if self.shared_key else latent[..., :0]  # (B, S, r or 0)
         if rope is not None:
-            q = rotate(q, rope[:2])
-            k_shared = rotate(k_shared, rope[-2:]) if self.shared_dims else k_shared
+            q = rotate(q, rope.q)
+            k_rope = rotate(k_rope, rope.k) if self.shared_key else k_rope
         if cache is not None:
-            latent, k_shared = cache.extend(self, latent, k_shared)
-            if self.window is not None and x.size(1) == 1:
-                latent, k_shared = latent[:, -self.window:], k_shared[:, -self.window:]
+            latent, k_rope = cache.extend(self, latent, k_rope)
             if x.size(1) == 1 and self.causal and self.n_channels == 1:
-                return self.absorbed(q[:, :, 0], latent, k_shared, rope)
-        k, v = split_fused(self.kv_b_proj, latent)
-        k, v = split_heads(k, self.n_head), split_heads(v, self.n_head)
-        if self.shared_dims:
-            k_shared = k_shared[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
-            k = torch.cat((k_shared, k), dim=-1)
-        elif rope is not None:
-            k = rotate(k, rope[-2:])
-        return attend(q, k, v, self.causal, key_mask, self.dropout if self.training else 0.0, self.window)
+                if self.window is not None:
+                    latent, k_rope = latent[:, -self.window:], k_rope[:, -self.window:]
+                return self.absorbed(q[:, :, 0], latent, k_rope, rope)
 
-    def absorbed(self, q, latent, k_shared, rope):
-        """`heads` for one token of generation, q (B, H, d), latent (B, S, L), k_shared (B, S, r): kv_b_proj is applied to
-        the query and to the weighted sum of latents, not to S keys and values (DeepSeek-V2, section 2.1.2)."""
-        to_k, to_v = self.kv_b_proj.weight.split(self.kv_b_proj.splits)
-        to_k, to_v = to_k.unflatten(0, (self.n_head, -1)), to_v.unflatten(0, (self.n_head, -1))  # (H, d, L), (H, dv, L)
+        k = split_heads(self.k_b_proj(latent), self.n_head)
+        v = split_heads(self.v_b_proj(latent), self.n_head)
+        if self.shared_key:
+            k_rope = k_rope[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
+            k = torch.cat((k_rope, k), dim=-1)
+        elif rope is not None:
+            k = rotate(k, rope.k)
+        return self.attend(q, k, v, key_mask)
+
+    def absorbed(self, q, latent, k_rope, rope):
+        """`heads` for one token of generation: q (B, H, d), latent (B, S, L), k_rope (B, S, r) ->
+        (B, 1, H*dv). k_b_proj is applied to the query, and v_b_proj to the weighted sum of the
+        latents, instead of both to S latents (DeepSeek-V2, section 2.1.2)."""
+        to_k = self.k_b_proj.weight.unflatten(0, (self.n_head, -1))  # (H, d or d-r, L)
+        to_v = self.v_b_proj.weight.unflatten(0, (self.n_head, -1))  # (H, dv, L)
         q_rotated, q_plain = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
-        scores = 0.0
-        if self.shared_dims:
-            scores = q_rotated @ k_shared.transpose(1, 2)  # (B, H, S)
+        scores = 0.0  # (B, H, S)
+        if self.shared_key:
+            scores = q_rotated @ k_rope.transpose(1, 2)
         elif self.rope_dims:
-            to_rotated, to_k = to_k.split((self.rope_dims, self.head_dim - self.rope_dims), dim=1)
-            k_rotated = rotate(split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head), rope[-2:])
-            scores = (k_rotated @ q_rotated[..., None])[..., 0]  # (B, H, S, r) -> (B, H, S)
+            to_rotated, to_k = to_k.split(q_rotated.shape[-1:] + q_plain.shape[-1:], dim=1)
+            k_rotated = split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head)
+            k_rotated = rotate(k_rotated, rope.k)  # (B, H, S, r)
+            scores = (k_rotated @ q_rotated[..., None])[..., 0]
         q_latent = (q_plain[:, :, None] @ to_k)[:, :, 0]  # (B, H, L)
         scores = scores + q_latent @ latent.transpose(1, 2)
         weights = (scores * self.head_dim ** -0.5).softmax(dim=-1)
-        y = (weights @ latent)[:, :, None] @ to_v.transpose(1, 2)  # (B, H, 1, dv)
-        return y.transpose(1, 2).flatten(2)  # (B, 1, H*dv)
+        read = weights @ latent  # (B, H, L)
+        return join_heads(read[:, :, None] @ to_v.transpose(1, 2))  # (B, H, 1, dv) -> (B, 1, H*dv)
 
     def cache_width(self):
-        return self.kv_latent + self.shared_dims
+        return self.kv_latent + self.rope_dims * self.shared_key
+
+    def matrices(self):
+        r = self.rope_dims
+        if self.q_latent:
+            q_proj = self.q_b_proj
+            q_basis = self.q_a_norm.weight[:, None] * self.q_a_proj.weight  # (q_latent, D)
+        else:
+            q_proj, q_basis = self.q_proj, None
+        basis = self.kv_a_norm.weight[:, None] * self.kv_a_proj.weight  # (L, D)
+        q, k, v = (layer.weight.unflatten(0, (self.n_head, -1))  # (H, ., q_latent or D or L)
+                   for layer in (q_proj, self.k_b_proj, self.v_b_proj))
+        if self.shared_key:
+            k, k_rope = (k, basis), (self.k_rope_proj.weight[None], None)
+        else:
+            k, k_rope = (k[:, r:], basis), (k[:, :r], basis)
+        parts = dict(v=(v, basis), o=self.output_matrices(), q=(q[:, r:], q_basis),
+                     q_rope=(q[:, :r], q_basis), k=k, k_rope=k_rope)
+        return {name: part for name, part in parts.items() if part[0].size(1)}
 
 
 class OutputLatent(nn.Module):
-    """MLA-o's output projection, (B, T, H*dv) -> (B, T, D) through a latent of `rank` that all heads share.
+    """The output projection of MLA-o, (B, T, H*dv) -> (B, T, D), through a latent of `rank` numbers
+    that all heads share: each head has a matrix into it, and one shared matrix leads out of it.
 
-    norm: 'none', 'sum' (RMSNorm of the latent) or 'head' (RMSNorm of each head's contribution to it with a gain of
-    its own, then their sum over sqrt(H)).
+    norm: 'none'; 'sum', RMSNorm of the latent; 'head', RMSNorm of each head's contribution to the
+    latent with a gain of its own, then their sum over sqrt(H).
     """
 
     def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False):
         super().__init__()
         self.n_head, self.norm = n_head, norm
-        self.o_a_proj = nn.Linear(n_in, rank, bias=False)
-        self.o_b_proj = nn.Linear(rank, n_out, bias=bias)
+        self.o_a_proj = Linear(n_in, rank)
+        self.o_b_proj = Linear(rank, n_out, bias, writes=True)
         if norm == 'head':
             self.gain = nn.Parameter(torch.ones(n_head, rank))
         self.o_norm = RMSNorm(rank) if norm == 'sum' else nn.Identity()
 
     def forward(self, y):
-        if self.norm == 'head':
-            y = y.unflatten(-1, (self.n_head, -1))  # (B, T, H, dv)
-            per_head = self.o_a_proj.weight.unflatten(1, (self.n_head, -1))  # (rank, H, dv)
-            latent = torch.einsum('bthd,rhd->bthr', y, per_head)
-            latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain
-            latent = latent.sum(dim=2) / math.sqrt(self.n_head)  # (B, T, H, rank) -> (B, T, rank)
-        else:
-            latent = self.o_norm(self.o_a_proj(y))
+        if self.norm != 'head':
+            return self.o_b_proj(self.o_norm(self.o_a_proj(y)))
+        y = y.unflatten(-1, (self.n_head, -1))  # (B, T, H, dv)
+        per_head = self.o_a_proj.weight.unflatten(1, (self.n_head, -1))  # (R, H, dv)
+        latent = torch.einsum('bthd,rhd->bthr', y, per_head)
+        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain
+        latent = latent.sum(dim=2) / math.sqrt(self.n_head)  # (B, T, H, R) -> (B, T, R)
         return self.o_b_proj(latent)
+
+    def matrices(self):
+        """The part o of Attention.matrices: heads (H, dv, R) and basis (R, D)."""
+        heads = self.o_a_proj.weight.t().unflatten(0, (self.n_head, -1))
+        basis = self.o_b_proj.weight.t()
+        if self.norm == 'head':
+            heads = heads * self.gain[:, None]
+        elif self.norm == 'sum':
+            basis = self.o_norm.weight[:, None] * basis
+        return heads, basis
 
 
 ATTENTIONS = {'mha': MHA, 'mla': MLA}
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# feed-forward, block
+def make_attention(config, source_width=None):
+    """The attention that config names. If its projections forgot to say what they serve, initial
+    weights and FLOPs would be wrong and nobody would notice, so this asks for it."""
+    attention = ATTENTIONS[config.attention](config, source_width)
+    for mark, meaning in (('writes', 'adds to the residual stream (o_proj or a part of it)'),
+                          ('keys', 'is applied to the tokens that are attended to')):
+        if not any(getattr(module, mark, False) for module in attention.modules()):
+            raise TypeError(f'{type(attention).__name__}: no Linear says {mark}=True: the one that '
+                            f'{meaning} has to')
+    attention.cache_width()  # raises NotImplementedError
+    return attention
+
+
+# --------------------------------------------------------------------------------------------------
+# block
 
 
 class MLP(nn.Module):
-    """Position-wise feed-forward. gelu: out(gelu(in x)); relu2: out(relu(in x)^2); swiglu: out(silu(in x) * gate x).
-    With a rank, each of the matrices is two, and the inner ones have an RMSNorm in the middle."""
+    """Position-wise feed-forward. gelu: out(gelu(in x)); relu2: out(relu(in x)^2); swiglu:
+    out(silu(in x) * gate x). With mlp_rank each of the matrices is two, and those that read x have
+    an RMSNorm in the middle."""
 
-    def __init__(self, config, rank=None):
+    def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
-        width, hidden, bias = config.n_embd, config.mlp_hidden, config.mlp_bias
-        self.in_proj = linear(width, hidden, bias, rank, inner_norm=True)
+        D, hidden, bias, rank = config.n_embd, config.mlp_hidden, config.mlp_bias, config.mlp_rank
+        self.in_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
         if self.kind == 'swiglu':
-            self.gate_proj = linear(width, hidden, bias, rank, inner_norm=True)
-        self.out_proj = linear(hidden, width, bias, rank)
+            self.gate_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
+        self.out_proj = make_linear(hidden, D, bias, rank, writes=True)
 
     def forward(self, x):
         h = self.in_proj(x)  # (B, T, hidden)
@@ -354,79 +532,112 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm residual block. The first n_dense layers have plain MHA and undecomposed feed-forwards."""
+    """Pre-norm residual block: x += attention(norm x), x += mlp(norm x)."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, source_width=None):
         super().__init__()
-        dense = layer < config.n_dense
         self.attn_norm = make_norm(config.norm, config.n_embd)
-        self.attn = (MHA if dense else ATTENTIONS[config.attention])(config)
+        self.attn = make_attention(config, source_width)
         self.mlp_norm = make_norm(config.norm, config.n_embd)
-        self.mlp = MLP(config, rank=None if dense else config.mlp_rank)
+        self.mlp = MLP(config)
         self.dropout = make_dropout(config.dropout)
 
-    def forward(self, x, rope=None, key_mask=None, cache=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, key_mask, None, cache))
+    def forward(self, x, **context):
+        """context: rope, key_mask and cache, as in Attention.heads."""
+        x = x + self.dropout(self.attn(self.attn_norm(x), **context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class CrossBlock(Block):
-    """A block that also reads another sequence, between its attention and its feed-forward."""
+    """A block that also reads another sequence, between its attention and its feed-forward.
+    cross_config: the BlockConfig of that attention."""
 
-    def __init__(self, config, layer):
-        super().__init__(config, layer)
-        self.cross_norm, self.source_norm = (make_norm(config.norm, config.n_embd) for _ in range(2))
-        self.cross = (MHA if layer < config.n_dense else ATTENTIONS[config.attention])(config.cross(), config.n_embd)
+    def __init__(self, config, cross_config):
+        super().__init__(config)
+        self.cross_norm = make_norm(config.norm, config.n_embd)
+        self.source_norm = make_norm(config.norm, config.n_embd)
+        self.cross = make_attention(cross_config)
 
-    def forward(self, x, source, rope=None, cross_rope=None, cache=None):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, None, None, cache))
-        x = x + self.dropout(self.cross(self.cross_norm(x), cross_rope, None, self.source_norm(source), cache))
+    def forward(self, x, source, *, rope, cross_rope, cache):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope=rope, cache=cache))
+        x = x + self.dropout(self.cross(self.cross_norm(x), source=self.source_norm(source),
+                                        rope=cross_rope, cache=cache))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# options: the comment behind a field is its line in --help, and its type is what the command line checks
+# --------------------------------------------------------------------------------------------------
+# options: the comment behind a field is its line in --help, its type says which values it takes
+
+
+class Range(NamedTuple):
+    """Which numbers an option takes: least <= number, above < number < below."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def allows(self, number):
+        return number is not None and self.least <= number and self.above < number < self.below
+
+    def __str__(self):
+        words = (('from', self.least), ('above', self.above), ('below', self.below))
+        return ' '.join(f'{word} {limit}' for word, limit in words if math.isfinite(limit))
+
+
+Count = Annotated[int, Range(least=1)]
+CountOrZero = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, below=1)]
+
+
+def check_ranges(options):
+    """Raises ConfigError if a field of a dataclass holds what its type does not allow."""
+    for option in fields(options):
+        name, value, members = option.name, getattr(options, option.name), get_args(option.type)
+        words = [member for member in members if isinstance(member, str)]
+        choices = list(ATTENTIONS) if name == 'attention' else words
+        if isinstance(value, str) and value not in choices:
+            takes = f'one of {", ".join(choices)}' if choices else 'no text'
+            raise ConfigError(f'{name}={value!r}: takes {takes}')
+        if value is None and type(None) in members:
+            continue
+        for kind in (option.type, *members):  # the type, and what it is a union or a tuple of
+            for limits in getattr(kind, '__metadata__', ()):
+                numbers = value if isinstance(value, tuple) else (value,)
+                if not all(limits.allows(number) for number in numbers):
+                    raise ConfigError(f'{name}={value}: takes a finite number {limits}')
 
 
 @dataclass
-class ModelConfig:
-    """Options of every architecture. Contradictions raise ConfigError."""
+class BlockConfig:
+    """Options of a block. Every architecture is made of blocks."""
 
-    vocab_size: int = 50257  # rows of the embedding, the tokenizer's special tokens included
-    block_size: int = 256  # longest sequence, tokens
-    n_layer: int = 6  # number of blocks
-    n_head: int = 8  # attention heads
-    n_embd: int = 256  # width of the residual stream
-    head_dim: int | None = None  # width of a query and key head; None = n_embd / n_head
-    dropout: float = 0.0  # on the embeddings and on what each branch adds
-    attention_dropout: float | None = None  # on the attention weights; None = dropout
+    n_head: Count = 8  # attention heads
+    n_embd: Count = 256  # width of the residual stream
+    head_dim: Count | None = None  # width of a query and key head; None = n_embd / n_head
+    causal: bool = True  # decoder; False = encoder, trained by masked-language modelling
+    dropout: Share = 0.0  # on the embeddings and on what each branch adds
+    attention_dropout: Share | None = None  # on the attention weights; None = dropout
     bias: bool = False  # biases in the attention projections
     attention: str = 'mha'  # mha, mla, or another key of model.ATTENTIONS
-    n_kv_head: int | None = None  # mha: key and value heads (grouped queries); None = n_head
+    n_kv_head: Count | None = None  # mha: key and value heads (grouped queries); None = n_head
     qk_norm: bool = False  # mha: RMSNorm on the queries and keys of a head
-    q_latent: int | None = None  # mla: width of the query latent; None = queries straight from x
-    kv_latent: int | None = None  # mla: width of the key-value latent
-    o_latent: int | None = None  # mla: width of the shared output latent (MLA-o); None = dense output
-    o_norm: Literal['none', 'sum', 'head'] = 'none'  # mla: RMSNorm in the output latent: of the sum, or of each head's part
-    v_head_dim: int | None = None  # mla: width of a value head; None = head_dim
-    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: rotated key dimensions, each head's own or one key for all
-    rope_dims: int = 0  # rotary dimensions of a head, its first ones; 0 = none
-    rope_theta: float = 10000.0  # rotary base
-    learned_positions: bool = True  # a learned embedding of the position
+    q_latent: Count | None = None  # mla: width of the query latent; None = queries straight from x
+    kv_latent: Count | None = None  # mla: width of the key-value latent
+    o_latent: Count | None = None  # mla: width of the output latent (MLA-o); None = dense output
+    o_norm: Literal['none', 'sum', 'head'] = 'none'  # mla: norm of the output latent
+    v_head_dim: Count | None = None  # mla: width of a value head; None = head_dim
+    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: who has the rotated key
+    rope_dims: CountOrZero = 0  # rotary dimensions of a head, its first ones; 0 = none
     norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
-    final_norm: bool = True  # a norm before the vocabulary
     mlp: Literal['gelu', 'swiglu', 'relu2'] = 'gelu'  # feed-forward
-    mlp_hidden: int | None = None  # hidden width of the feed-forward; None = 4 n_embd
+    mlp_hidden: Count | None = None  # hidden width of the feed-forward; None = 4 n_embd
     mlp_bias: bool = False  # biases in the feed-forward
-    mlp_rank: int | None = None  # each feed-forward matrix as two of this rank; None = dense
-    vocab_rank: int | None = None  # embedding and head through this rank; None = dense
-    n_dense: int = 0  # first layers that keep mha and dense feed-forwards
-    tie_embeddings: bool = True  # the head is the embedding, transposed
-    init_std: float = 0.02  # standard deviation of the initial weights
-    subtract_next_position: bool = False  # causal: take the next position's embedding off before the vocabulary
+    mlp_rank: Count | None = None  # each feed-forward matrix as two of this rank; None = dense
 
     def __post_init__(self):
-        self.check_ranges()
+        check_ranges(self)
         if self.head_dim is None:
             if self.n_embd % self.n_head:
                 raise ConfigError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
@@ -437,685 +648,859 @@ class ModelConfig:
         if self.attention_dropout is None:
             self.attention_dropout = self.dropout
         if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            raise ConfigError(f'rope_dims={self.rope_dims}: takes an even number up to head_dim={self.head_dim} '
-                              '(n_embd / n_head, unless set)')
+            raise ConfigError(f'rope_dims={self.rope_dims}: takes an even number up to '
+                              f'head_dim={self.head_dim} (n_embd / n_head, unless set)')
+        for name in self.foreign_options(self.attention):
+            default = getattr(BlockConfig, name)
+            if getattr(self, name) != default:
+                raise ConfigError(f'attention={self.attention!r} has no {name}: '
+                                  f'leave it at {default}')
+        ATTENTIONS[self.attention].check(self)
+
+    @staticmethod
+    def foreign_options(attention):
+        """Names of the options that other attentions have and this one has not."""
+        own = ATTENTIONS[attention].options
+        names = dict.fromkeys(name for other in ATTENTIONS.values() for name in other.options)
+        return [name for name in names if name not in own]
+
+    def dense(self):
+        """The same block with plain attention and undecomposed feed-forwards."""
+        defaults = {name: getattr(BlockConfig, name) for name in self.foreign_options('mha')}
+        return replace(self, attention='mha', mlp_rank=None, **defaults)
+
+
+@dataclass
+class ModelConfig:
+    """Options of every architecture, beside those of its blocks."""
+
+    block: BlockConfig = field(default_factory=dict)  # given as a dict of its options
+    vocab_size: Count = 50257  # rows of the embedding, the tokenizer's special tokens included
+    block_size: Count = 256  # longest sequence, tokens
+    n_layer: Count = 6  # number of blocks
+    rope_theta: Positive = 10000.0  # rotary base
+    final_norm: bool = True  # a norm before the vocabulary
+    vocab_rank: Count | None = None  # embedding and head through this rank; None = dense
+    tie_embeddings: bool = True  # the head is the embedding, transposed
+    init_std: Positive = 0.02  # standard deviation of the initial weights
+
+    derived = ()  # options of a block that the architecture sets itself
+
+    def __post_init__(self):
+        check_ranges(self)
+        self.block = self.make_block(self.block)
         if self.vocab_rank and not self.tie_embeddings:
-            raise ConfigError('vocab_rank shares its matrices with the head: it needs tie_embeddings=True')
-        if self.n_dense > self.n_layer:
-            raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
-        if self.subtract_next_position and not (self.learned_positions and self.causal):
-            raise ConfigError('subtract_next_position takes the embedding of the next position off the last state of a '
-                              'causal model: it needs learned_positions=True and causal=True')
-        self.check_attention()
+            raise ConfigError('vocab_rank shares its matrices with the head: it needs '
+                              'tie_embeddings=True')
 
-    def check_ranges(self):
-        may_be_zero = ('dropout', 'attention_dropout', 'rope_dims', 'n_dense', 'n_shared_mlp')
-        for field in fields(self):
-            name, value = field.name, getattr(self, field.name)
-            choices = ATTENTIONS if name == 'attention' else get_args(field.type) if isinstance(value, str) else ()
-            if choices and value not in choices:
-                raise ConfigError(f'{name}={value!r}: takes one of {", ".join(map(str, choices))}')
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                if not 0 <= value < math.inf or value == 0 and name not in may_be_zero:
-                    raise ConfigError(f'{name}={value}: takes a finite number above zero'
-                                      + (', or zero' if name in may_be_zero else ''))
-            if name.endswith('dropout') and value is not None and value >= 1:
-                raise ConfigError(f'{name}={value}: takes a probability below 1')
-
-    def check_attention(self):
-        defaults = {field.name: field.default for field in fields(self)}
-        for name in (name for other in ATTENTIONS.values() for name in other.options):
-            if name not in ATTENTIONS[self.attention].options and getattr(self, name) != defaults[name]:
-                raise ConfigError(f'attention={self.attention!r} has no {name}: leave it at {defaults[name]}')
-        if self.n_kv_head and self.n_head % self.n_kv_head:
-            raise ConfigError(f'n_head={self.n_head} is not divisible by n_kv_head={self.n_kv_head}')
-        if self.attention != 'mla':
-            return
-        if not self.kv_latent:
-            raise ConfigError("attention='mla' needs kv_latent, the width of its key-value latent")
-        if self.o_norm != 'none' and not self.o_latent:
-            raise ConfigError(f'o_norm={self.o_norm!r} normalises the output latent: set o_latent')
-        if self.rope_key == 'shared' and not 0 < self.rope_dims < self.head_dim:
-            raise ConfigError(f"rope_key='shared' needs rope_dims between 2 and head_dim-1={self.head_dim - 1}: "
-                              'the other dimensions are the heads\' own')
+    def make_block(self, options):
+        return BlockConfig(**options)
 
 
 @dataclass
 class TransformerConfig(ModelConfig):
     """One stack of blocks: a decoder (causal) or an encoder."""
 
-    causal: bool = True  # decoder; False = encoder, trained by masked-language modelling
-
-
-@dataclass
-class GroupedLatentConfig(ModelConfig):
-    """Tokens in groups, each compressed to a few latents; n_layer blocks over the latents, and back to the tokens."""
-
-    causal = True  # not an option
-    n_layer: int = 16  # blocks of the trunk, at the widest width
-    n_embd: int | None = None  # the first of widths
-    n_head: int | None = None  # follows from widths and head_dim
-    head_dim: int = 32  # width of a head, on every level
-    block_size: int = 768  # longest sequence, tokens
-    learned_positions: bool = False  # only where in its group a slot stands is learned
-    init_std: float | None = None  # of the initial weights; None = 1/sqrt(fan in), a tenth of it into the residual stream
-    group_size: int = 48  # tokens a group
-    latents: tuple[int, ...] = (16, 2)  # latents a group, level by level
-    widths: tuple[int, ...] = (64, 128, 256)  # of the tokens and of each level of latents
-    compress: Literal['transformer', 'perceiver'] = 'transformer'  # how a level's last slots read the group
-    n_compress: int = 1  # transformer: blocks that do so
-    n_mix: int = 1  # pairs of a local and a global block, on each level and each way
-    interleave: bool = True  # local and global in turn; False = all local first
-    upsample: Literal['repeat', 'attention'] = 'repeat'  # how a level's slots get at the latents above
-    skip: Literal['sum', 'learned'] = 'sum'  # latents + slots, or with a learned vector before each
-    global_window: int | None = None  # tokens that a global block on the token level sees; None = all
-    dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
-    latent_loss: bool = False  # each trunk output predicts the next trunk input
-    latent_loss_coeff: float = 1.0  # its weight beside the cross-entropy
-    n_channels: int | None = None  # parallel attentions and feed-forwards in trunk blocks; None = plain blocks
-    channels_every: int = 1  # channels: in every so many-th trunk block
-    channel_mlp_mult: float = 1.0  # channels: hidden width of a channel, times 4 n_embd / n_channels
-    n_shared_mlp: int = 0  # channels: further feed-forwards that all channels share
-    merge: Literal['softmax', 'max', 'mean'] = 'softmax'  # channels: how they become one again, element by element
+    n_dense: CountOrZero = 0  # first layers that keep mha and dense feed-forwards
+    learned_positions: bool = True  # a learned embedding of the position
+    subtract_next_position: bool = False  # causal: before the head
 
     def __post_init__(self):
-        sizes = (self.group_size, *self.latents)
-        if self.head_dim is None:
-            raise ConfigError('head_dim: grouped latents need a number, the same on every level')
-        if any(k <= next_k for k, next_k in zip(sizes, self.latents)):
-            raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level has fewer than the last')
-        if len(self.widths) != len(sizes):
-            raise ConfigError(f'widths={self.widths}: takes {len(sizes)}, of the tokens and of each of latents={self.latents}')
-        if min(*sizes, *self.widths, self.head_dim) < 1:
-            raise ConfigError('group_size, latents, widths and head_dim are above zero')
-        if odd := [width for width in self.widths if width % self.head_dim]:
-            raise ConfigError(f'widths={self.widths}: {odd[0]} is not divisible by head_dim={self.head_dim}')
-        if self.block_size < self.group_size:
-            raise ConfigError(f'block_size={self.block_size}: takes at least one group, group_size={self.group_size}')
-        for name, value in (('n_embd', self.widths[0]), ('n_head', self.widths[0] // self.head_dim),
-                            ('mlp_hidden', 4 * self.widths[0]), ('n_dense', 0), ('learned_positions', False)):
-            if getattr(self, name) not in (None, value):
-                raise ConfigError(f'{name}={getattr(self, name)}: leave it out, widths and group_size decide here')
-            setattr(self, name, value)
-        needed = dict.fromkeys(('channels_every', 'channel_mlp_mult', 'n_shared_mlp', 'merge'), 'n_channels')
-        for name, needs in (needed | dict(latent_loss_coeff='latent_loss')).items():
-            if not getattr(self, needs) and getattr(self, name) != getattr(type(self), name):
-                raise ConfigError(f'{name} belongs to {needs}: set that too')
-        if self.compress == 'perceiver' and self.n_compress != type(self).n_compress:
-            raise ConfigError("n_compress belongs to compress='transformer'")
-        if self.channels_every > self.n_layer:
-            raise ConfigError(f'channels_every={self.channels_every}: of {self.n_layer} blocks none would have channels')
-        if self.n_channels is not None and (self.o_norm == 'head' or self.n_channels < 2):
-            raise ConfigError(f"n_channels={self.n_channels}: takes two or more, and no o_norm='head'")
         super().__post_init__()
+        if self.n_dense > self.n_layer:
+            raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
+        if self.subtract_next_position and not (self.learned_positions and self.block.causal):
+            raise ConfigError('subtract_next_position takes the embedding of the next position off '
+                              'the last state of a causal model: it needs learned_positions=True '
+                              'and causal=True')
 
-    def level(self, i, **changes):
-        """The options of a block on level i."""
-        width = self.widths[i]
-        options = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
-        options |= dict(n_embd=width, n_head=width // self.head_dim, mlp_hidden=4 * width, init_std=1.0)
-        return TransformerConfig(**options | changes)
+    def block_of(self, layer):
+        return self.block.dense() if layer < self.n_dense else self.block
 
 
 @dataclass
-class EncoderDecoderConfig(ModelConfig):
+class EncoderDecoderConfig(TransformerConfig):
     """Two causal stacks, the second of which reads the first."""
 
-    causal = True  # not an option
-    n_decoder_layer: int | None = None  # blocks of the decoder; None = n_layer, those of the encoder
-    cross_n_head: int | None = None  # heads of the cross-attention, n_embd / cross_n_head wide; None = 2 n_head
-    embedding_loss: Literal['none', 'mse', 'cosine', 'log_cosine'] = 'none'  # between mean embeddings and encoder output
-    embedding_loss_coeff: float = 1.0  # its weight beside the cross-entropy
-    embedding_loss_affine: bool = True  # gains and biases in its two LayerNorms: with them it can shrink itself
+    n_decoder_layer: Count | None = None  # blocks of the decoder; None = n_layer
+    cross_n_head: Count | None = None  # heads of the cross-attention; None = 2 n_head
+    embedding_loss: Literal['none', 'mse', 'cosine'] = 'none'  # embeddings to encoder output
+    embedding_loss_coeff: Positive = 1.0  # its weight beside the cross-entropy
+    embedding_loss_affine: bool = True  # gains and biases in its two LayerNorms
+
+    derived = ('causal',)
 
     def __post_init__(self):
         super().__post_init__()
         self.n_decoder_layer = self.n_decoder_layer or self.n_layer
-        self.cross_n_head = self.cross_n_head or 2 * self.n_head
-        if self.n_embd % self.cross_n_head:
-            raise ConfigError(f'n_embd={self.n_embd} is not divisible by cross_n_head={self.cross_n_head}: change one')
+        self.cross_n_head = self.cross_n_head or 2 * self.block.n_head
+        if self.block.n_embd % self.cross_n_head:
+            raise ConfigError(f'n_embd={self.block.n_embd} is not divisible by '
+                              f'cross_n_head={self.cross_n_head}: change one')
         if self.n_dense > self.n_decoder_layer:
-            raise ConfigError(f'n_dense={self.n_dense} is more than n_decoder_layer={self.n_decoder_layer}')
-        if self.embedding_loss == 'none' and (self.embedding_loss_coeff, self.embedding_loss_affine) != (1.0, True):
-            raise ConfigError("embedding_loss_coeff and embedding_loss_affine belong to an embedding_loss: it is 'none'")
+            raise ConfigError(f'n_dense={self.n_dense} is more than '
+                              f'n_decoder_layer={self.n_decoder_layer}')
+        changed = (self.embedding_loss_coeff, self.embedding_loss_affine) != (1.0, True)
+        if self.embedding_loss == 'none' and changed:
+            raise ConfigError('embedding_loss_coeff and embedding_loss_affine belong to an '
+                              "embedding_loss: it is 'none'")
+        self.cross_of(self.n_decoder_layer)  # contradictions show now
+
+    def cross_of(self, layer):
+        """The BlockConfig of the cross-attention of a decoder layer. Its heads rotate as many
+        dimensions as they have, up to rope_dims."""
+        width = self.block.n_embd // self.cross_n_head
         try:
-            self.cross()
+            return replace(self.block_of(layer), n_head=self.cross_n_head, head_dim=width,
+                           v_head_dim=None, rope_dims=min(self.block.rope_dims, width // 2 * 2))
         except ConfigError as error:
-            raise ConfigError(f'cross-attention, cross_n_head={self.cross_n_head}: {error}') from None
-
-    def cross(self):
-        """The options of the cross-attention. Its heads rotate as many dimensions as they have, up to rope_dims."""
-        width = self.n_embd // self.cross_n_head
-        options = {field.name: getattr(self, field.name) for field in fields(ModelConfig)}
-        options |= dict(n_head=self.cross_n_head, head_dim=width, v_head_dim=None,
-                        rope_dims=min(self.rope_dims, width // 2 * 2))
-        return TransformerConfig(**options)
+            name = f'cross-attention, cross_n_head={self.cross_n_head}'
+            raise ConfigError(f'{name}: {error}') from None
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# models
+@dataclass
+class GroupedLatentConfig(ModelConfig):
+    """Tokens in groups, each compressed to a few latents; n_layer blocks over the latents; back."""
+
+    n_layer: Count = 16  # blocks of the trunk, at the widest width
+    head_dim: Count = 32  # width of a head, on every level
+    block_size: Count = 768  # longest sequence, tokens
+    init_std: Positive | None = None  # of the initial weights; None = 1/sqrt(fan in)
+    group_size: Count = 48  # tokens a group
+    latents: tuple[Count, ...] = (16, 2)  # latents a group, level by level
+    widths: tuple[Count, ...] = (64, 128, 256)  # of the tokens and of each level of latents
+    compress: Literal['transformer', 'perceiver'] = 'transformer'  # how latents read a group
+    n_compress: Count = 1  # transformer: blocks that do so
+    n_mix: Count = 1  # pairs of a local and a global block, on each level and each way
+    interleave: bool = True  # local and global in turn; False = all local first
+    upsample: Literal['repeat', 'attention'] = 'repeat'  # how slots read latents
+    skip: Literal['sum', 'learned'] = 'sum'  # latents + slots, or with a learned vector before each
+    global_window: Count | None = None  # tokens that a global block of level 0 sees; None = all
+    dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
+    latent_loss: bool = False  # each trunk output predicts the next trunk input
+    latent_loss_coeff: Positive = 1.0  # its weight beside the cross-entropy
+    n_channels: Annotated[int, Range(least=2)] | None = None  # parallel channels; None = none
+    channels_every: Count = 1  # channels: 2 = in every second trunk block
+    channel_mlp_mult: Positive = 1.0  # channels: hidden width, times 4 width / n_channels
+    n_shared_mlp: CountOrZero = 0  # channels: further feed-forwards that all channels share
+    merge: Literal['softmax', 'max', 'mean'] = 'softmax'  # channels: how they become one
+
+    derived = ('n_embd', 'n_head', 'head_dim', 'mlp_hidden', 'causal')
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block_size < self.group_size:
+            raise ConfigError(f'block_size={self.block_size}: takes at least one group, '
+                              f'group_size={self.group_size}')
+        if self.compress == 'perceiver' and self.n_compress != type(self).n_compress:
+            raise ConfigError("n_compress belongs to compress='transformer'")
+        belongs_to = dict(latent_loss_coeff='latent_loss') | dict.fromkeys(
+            ('channels_every', 'channel_mlp_mult', 'n_shared_mlp', 'merge'), 'n_channels')
+        for name, owner in belongs_to.items():
+            if not getattr(self, owner) and getattr(self, name) != getattr(type(self), name):
+                raise ConfigError(f'{name} belongs to {owner}: set that too')
+        if self.channels_every > self.n_layer:
+            raise ConfigError(f'channels_every={self.channels_every}: of {self.n_layer} blocks '
+                              'none would have channels')
+        if self.n_channels and self.block.o_norm == 'head':
+            raise ConfigError("n_channels cannot be combined with o_norm='head'")
+
+    @property
+    def sizes(self):
+        """Slots a group on each level, the tokens first."""
+        return (self.group_size, *self.latents)
+
+    def make_block(self, options):
+        """The BlockConfig of the token level; `level` makes the others of it."""
+        if any(above >= below for below, above in zip(self.sizes, self.latents)):
+            raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level '
+                              'has fewer than the one before it')
+        if len(self.widths) != len(self.sizes):
+            raise ConfigError(f'widths={self.widths}: takes {len(self.sizes)}, of the tokens and '
+                              f'of each of latents={self.latents}')
+        if odd := [width for width in self.widths if width % self.head_dim]:
+            raise ConfigError(f'widths={self.widths}: {odd[0]} is not divisible by '
+                              f'head_dim={self.head_dim}')
+        width = self.widths[0]
+        return BlockConfig(n_embd=width, n_head=width // self.head_dim, head_dim=self.head_dim,
+                           **options)
+
+    def level(self, i, **changes):
+        """The BlockConfig of level i."""
+        width = self.widths[i]
+        sizes = dict(n_embd=width, n_head=width // self.head_dim, mlp_hidden=4 * width)
+        return replace(self.block, **sizes | changes)
+
+
+def option_names(arch):
+    """Names of all options of an architecture, those of its blocks included."""
+    config_class = ARCHITECTURES[arch][1]
+    own = {option.name for option in fields(config_class)} - {'block'}
+    return own | {option.name for option in fields(BlockConfig)} - set(config_class.derived)
+
+
+def flat_options(config):
+    """The options of a model's config as one dict, which make_model takes."""
+    flat = {name: value for name, value in vars(config).items() if name != 'block'}
+    for name, value in vars(config.block).items():
+        if name not in config.derived:
+            flat[name] = value
+    return flat
+
+
+def make_model(arch, **options):
+    """A model of the architecture `arch`, a key of ARCHITECTURES. Raises ConfigError on options
+    that it does not have or that contradict each other."""
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f'arch={arch!r}: takes one of {", ".join(ARCHITECTURES)}')
+    if unknown := sorted(set(options) - option_names(arch)):
+        raise ConfigError(f'arch={arch!r} has no {unknown[0]}: leave it out')
+    model_class, config_class = ARCHITECTURES[arch]
+    own = {option.name for option in fields(config_class)} & set(options)
+    block = {name: options[name] for name in options if name not in own}
+    return model_class(config_class(block, **{name: options[name] for name in own}))
+
+
+# --------------------------------------------------------------------------------------------------
+# language model: what all architectures share
 
 
 def init_weights(model):
-    """The one place where weights get their first values. Biases 0, gains 1, matrices and embeddings normal with init_std;
-    matrices that write into a residual stream are divided by the root of how many of them write into it, GPT-2's rule,
-    so that its variance at the end does not grow with depth. With init_std=None (grouped latents, which stay at the
-    entropy of token frequencies if all begins small) it is 1/sqrt(fan in), embeddings 1/sqrt(width), slot embeddings
-    half of that, and a tenth for what writes into the residual stream or goes up a level: at the start the skips rule."""
+    """The one place where weights get their first values.
+
+    what                                     init_std=0.02, say      init_std=None
+    ---------------------------------------  ----------------------  --------------------
+    matrix                                   N(0, init_std)          N(0, 1/sqrt(fan in))
+    matrix that writes into the residual     N(0, init_std/sqrt(n))  a tenth of that
+      stream (Linear.writes)
+    embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
+    embedding of a slot in its group                                 half of that
+    bias                                     0                       0
+    gain of a norm, skip or depth            as built: 1             as built: 1
+
+    n counts the matrices that write into one stack of blocks, so that the variance at its end does
+    not grow with its depth (GPT-2). None is for grouped latents: if everything starts small, they
+    stay at the entropy of token frequencies. A tenth lets the skip connections dominate at first.
+    """
     std = model.config.init_std
-    parts = 'o_proj.weight', 'o_b_proj', 'out_proj.weight', 'out_proj.1.weight', 'up_proj'
-    writers = [name for name, _ in model.named_parameters() if any(part in name for part in parts)]
-    stacks = [name.split('.')[0] for name in writers]
-    for name, parameter in model.named_parameters():
-        if parameter.dim() < 2 or name.endswith('gain'):
-            continue  # norms start at 1 and are left there
-        if std is not None:
-            scale = std / math.sqrt(stacks.count(name.split('.')[0]) if name in writers else 1)
-        else:
-            scale = parameter.size(-1) ** -0.5 * (0.1 if name in writers else 0.5 if 'slot_emb' in name else 1.0)
-        nn.init.normal_(parameter, std=scale)
-    for module in model.modules():
-        if isinstance(module, (nn.Linear, ChannelLinear)) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+    for name, stack in model.named_children():
+        n_writers = sum(getattr(module, 'writes', False) for module in stack.modules())
+        for module in stack.modules():
+            if isinstance(module, nn.Embedding):
+                slot = 0.5 if name == 'slot_emb' else 1.0
+                nn.init.normal_(module.weight, std=std or slot * module.embedding_dim ** -0.5)
+            elif isinstance(module, (nn.Linear, ChannelLinear)):
+                scale = std or module.weight.size(-1) ** -0.5
+                if getattr(module, 'writes', False):
+                    scale *= n_writers ** -0.5 if std else 0.1
+                nn.init.normal_(module.weight, std=scale)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
 
 class LanguageModel(nn.Module):
-    """What every architecture shares: embedding, final norm, head, loss, generation. A subclass builds its blocks and
-    says in `trunk` what they do with the embedded tokens."""
+    """What every architecture shares: embedding, final norm, head, and the sum of the losses. A
+    subclass builds its blocks, says in `body` what they do, and calls init_weights."""
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        self.tok_emb = nn.Embedding(config.vocab_size, config.vocab_rank or config.n_embd)
-        if config.vocab_rank:
-            self.vocab_proj = nn.Linear(config.vocab_rank, config.n_embd, bias=False)
-        if config.learned_positions:
-            self.pos_emb = nn.Embedding(config.block_size + config.subtract_next_position, config.n_embd)
-        self.dropout = make_dropout(config.dropout)
-        self.norm = make_norm(config.norm, config.n_embd) if config.final_norm else nn.Identity()
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        c, D = config, config.block.n_embd
+        self.config = c
+        self.tok_emb = nn.Embedding(c.vocab_size, c.vocab_rank or D)
+        if c.vocab_rank:
+            self.vocab_proj = Linear(c.vocab_rank, D)
+        self.dropout = make_dropout(c.block.dropout)
+        self.norm = make_norm(c.block.norm, D) if c.final_norm else nn.Identity()
+        if not c.tie_embeddings:
+            self.lm_head = Linear(D, c.vocab_size)
 
-    def add_rope(self, name, rope_dims, length=None):
-        """Registers the tables NAME_cos and NAME_sin of block_size positions or more; `rope` cuts them to a length."""
-        if rope_dims:
-            tables = rope_table(length or self.config.block_size, rope_dims, self.config.rope_theta)
-            for part, table in zip(('cos', 'sin'), tables):
-                self.register_buffer(f'{name}_{part}', table, persistent=False)
+    def add_rope(self, name, rope_dims, length, times=slice(None)):
+        """Registers the rotary table of these positions, all of them or `times`, as a buffer that
+        no checkpoint holds; None where rope_dims is 0."""
+        table = rope_table(length, rope_dims, self.config.rope_theta)
+        self.register_buffer(name, None if table is None else table[:, times], persistent=False)
 
-    def rope(self, name, end):
-        tables = [getattr(self, f'{name}_{part}', None) for part in ('cos', 'sin')]
-        return None if tables[0] is None else [table[:end] for table in tables]
+    def body(self, x, end, key_mask, cache):
+        """What the blocks do with embedded tokens x (B, T, D), the last of which is at position
+        end - 1. Returns (states (B, T, D) before the final norm, terms).
 
-    def trunk(self, x, end, key_mask, cache):
-        """Embedded tokens x (B, T, D), the last of which has position end - 1 -> (states (B, T, D) before the final norm,
-        further scalars by name: those with an option NAME_coeff are added to the loss, others are only reported)."""
+        terms: {name: (scalar, coefficient)} of what else the model reports. The scalar times the
+        coefficient is added to the loss; a coefficient of 0 only reports it.
+        """
         raise NotImplementedError
 
+    def embed(self, idx, start):
+        """Tokens idx (B, T) from position `start` on -> (B, T, D)."""
+        x = self.tok_emb(idx)
+        return self.vocab_proj(x) if self.config.vocab_rank else x
+
     def states(self, idx, key_mask=None, cache=None):
-        """idx (B, T) -> (final hidden states (B, T, D), further scalars as `trunk` gives them)."""
+        """idx (B, T) -> (final hidden states (B, T, D), terms as in `body`)."""
         start = 0 if cache is None else cache.n_tokens
         end = start + idx.size(1)
-        if end > (self.config.block_size if cache is None else cache.length):
-            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}' if cache is None else
-                             f'{end} tokens, but the cache has room for {cache.length}')
+        if cache is None and end > self.config.block_size:
+            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}')
+        if cache is not None and end > cache.length:
+            raise ValueError(f'{end} tokens, but the cache has room for {cache.length}')
         if cache is not None and cache.batch != idx.size(0):
             raise ValueError(f'{idx.size(0)} sequences, but the cache was made for {cache.batch}')
-        if key_mask is not None and self.config.causal:
+        if key_mask is not None and self.config.block.causal:
             raise ValueError('a causal model takes no key_mask: give it sequences of one length')
-        x = self.tok_emb(idx)
-        if self.config.vocab_rank:
-            x = self.vocab_proj(x)
-        if self.config.learned_positions:
-            x = x + self.pos_emb.weight[start:end]
-        x, extra = self.trunk(self.dropout(x), end, key_mask, cache)
+        x, terms = self.body(self.dropout(self.embed(idx, start)), end, key_mask, cache)
         if cache is not None:
             cache.n_tokens = end
-        return self.norm(x), extra
+        return self.norm(x), terms
 
     def hidden(self, idx, key_mask=None, cache=None):
-        """idx (B, T) int64 -> final hidden states (B, T, D). key_mask (B, T) bool, True = a real token; encoders only."""
+        """idx (B, T) int64 -> final hidden states (B, T, D).
+        key_mask (B, T) bool, True = a real token; encoders only."""
         return self.states(idx, key_mask, cache)[0]
 
     def head_weight(self):
-        """(V, R): the logits are the products of its rows with what to_vocab returns."""
+        """(V, R or D): the logits are the products of its rows with what to_vocab returns."""
         return self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
 
+    def before_head(self, x, end):
+        """What is done to hidden states (B, T, D), the last at position end - 1, before the head.
+        """
+        return x
+
     def to_vocab(self, x):
-        """Hidden states (..., D) -> (..., R), which is D unless there is a vocab_rank."""
-        return x @ self.vocab_proj.weight if self.config.vocab_rank else x  # the embedding's second matrix, transposed
+        """(..., D) -> what meets head_weight: the same, or with vocab_rank (..., R), by the second
+        matrix of the embedding transposed."""
+        return x @ self.vocab_proj.weight if self.config.vocab_rank else x
 
     def forward(self, idx, targets=None, positions=None, key_mask=None, cache=None):
-        """idx (B, T) int64 -> logits (B, T, V); with targets, a dict of scalars of which `loss` is the one to minimise.
+        """idx (B, T) int64 -> logits (B, T, V); with targets, a dict of scalars of which `loss` is
+        the one to minimise.
 
-        targets: (B, T), -1 = not scored. positions (B, M): only those rows meet the vocabulary, logits are (B, M, V)
-        and targets (B, M). Without gradients the dict also has `accuracy`, the share of scored targets that rank
-        first. With a cache, idx holds the tokens that come after those that the cache has seen, one or many.
+        targets: (B, T), -1 = not scored. positions (B, M): only those rows meet the vocabulary, the
+        logits are (B, M, V) and targets (B, M). Without gradients the dict also has `accuracy`, the
+        share of the scored targets that rank first. With a cache, idx holds the tokens that follow
+        those that the cache has seen, one or many.
         """
-        x, extra = self.states(idx, key_mask, cache)
-        if self.config.subtract_next_position:
-            end = idx.size(1) if cache is None else cache.n_tokens
-            x = x - self.pos_emb.weight[end - idx.size(1) + 1:end + 1]
+        x, terms = self.states(idx, key_mask, cache)
+        x = self.before_head(x, idx.size(1) if cache is None else cache.n_tokens)
         if positions is not None:
-            x = x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))  # (B, T, D) -> (B, M, D)
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))  # -> (B, M, D)
         x = self.to_vocab(x)
         if targets is None:
-            one_row = cache is not None and cache.head is not None and x.size(0) * x.size(1) == 1
-            return x @ cache.head if one_row else F.linear(x, self.head_weight())
+            if cache is not None and cache.head is not None and x.size(0) * x.size(1) == 1:
+                return x @ cache.head
+            return F.linear(x, self.head_weight())
         out = linear_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        if extra:
-            losses = [getattr(self.config, f'{name}_coeff', 0.0) * value for name, value in extra.items()]
-            out |= dict(cross_entropy=out['loss'], **extra, loss=out['loss'] + sum(losses))
+        if terms:
+            out['cross_entropy'] = out['loss']
+        for name, (value, coefficient) in terms.items():
+            out[name] = value
+            out['loss'] = out['loss'] + coefficient * value
         return out
 
-    def n_params(self, positions=True):
-        """Number of parameters; positions=False leaves the learned position embedding out, as papers often do."""
-        total = sum(p.numel() for p in self.parameters())
-        return total if positions or not self.config.learned_positions else total - self.pos_emb.weight.numel()
-
-    def attentions(self):
-        return [module for module in self.modules() if isinstance(module, Attention)]
-
-    def flops_per_token(self, T, predicted=1.0):
-        """Training FLOPs a token at length T: matrix products forward (2 a multiply-add) and backward (twice that).
-        Only useful work counts: a causal query meets (T+1)/2 keys, and logits are made for a share `predicted` of
-        the tokens. Norms, activations and softmax are left out."""
-        c = self.config
-        projection = c.vocab_rank * c.n_embd if c.vocab_rank else 0  # once for the embedding, once for the head
-        head = (c.vocab_rank or c.n_embd) * c.vocab_size + projection
-        return 3 * (2 * (projection + predicted * head) + self.trunk_flops(T))
-
-    def trunk_flops(self, T):
-        """Forward FLOPs a token of everything between embedding and head."""
-        outside = (getattr(self, 'vocab_proj', None), getattr(self, 'lm_head', None))
-        weights = sum(m.weight.numel() for m in self.modules() if isinstance(m, nn.Linear) and m not in outside)
-        keys = (T + 1) / 2 if self.config.causal else T  # that a query meets, on average
-        return 2 * weights + sum(attention.score_flops(keys) for attention in self.attentions())
-
-    def cache_bytes_per_token(self, dtype=None):
-        """Bytes that generation keeps for each token, in dtype, or in the precision of the weights."""
-        width = sum(attention.cache_width() for attention in self.attentions())
-        return width * (dtype or self.tok_emb.weight.dtype).itemsize
+    # generation and counting have sections of their own, at the end of the file
 
     def init_cache(self, batch, length):
-        """An empty Cache for `batch` sequences of up to `length` tokens, at most block_size."""
-        if not self.config.causal:
-            raise ValueError('an encoder has nothing to cache: every token sees those that follow it')
-        if length > self.config.block_size:
-            raise ValueError(f'a cache of {length} tokens, but block_size is {self.config.block_size}')
-        weight = self.head_weight().detach()
-        return Cache(batch, length, weight.t().contiguous() if batch == 1 and weight.device.type == 'cpu' else None)
+        """An empty cache for `batch` sequences of up to `length` tokens, at most block_size."""
+        check_cache(self, length)
+        return Cache(batch, length, head_of_cache(self, batch))
 
     def generate(self, idx, max_new_tokens, **sampling):
-        """idx (B, T) -> (B, T + n), n <= max_new_tokens: `stream` with the prompt in front."""
-        return torch.cat([idx, *(token[:, None] for token in self.stream(idx, max_new_tokens, **sampling))], dim=1)
+        """idx (B, T) -> (B, T + n), n <= max_new_tokens: the prompt, then what `stream` yields."""
+        new = [token[:, None] for token in self.stream(idx, max_new_tokens, **sampling)]
+        return torch.cat([idx, *new], dim=1)
 
-    @torch.no_grad()
-    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None, stop=None, n_ids=None,
-               use_cache=True):
-        """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, max_new_tokens times, or until
-        each has had the token `stop`, after which it only repeats it. The model sees the last block_size tokens.
+    def stream(self, idx, max_new_tokens, **sampling):
+        """Yields the next token of each sequence, (B,); see `stream` below."""
+        return stream(self, idx, max_new_tokens, **sampling)
 
-        temperature: 0 takes the likeliest token. top_k, top_p: see sample_token. seed: of the draws; None goes on with
-        torch's own generator. n_ids: only ids below it are drawn (a vocabulary may have rows without a meaning).
-        Without the cache the window is computed anew for every token, with the same result.
+    def n_params(self, positions=True):
+        """Number of parameters; positions=False leaves learned positions out, as papers often do.
         """
-        size = self.config.block_size
-        generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-        window = new = idx[:, -size:]
-        cache = self.init_cache(idx.size(0), size) if use_cache else None
-        done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
-            if not use_cache:
-                new = window
-            elif cache.n_tokens + new.size(1) > size:  # the window slides: every position is another
-                cache.n_tokens, new = 0, window
-            last = torch.full((idx.size(0), 1), new.size(1) - 1, device=idx.device)
-            logits = self(new, positions=last, cache=cache)[:, 0, :n_ids]
-            token = sample_token(logits, temperature, top_k, top_p, generator)
-            if stop is not None:
-                token = torch.where(done, stop, token)
-                done |= token == stop
-            yield token
-            if done.all():
-                return
-            new = token[:, None]
-            window = torch.cat((window, new), dim=1)[:, -size:]
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if positions or name != 'pos_emb.weight')
+
+    def flops_per_token(self, T, predicted=1.0):
+        """Training FLOPs a token at length T; see training_flops."""
+        return training_flops(self, T, predicted)
+
+    def cache_bytes_per_token(self, dtype=None):
+        """Bytes by which the cache of generation grows with a token, in dtype, or in the precision
+        of the weights."""
+        return self.cache_numbers_per_token() * (dtype or self.tok_emb.weight.dtype).itemsize
+
+    def cache_numbers_per_token(self):
+        return sum(attention.cache_width() for attention in attentions_of(self))
+
+    def body_flops(self, T):
+        """Forward FLOPs a token of everything between embedding and head."""
+        keys = (T + 1) / 2 if self.config.block.causal else T  # that a query meets, on average
+        return sum(block_flops(child, 1, 1, keys) for name, child in self.named_children()
+                   if name not in ('vocab_proj', 'lm_head'))
+
+
+# --------------------------------------------------------------------------------------------------
+# the transformer
 
 
 class Transformer(LanguageModel):
-    """Embedding, blocks, head: a decoder with causal=True, an encoder otherwise."""
+    """One stack of blocks: a decoder with causal=True, an encoder otherwise.
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.add_rope('rope', config.rope_dims)
-        init_weights(self)
-
-    def trunk(self, x, end, key_mask, cache):
-        rope = self.rope('rope', end)
-        for block in self.blocks:
-            x = block(x, rope, key_mask, cache)
-        return x, {}
-
-    @classmethod
-    def from_deepseek(cls, state_dict, hf_config):
-        """A dense DeepSeek-V3 in the layout of transformers: state_dict (any precision, becomes float32), hf_config the dict
-        of its config.json, or the config itself. Same logits. Raises ConfigError on mixtures of experts, rotary scaling, quantised weights,
-        tensors that are missing or of another shape."""
-        hf_config = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
-        model = make_model('transformer', **options_of_deepseek(hf_config))
-        weights = model.state_dict()
-        for theirs, (ours, rows) in deepseek_layout(model.config, hf_config.get('rope_interleave', True)).items():
-            shape = (weights[ours].size(0) if rows is None else len(rows), *weights[ours].shape[1:])
-            if theirs not in state_dict:
-                raise ConfigError(f'{theirs}: missing from the checkpoint')
-            if state_dict[theirs].shape != shape:
-                raise ConfigError(f'{theirs}: has the shape {tuple(state_dict[theirs].shape)}, hf_config asks for {shape}')
-            weights[ours][slice(None) if rows is None else rows] = state_dict[theirs].to(weights[ours])
-        model.load_state_dict(weights)
-        return model.eval()
-
-    def to_deepseek(self, split=False):
-        """(state_dict, hf_config) in the layout of DeepseekV3ForCausalLM; same logits. The two matrices of an output latent
-        are merged, or with split=True stay apart, for a model that has been through add_output_latent. Raises ConfigError
-        on what the layout cannot hold."""
-        c = self.config
-        if wrong := [name for name, wanted in DEEPSEEK.items() if getattr(c, name) != wanted]:
-            raise ConfigError(f'{wrong[0]}={getattr(c, wrong[0])}: DeepSeek-V3 has {DEEPSEEK[wrong[0]]}')
-        if c.o_norm != 'none' and not split:
-            raise ConfigError(f'o_norm={c.o_norm!r} stands between the two matrices, which cannot be merged: use split=True, '
-                              'and add_output_latent with the same norm on the model that is to load them')
-        weights = self.state_dict()
-        ours = {theirs: weights[name] if rows is None else weights[name][rows]
-                for theirs, (name, rows) in deepseek_layout(c).items()}
-        if c.o_latent and not split:
-            for i in range(c.n_layer):
-                a, b = (ours.pop(f'model.layers.{i}.self_attn.o_proj.o_{part}_proj.weight') for part in 'ab')
-                ours[f'model.layers.{i}.self_attn.o_proj.weight'] = b @ a
-        hf_config = dict(
-            architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3', vocab_size=c.vocab_size,
-            hidden_size=c.n_embd, intermediate_size=c.mlp_hidden, num_hidden_layers=c.n_layer,
-            num_attention_heads=c.n_head, num_key_value_heads=c.n_head, q_lora_rank=c.q_latent, kv_lora_rank=c.kv_latent,
-            qk_nope_head_dim=c.head_dim - c.rope_dims, qk_rope_head_dim=c.rope_dims, v_head_dim=c.v_head_dim or c.head_dim,
-            max_position_embeddings=c.block_size, rope_theta=c.rope_theta, rope_interleave=True, rms_norm_eps=1e-6,
-            hidden_act='silu', attention_bias=False, tie_word_embeddings=c.tie_embeddings,
-            bos_token_id=None, eos_token_id=None, pad_token_id=None,  # the tokenizer's own
-            first_k_dense_replace=c.n_layer)  # no mixtures of experts
-        return ours, hf_config | (dict(o_latent=c.o_latent, o_norm=c.o_norm) if split and c.o_latent else {})
-
-
-class EncoderDecoder(LanguageModel):
-    """Autoregressive end to end: a causal encoder of the sequence, and a decoder that starts from the encoder's output
-    and attends to it, causally too, in every block. Generation extends all three caches, the encoder's, the decoder's
-    and the cross-attention's, by one token a step.
-
-    The embedding loss (training only) pulls the running mean of the embeddings, A_t = mean over i <= t of LN_1(E)_i,
-    to the encoder's output LN_2(enc_t), which it takes as given; E and enc are the raw residual streams. With
-    embedding_loss_affine both norms learn a gain and a bias, and the loss can fall by shrinking the gains alone: their
-    mean size is reported as `embedding_gain` and `encoder_gain`.
+        tokens -> embedding (+ position) -> block -> ... -> block -> norm -> head -> logits
     """
 
     def __init__(self, config):
         super().__init__(config)
-        self.encoder = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        self.decoder_proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
-        self.decoder = nn.ModuleList(CrossBlock(config, layer) for layer in range(config.n_decoder_layer))
-        if config.embedding_loss != 'none':
-            self.embedding_loss_norm, self.encoder_loss_norm = (
-                nn.LayerNorm(config.n_embd, eps=1e-5, elementwise_affine=config.embedding_loss_affine) for _ in range(2))
-        self.add_rope('rope', config.rope_dims)
-        self.add_rope('cross_rope', config.cross().rope_dims)
+        if config.learned_positions:  # one position more, if the next one is to be subtracted
+            n_positions = config.block_size + config.subtract_next_position
+            self.pos_emb = nn.Embedding(n_positions, config.block.n_embd)
+        self.add_rope('rope', config.block.rope_dims, config.block_size)
+        self.make_blocks(config)
         init_weights(self)
 
-    def trunk(self, x, end, key_mask, cache):
-        embedded, rope, cross_rope = x, self.rope('rope', end), self.rope('cross_rope', end)
+    def make_blocks(self, c):
+        self.blocks = nn.ModuleList(Block(c.block_of(i)) for i in range(c.n_layer))
+
+    def embed(self, idx, start):
+        x = super().embed(idx, start)
+        if self.config.learned_positions:
+            x = x + self.pos_emb.weight[start:start + idx.size(1)]
+        return x
+
+    def body(self, x, end, key_mask, cache):
+        rope = rope_until(self.rope, end)
+        for block in self.blocks:
+            x = block(x, rope=rope, key_mask=key_mask, cache=cache)
+        return x, {}
+
+    def before_head(self, x, end):
+        if self.config.subtract_next_position:
+            x = x - self.pos_emb.weight[end - x.size(1) + 1:end + 1]
+        return x
+
+
+# --------------------------------------------------------------------------------------------------
+# the encoder-decoder
+
+
+class EncoderDecoder(Transformer):
+    """Two causal stacks over the same sequence. The decoder starts from the encoder's output and
+    attends to it, causally too, in every block.
+
+        tokens -> embedding E -> encoder blocks -> enc -> decoder_proj -> decoder blocks -> head
+                                                    |                          ^
+                                                    +--- keys and values of ---+
+                                                         the cross-attentions
+
+    Generation extends three caches by one token a step: of the encoder, of the decoder, and of the
+    cross-attention.
+
+    The embedding loss (training only) pulls the running mean of the embeddings,
+    A_t = mean over i <= t of LN_1(E)_i, to the encoder's output LN_2(enc_t), which gets no gradient
+    from it. E and enc are the raw residual streams. With embedding_loss_affine both norms learn a
+    gain and a bias, and the loss can fall by shrinking the gains alone: their mean size is reported
+    as `embedding_gain` and `encoder_gain`.
+    """
+
+    def make_blocks(self, c):
+        D = c.block.n_embd
+        self.encoder = nn.ModuleList(Block(c.block_of(i)) for i in range(c.n_layer))
+        self.decoder_proj = Linear(D, D)
+        self.decoder = nn.ModuleList(CrossBlock(c.block_of(i), c.cross_of(i))
+                                     for i in range(c.n_decoder_layer))
+        self.add_rope('cross_rope', c.cross_of(c.n_decoder_layer).rope_dims, c.block_size)
+        if c.embedding_loss != 'none':
+            affine = c.embedding_loss_affine
+            self.embedding_loss_norm = nn.LayerNorm(D, eps=1e-5, elementwise_affine=affine)
+            self.encoder_loss_norm = nn.LayerNorm(D, eps=1e-5, elementwise_affine=affine)
+
+    def body(self, x, end, key_mask, cache):
+        rope, cross_rope = rope_until(self.rope, end), rope_until(self.cross_rope, end)
+        embedded = x
         for block in self.encoder:
-            x = block(x, rope, None, cache)
+            x = block(x, rope=rope, cache=cache)
         encoded, x = x, self.decoder_proj(x)
         for block in self.decoder:
-            x = block(x, encoded, rope, cross_rope, cache)
-        if not self.training or self.config.embedding_loss == 'none':
-            return x, {}
-        extra = {'embedding_loss': self.embedding_loss(embedded, encoded.detach())}
-        if self.config.embedding_loss_affine:
-            extra['embedding_gain'] = self.embedding_loss_norm.weight.detach().abs().mean()
-            extra['encoder_gain'] = self.encoder_loss_norm.weight.detach().abs().mean()
-        return x, extra
+            x = block(x, encoded, rope=rope, cross_rope=cross_rope, cache=cache)
+        return x, self.embedding_terms(embedded, encoded.detach()) if self.training else {}
 
-    def embedding_loss(self, embedded, encoded):
-        """embedded and encoded (B, T, D) -> scalar: mean squared error, 1 - (cos+1)/2, or -log((cos+1)/2)."""
+    def embedding_terms(self, embedded, encoded):
+        """The embedding loss of embedded and encoded, (B, T, D), as terms of `body`."""
+        c = self.config
+        if c.embedding_loss == 'none':
+            return {}
         counts = torch.arange(1, embedded.size(1) + 1, device=embedded.device)[:, None]  # (T, 1)
         mean = self.embedding_loss_norm(embedded).cumsum(dim=1) / counts
         target = self.encoder_loss_norm(encoded)
-        if self.config.embedding_loss == 'mse':
-            return F.mse_loss(mean, target)
-        closeness = (F.cosine_similarity(mean, target, dim=-1) + 1) / 2  # (B, T), from 0 to 1
-        if self.config.embedding_loss == 'cosine':
-            return (1 - closeness).mean()
-        return -closeness.clamp(min=1e-6).log().mean()
+        if c.embedding_loss == 'mse':
+            loss = F.mse_loss(mean, target)
+        else:
+            loss = (1 - (F.cosine_similarity(mean, target, dim=-1) + 1) / 2).mean()
+        terms = {'embedding_loss': (loss, c.embedding_loss_coeff)}
+        if c.embedding_loss_affine:
+            for name in ('embedding', 'encoder'):
+                gain = getattr(self, f'{name}_loss_norm').weight.detach().abs().mean()
+                terms[f'{name}_gain'] = gain, 0.0
+        return terms
 
 
-# -- grouped latents: `level` 0 are the tokens, and on level i a group of group_size tokens has latents[i-1] slots
+# --------------------------------------------------------------------------------------------------
+# grouped latents
+
+
+class GroupedLatent(LanguageModel):
+    """A U-net over time, exactly causal. Tokens come in groups of fixed size g. Each level keeps K
+    slots a group, the last K positions of the group, and has fewer and wider ones than the level
+    below; the trunk, n_layer wide blocks, runs over the fewest.
+
+                     group 0             group 1                          logits
+        level 0   t t t t t t t t     t t t t t t t t     g = 8 tokens      ^
+             Down | | | | | | | |                         a group           | Up, + skip
+        level 1           l l l l             l l l l     K = 4 slots       ^
+             Down         | | | |                         a group           | Up, + skip
+        level 2               L L                 L L     K = 2  --> trunk -+
+
+    Down: the last slots of a group read the group, and become the slots of the next level. Up: a
+    slot reads the latents that exist by its time, those of its own group that stand at or before it
+    and those of the previous group, and adds the skip, what stood there on the way down. After each
+    Down and Up a Mixer lets the slots of a level see each other, inside their group and across
+    groups. Causality follows: a slot stands at the time of a token and sees nothing later.
+
+    Positions: a learned embedding says where in its group a slot stands; rotary positions are token
+    times on every level. As a group has a fixed size, nothing before a token depends on what
+    follows or on the length; the last group may be open, that is, not yet full.
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        c, last = config, len(config.latents)
+        self.slot_emb = nn.ModuleList(nn.Embedding(K, D) for K, D in zip(c.sizes, c.widths))
+        self.down = nn.ModuleList(Down(c, i) for i in range(last))
+        self.blocks = nn.ModuleList(
+            ChannelBlock(c) if c.n_channels and (i + 1) % c.channels_every == 0
+            else Block(c.level(last)) for i in range(c.n_layer))
+        self.up = nn.ModuleList(Up(c, i) for i in range(last))
+        if c.dense_former:
+            # what block i + 1 reads of the trunk's input and of the outputs so far: first the last
+            self.depth_weights = nn.ParameterList(F.one_hot(torch.tensor(i + 1), i + 2).float()
+                                                  for i in range(c.n_layer - 1))
+        if c.latent_loss:
+            self.latent_head = Linear(c.widths[-1], c.widths[-1])
+        g = c.group_size
+        n_groups = max(2, -(-c.block_size // g))  # rounded up; `plan` looks two groups up
+        for i, K in enumerate(c.sizes):
+            times = (torch.arange(n_groups)[:, None] * g + g - K + torch.arange(K)).flatten()
+            self.add_rope(f'rope_{i}', c.block.rope_dims, n_groups * g, times)
+        init_weights(self)
+
+    def body(self, x, end, key_mask, cache):
+        """x: (B, T, D_0). Cuts it into calls of `groups`, each for whole groups or inside one."""
+        g, T = self.config.group_size, x.size(1)
+        if cache is None:
+            x = F.pad(x, (0, 0, 0, -T % g))  # causality makes filling up the last group exact
+            y, terms = self.groups(x, self.plan(0, x.size(1), None), n_real=T)
+            return y[:, :T], terms
+        parts, start = [], end - T
+        while start < end:
+            if start % g or end - start < g:
+                stop = min(end, (start // g + 1) * g)  # up to the end of the open group
+            else:
+                stop = end // g * g  # all the whole groups
+            part = x[:, start - end + T:stop - end + T]
+            parts.append(self.groups(part, self.plan(start, stop, cache), n_real=stop)[0])
+            cache.n_tokens = start = stop
+        return torch.cat(parts, dim=1), {}
+
+    def plan(self, start, stop, cache):
+        """The Plan of a call for the tokens start..stop: whole groups, or tokens inside a group."""
+        c, g = self.config, self.config.group_size
+        whole = (stop - start) % g == 0
+        levels = []
+        for i, K in enumerate(c.sizes):
+            first, last = new_slots(c, i, start, stop)
+            inside = dict(rope=make_rope(self.rope_at(i, 0, last)))
+            across = dict(rope=make_rope(self.rope_at(i, 0, slots_until(c, i, stop))))
+            if cache is not None:
+                inside['cache'] = None if whole else cache.open_group[i]
+                across['cache'] = cache.levels[i]
+            up_rope = None
+            if i < len(self.up):
+                # the latents of the group before are read first, so times count from that group
+                _, last_latent = new_slots(c, i + 1, start, stop)
+                up_rope = make_rope(self.rope_at(i, K + first, K + last),
+                                    self.rope_at(i + 1, 0, c.sizes[i + 1] + last_latent))
+            levels.append(LevelPlan(first, last, inside, across, up_rope))
+        n_groups = (stop - start) // g if whole else 1
+        return Plan(levels, n_groups, whole, start < g, stop % g == 0, cache)
+
+    def rope_at(self, level, first, last):
+        """The rotary table of the slots first..last of a level, or None."""
+        table = getattr(self, f'rope_{level}')
+        return None if table is None else table[:, first:last]
+
+    def groups(self, x, plan, n_real):
+        """Down, through the trunk, and up: x (B, T, D_0) -> (states (B, T, D_0), terms of `body`).
+        n_real: tokens that are not filling, for the latent loss."""
+        level = plan.levels[0]
+        x = fold(x, plan.n_groups) + self.slot_emb[0].weight[level.first:level.last]
+        # inside a group, new tokens may end before the first slot of a level, and of those above it
+        n_levels = sum(level.last > level.first for level in plan.levels)
+        skips, terms = [], {}
+        for i, down in enumerate(self.down[:n_levels]):
+            skips.append(x)
+            x = down(x, self.slot_emb[i + 1], plan)
+        if n_levels == len(plan.levels):
+            x, terms = self.trunk(x, plan, n_real)
+        for up in reversed(self.up[:n_levels]):
+            x = up(x, skips.pop(), plan)
+        return unfold(x, plan.n_groups), terms
+
+    def trunk(self, x, plan, n_real):
+        """x (B*G, k, D) -> (the same after n_layer blocks over all latents, terms of `body`)."""
+        inputs = x = unfold(x, plan.n_groups)
+        outputs = [x]
+        for i, block in enumerate(self.blocks):
+            x = block(x, **plan.levels[-1].across)
+            if self.config.dense_former and i + 1 < len(self.blocks):
+                outputs.append(x)
+                x = sum(weight * output for weight, output in zip(self.depth_weights[i], outputs))
+        terms = {}
+        if self.config.latent_loss and self.training:
+            n = slots_until(self.config, len(self.down), n_real)
+            loss = self.latent_loss(x[:, :n], inputs[:, :n].detach())
+            terms['latent_loss'] = loss, self.config.latent_loss_coeff
+        return fold(x, plan.n_groups), terms
+
+    def latent_loss(self, outputs, inputs):
+        """1 - cos between what latent_head makes of trunk output j and trunk input j + 1; both
+        (B, n, D), of n latents."""
+        predicted = self.latent_head(outputs[:, :-1])
+        if predicted.size(1) == 0:
+            return self.latent_head(outputs).sum() * 0.0  # every parameter still gets a gradient
+        return (1 - F.cosine_similarity(predicted, inputs[:, 1:], dim=-1)).mean()
+
+    def init_cache(self, batch, length):
+        check_cache(self, length)
+        return GroupedCache(self.config, batch, length, head_of_cache(self, batch))
+
+    def cache_numbers_per_token(self):
+        return grouped_cache_numbers(self)
+
+    def body_flops(self, T):
+        return sum(grouped_flops(self, T).values())
 
 
 def slots_until(config, level, t):
-    """How many slots level i has after t tokens: slot j of a group of K stands for its token group_size - K + j."""
-    g, K = config.group_size, (config.group_size, *config.latents)[level]
+    """How many slots a level has after t tokens: the slots of a group are its last K tokens."""
+    g, K = config.group_size, config.sizes[level]
     return t // g * K + max(0, t % g - (g - K))
 
 
-class Span:
-    """The tokens start..stop of a call, as the blocks of GroupedLatent see them: whole groups from a group's beginning,
-    folded into the batch where attention is local, or with a cache some tokens of one group."""
-
-    def __init__(self, model, start, stop, cache):
-        c = self.config = model.config
-        self.model, self.start, self.stop, self.cache = model, start, stop, cache
-        self.sizes = (c.group_size, *c.latents)
-        self.whole = start % c.group_size == 0 == stop % c.group_size
-
-    def slots(self, level):
-        """First and last + 1 of the new slots of a group on this level."""
-        if self.whole:
-            return 0, self.sizes[level]
-        first = max(0, self.start % self.config.group_size - (self.config.group_size - self.sizes[level]))
-        return first, first + slots_until(self.config, level, self.stop) - slots_until(self.config, level, self.start)
-
-    def fold(self, x, size):
-        return x.unflatten(1, (-1, size)).flatten(0, 1) if self.whole else x  # (B, n*K, D) -> (B*n, K, D)
-
-    def unfold(self, x, batch):
-        return x.unflatten(0, (batch, -1)).flatten(1, 2) if self.whole else x  # (B*n, K, D) -> (B, n*K, D)
-
-    def rope(self, times):
-        cos, sin = self.model.rope_cos, self.model.rope_sin
-        return cos[times], sin[times]
-
-    def inside(self, level):
-        """(rope, cache) of a block inside the groups of this level."""
-        first = self.config.group_size - self.sizes[level]
-        rope = self.rope(slice(first, first + self.slots(level)[1])) if self.config.rope_dims else None
-        return rope, None if self.whole or self.cache is None else self.cache.open_group[level]
-
-    def across(self, level):
-        """(rope, cache) of a block over all slots of this level."""
-        n = slots_until(self.config, level, self.stop)
-        rope = self.rope(getattr(self.model, f'times_{level}')[:n]) if self.config.rope_dims else None
-        return rope, None if self.cache is None else self.cache.levels[level]
+def new_slots(config, level, start, stop):
+    """First and last + 1 of the slots that the tokens start..stop add to a group: whole groups add
+    all K, tokens inside one group some of them."""
+    g, K = config.group_size, config.sizes[level]
+    if (stop - start) % g == 0:
+        return 0, K
+    earlier = start // g * K
+    return slots_until(config, level, start) - earlier, slots_until(config, level, stop) - earlier
 
 
-def block_flops(module, queries, sources, keys):
-    """Forward FLOPs of blocks for `queries` rows, whose keys and values are made of `sources` rows; each meets `keys`."""
-    total = 0.0
-    for name, part in module.named_modules():
-        if isinstance(part, (nn.Linear, ChannelLinear)):
-            rows = sources if name.split('.')[-1].startswith('kv_') else queries
-            total += 2 * part.weight.numel() * rows
-        elif isinstance(part, Attention):
-            total += part.score_flops(keys) * queries
-        elif isinstance(part, ChannelBlock):  # each channel goes through the shared feed-forwards
-            total += (part.n_channels - 1) * block_flops(part.shared, queries, sources, keys)
-    return total
+def fold(x, n_groups):
+    return x.unflatten(1, (n_groups, -1)).flatten(0, 1)  # (B, G*k, D) -> (B*G, k, D)
+
+
+def unfold(x, n_groups):
+    return x.unflatten(0, (-1, n_groups)).flatten(1, 2)  # (B*G, k, D) -> (B, G*k, D)
+
+
+class LevelPlan(NamedTuple):
+    """What a call of GroupedLatent.groups does on one level."""
+
+    first: int  # the new slots of each group are first..last
+    last: int
+    inside: dict  # rope and cache of blocks that see one group
+    across: dict  # rope and cache of blocks that see all slots
+    up_rope: Rope | None  # of slots that read latents, by attention, on the way up to this level
+
+
+class Plan(NamedTuple):
+    """What a call of GroupedLatent.groups does."""
+
+    levels: list[LevelPlan]
+    n_groups: int
+    whole: bool  # whole groups; False: tokens inside one group, the open one
+    from_start: bool  # the first group is that of the sequence
+    closes: bool  # after the call no group is open
+    cache: object
+
+
+class Down(nn.Module):
+    """Level i to level i + 1: the last K' slots of each group read the group,
+    (B*G, k, D_i) -> (B*G, k', D_i+1).
+
+    compress='transformer': blocks inside the group at the new width, of which the last computes its
+    queries for the last K' slots alone. 'perceiver': one block, whose queries are the last K' slots
+    projected to the new width, and whose keys and values come from the group at its own width.
+    """
+
+    def __init__(self, config, level):
+        super().__init__()
+        self.level, self.perceiver = level, config.compress == 'perceiver'
+        width, above = config.widths[level], config.level(level + 1)
+        self.in_proj = Linear(width, above.n_embd)
+        n = 0 if self.perceiver else config.n_compress - 1
+        self.blocks = nn.ModuleList(Block(above) for _ in range(n))
+        self.pool = PoolBlock(above, width if self.perceiver else None)
+        self.mixer = Mixer(config, level + 1)
+
+    def forward(self, x, slot_emb, plan):
+        level, above = plan.levels[self.level:self.level + 2]
+        y = self.in_proj(x)
+        for block in self.blocks:
+            y = block(y, **level.inside)
+        n_new = above.last - above.first  # as many of the new slots become slots of the level above
+        latents = self.pool(y[:, y.size(1) - n_new:], x if self.perceiver else y, **level.inside)
+        if n_new == 0:
+            return latents
+        latents = latents + slot_emb.weight[above.first:above.last]
+        return self.mixer(latents, above, plan.n_groups)
 
 
 class PoolBlock(Block):
-    """A block whose queries are the last slots of a group alone: q (B, K', D), source (B, K, source_width). With
-    source_width None the source is what the queries are the last of, and the norm is one."""
+    """A block whose queries are the last slots of a group: q (B*G, k', D), source (B*G, k, width).
+    source_width None: q is a part of the source, and they share a norm."""
 
     def __init__(self, config, source_width=None):
-        super().__init__(config, 0)
-        self.attn = ATTENTIONS[config.attention](config, source_width or config.n_embd)
+        super().__init__(config, source_width)
         self.source_norm = make_norm(config.norm, source_width) if source_width else None
 
-    def forward(self, q, source, rope, cache):
+    def forward(self, q, source, **context):
         source = (self.source_norm or self.attn_norm)(source)
-        q = q + self.dropout(self.attn(self.attn_norm(q), rope, None, source, cache))
+        q = q + self.dropout(self.attn(self.attn_norm(q), source=source, **context))
         return q + self.dropout(self.mlp(self.mlp_norm(q)))
 
 
 class Mixer(nn.Module):
-    """n_mix pairs of a block inside the groups and a block over all slots of a level."""
+    """n_mix pairs of a local block, inside the groups, and a global block, over all slots of a
+    level: (B*G, k, D) -> the same."""
 
     def __init__(self, config, level):
         super().__init__()
-        self.level = level
         n = config.n_mix
-        self.order = ('local', 'across') * n if config.interleave else ('local',) * n + ('across',) * n
-        self.blocks = nn.ModuleList(Block(config.level(level), 0) for _ in self.order)
-        for kind, block in zip(self.order, self.blocks):
-            block.attn.window = config.global_window if kind == 'across' and level == 0 else None
+        self.order = ('local', 'global') * n if config.interleave else (
+            ('local',) * n + ('global',) * n)
+        self.blocks = nn.ModuleList(Block(config.level(level)) for _ in self.order)
+        if level == 0:
+            for block in self.of_kind('global'):
+                block.attn.window = config.global_window
 
-    def flops(self, rows, keys_inside, keys_across):
-        keys = dict(local=keys_inside, across=keys_across)
-        return sum(block_flops(block, rows, rows, keys[kind]) for kind, block in zip(self.order, self.blocks))
+    def of_kind(self, kind):
+        return [block for name, block in zip(self.order, self.blocks) if name == kind]
 
-    def forward(self, x, span):
+    def forward(self, x, level, n_groups):
+        """level: a LevelPlan."""
         for kind, block in zip(self.order, self.blocks):
             if kind == 'local':
-                rope, cache = span.inside(self.level)
-                x = span.unfold(block(span.fold(x, span.sizes[self.level]), rope, None, cache), x.size(0))
+                x = block(x, **level.inside)
             else:
-                rope, cache = span.across(self.level)
-                x = block(x, rope, None, cache)
+                x = fold(block(unfold(x, n_groups), **level.across), n_groups)
         return x
 
 
-class Down(nn.Module):
-    """Level i to level i + 1: the last slots of each group read the group, (B, m, D_i) -> (B, m', D_i+1)."""
-
-    def __init__(self, config, level):
-        super().__init__()
-        self.level, self.n_keep = level, config.latents[level]
-        width, source_width = config.widths[level + 1], config.widths[level]
-        self.in_proj = nn.Linear(source_width, width, bias=False)
-        n = config.n_compress - 1 if config.compress == 'transformer' else 0
-        self.blocks = nn.ModuleList(Block(config.level(level + 1), 0) for _ in range(n))
-        self.pool = PoolBlock(config.level(level + 1), source_width if config.compress == 'perceiver' else None)
-        self.mixer = Mixer(config, level + 1)
-
-    def forward(self, x, slot_emb, span):
-        batch, K = x.size(0), span.sizes[self.level]
-        rope, cache = span.inside(self.level)
-        x = span.fold(x, K)
-        y = self.in_proj(x)
-        for block in self.blocks:
-            y = block(y, rope, None, cache)
-        first, last = span.slots(self.level)
-        n_new = max(0, last - max(first, K - self.n_keep))  # slots among these that the next level keeps
-        source = y if self.pool.source_norm is None else x
-        y = self.pool(y[:, y.size(1) - n_new:], source, rope, cache)
-        if n_new == 0:
-            return y  # the group has not come so far
-        y = span.unfold(y + slot_emb.weight[slice(*span.slots(self.level + 1))], batch)
-        return self.mixer(y, span)
-
-
 class Up(nn.Module):
-    """Level i + 1 back to level i: slots read the latents of their group that are there by then and those of the group
-    before; before the first group stand learned ones. (B, m', D_i+1), (B, m, D_i) -> (B, m, D_i)."""
+    """Level i + 1 back to level i: each slot reads latents of its own group and of the group
+    before, and adds the skip, x: (B*G, k', D_i+1), (B*G, k, D_i) -> (B*G, k, D_i). Before the first
+    group stand learned latents.
+
+    upsample='repeat': the last K' slots of a group stand at the same tokens as its latents, and
+    each takes its own. A slot that stands -r slots before the first latent takes latent r mod K' of
+    the group before. 'attention': a slot attends to all latents that stand at or before it.
+    """
 
     def __init__(self, config, level):
         super().__init__()
         self.level, self.upsample = level, config.upsample
         width, above = config.widths[level:level + 2]
-        K, n = (config.group_size, *config.latents)[level:level + 2]
-        self.latent_norm = make_norm(config.norm, above)
-        self.before_emb = nn.Embedding(n, above)  # the latents before the first group
-        slot, late = torch.arange(K), K - n  # slots from `late` on are the latents' own
+        K, n = config.sizes[level:level + 2]  # slots, latents
+        self.latent_norm = make_norm(config.block.norm, above)
+        self.before_emb = nn.Embedding(n, above)
+        # Which latents a slot reads, of the n of the group before followed by the n of its own.
+        slot, late = torch.arange(K), K - n
         if self.upsample == 'repeat':
-            self.up_proj = nn.Linear(above, width, bias=False)
-            self.register_buffer('reads', torch.where(slot < late, (slot - late) % n, n + slot - late), persistent=False)
+            self.up_proj = Linear(above, width, writes=True)
+            reads = torch.where(slot < late, (slot - late) % n, n + slot - late)
+            self.register_buffer('reads', reads, persistent=False)
         else:
-            self.query_norm = make_norm(config.norm, width)
-            self.up = ATTENTIONS[config.attention](config.level(level, causal=False), above)
-            own = slot[:, None] >= late + torch.arange(n)  # (K, n)
-            self.register_buffer('sees', torch.cat((torch.ones(K, n, dtype=torch.bool), own), dim=1), persistent=False)
-        if config.skip == 'learned':
-            self.skip_a, self.skip_b = nn.Parameter(torch.ones(width)), nn.Parameter(torch.ones(width))
+            self.query_norm = make_norm(config.block.norm, width)
+            block = replace(config.level(level), causal=False)
+            self.up = make_attention(block, above)
+            own = slot[:, None] >= late + torch.arange(n)
+            sees = torch.cat((torch.ones(K, n, dtype=torch.bool), own), dim=1)  # (K, 2n)
+            self.register_buffer('sees', sees, persistent=False)
         self.learned_skip = config.skip == 'learned'
+        if self.learned_skip:
+            self.skip_a, self.skip_b = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.mixer = Mixer(config, level)
 
-    def forward(self, latents, x, span):
-        u = self.read(self.with_previous(self.prepare(latents), span), x, span)
-        x = self.skip_a * u + self.skip_b * x if self.learned_skip else u + x
-        return self.mixer(x, span)
+    def forward(self, latents, x, plan):
+        latents, level = self.prepare(latents), plan.levels[self.level]
+        if plan.from_start:
+            batch = x.size(0) // plan.n_groups
+            previous = self.prepare(self.before_emb.weight).expand(batch, -1, -1)
+        else:
+            previous = plan.cache.previous[self.level]  # (B, K', .)
+        if plan.whole:
+            latents = self.of_whole_groups(latents, previous, plan)
+        else:
+            latents = self.of_open_group(latents, previous, plan)
+        y = self.read(latents, x, level)
+        x = self.skip_a * y + self.skip_b * x if self.learned_skip else y + x
+        return self.mixer(x, level, plan.n_groups)
 
     def prepare(self, latents):
         latents = self.latent_norm(latents)
         return self.up_proj(latents) if self.upsample == 'repeat' else latents
 
-    def with_previous(self, latents, span):
-        """(B, n*K', W) -> (B*n, 2K', W): the latents of the group before and the group's own. Open group: (B, K'+b, W)."""
-        batch, n = latents.size(0), span.sizes[self.level + 1]
-        if span.start < span.config.group_size:
-            previous = self.prepare(self.before_emb.weight).expand(batch, -1, -1)
-        else:
-            previous = span.cache.latents[self.level][:, :n]
-        if span.whole:
-            groups = torch.cat((previous, latents), dim=1).unflatten(1, (-1, n))  # (B, 1+n, K', W)
-            if span.cache is not None:
-                span.cache.keep(self.level, groups[:, -1], 0)
-            return torch.cat((groups[:, :-1], groups[:, 1:]), dim=2).flatten(0, 1)
-        first, last = span.slots(self.level + 1)
-        span.cache.keep(self.level, latents, n + first)
-        both = torch.cat((previous, span.cache.latents[self.level][:, n:n + last]), dim=1)
-        if span.stop % span.config.group_size == 0:
-            span.cache.keep(self.level, both[:, n:], 0)
-        return both
+    def of_whole_groups(self, latents, previous, plan):
+        """latents (B*G, K', .), previous (B, K', .) -> what each group may read, (B*G, 2K', .)."""
+        latents = latents.unflatten(0, (previous.size(0), -1))  # (B, G, K', .)
+        before = torch.cat((previous[:, None], latents[:, :-1]), dim=1)
+        if plan.cache is not None:
+            plan.cache.previous[self.level] = latents[:, -1].clone()
+        return torch.cat((before, latents), dim=2).flatten(0, 1)
 
-    def read(self, latents, x, span):
-        """latents (B*n, 2K', W) -> what each slot reads of them, (B, m, D_i)."""
-        first, last = span.slots(self.level)
+    def of_open_group(self, latents, previous, plan):
+        """latents (B, k', .), the new ones, previous (B, K', .) -> what the open group may read,
+        the previous group's latents and its own until now: (B, K' + last, .)."""
+        own, = plan.cache.open_group[self.level + 1].extend(self, latents)
+        if plan.closes:
+            plan.cache.previous[self.level] = own.clone()
+        return torch.cat((previous, own), dim=1)
+
+    def read(self, latents, x, level):
+        """What each new slot reads of the latents (B*G, ., .): (B*G, k, D_i)."""
         if self.upsample == 'repeat':
-            return span.unfold(latents[:, self.reads[first:last]], x.size(0))
-        q = span.fold(self.query_norm(x), span.sizes[self.level])
-        mask = self.sees[None, None, first:last, :latents.size(1)]
-        y = self.up(q, self.rope(latents.size(1), first, last, span), mask, latents)
-        return span.unfold(y, x.size(0))
-
-    def rope(self, n_latents, first, last, span):
-        """Tables of the slots and of the latents, whose times count from the beginning of the group before."""
-        if not span.config.rope_dims:
-            return None
-        g, K, n = span.config.group_size, span.sizes[self.level], span.sizes[self.level + 1]
-        times = torch.cat((torch.arange(g - n, g), torch.arange(2 * g - n, 2 * g)))[:n_latents]
-        return *span.rope(slice(2 * g - K + first, 2 * g - K + last)), *span.rope(times)
+            return latents[:, self.reads[level.first:level.last]]
+        mask = self.sees[None, None, level.first:level.last, :latents.size(1)]
+        return self.up(self.query_norm(x), source=latents, rope=level.up_rope, key_mask=mask)
 
 
 class ChannelLinear(nn.Module):
-    """n_channels linear layers as one batched product, (n_channels*B, T, n_in) -> (n_channels*B, T, n_out)."""
+    """A Linear for each of C channels as one batched product, (C*B, T, n_in) -> (C*B, T, n_out)."""
 
     def __init__(self, layer, n_channels):
         super().__init__()
-        self.n_channels, self.splits = n_channels, getattr(layer, 'splits', (layer.out_features,))
+        self.n_channels = n_channels
+        self.writes, self.keys = getattr(layer, 'writes', False), getattr(layer, 'keys', False)
         self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
-        self.bias = None if layer.bias is None else nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
+        self.bias = None
+        if layer.bias is not None:
+            self.bias = nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
 
     def forward(self, x):
-        y = x.unflatten(0, (self.n_channels, -1)).flatten(1, 2) @ self.weight.transpose(1, 2)  # (s, B*T, n_out)
+        x = x.unflatten(0, (self.n_channels, -1))  # (C, B, T, n_in)
+        y = x.flatten(1, 2) @ self.weight.transpose(1, 2)  # (C, B*T, n_out)
         y = y if self.bias is None else y + self.bias
-        return y.view(*x.shape[:-1], -1)
+        return y.view(-1, x.size(2), y.size(-1))
 
 
 def make_channels(module, n_channels):
@@ -1129,179 +1514,58 @@ def make_channels(module, n_channels):
 
 
 class ChannelBlock(nn.Module):
-    """A trunk block of s parallel channels: h_c = x + attention_c(x), z_c = h_c + feed-forward_c(h_c) + shared ones, merged
-    element by element, sum_c softmax_c(z) z. Channels are folded into the batch; gains of norms are shared."""
+    """A trunk block of C parallel channels, each with its own attention and feed-forward:
 
-    def __init__(self, config, level_config):
+        h_c = x + attention_c(norm x);  z_c = h_c + mlp_c(norm h_c) + sum of shared mlps(norm h_c)
+        merge='softmax': sum over c of softmax_c(z) * z, element by element; 'max', 'mean'
+
+    The channels are folded into the batch; they share the gains of the norms.
+    """
+
+    def __init__(self, config):
         super().__init__()
-        c, s = level_config, config.n_channels
-        hidden = max(1, round(config.channel_mlp_mult * 4 * c.n_embd / s))
-        narrow = config.level(-1, mlp_hidden=hidden)
-        self.n_channels, self.merge = s, config.merge
+        c, C = config.level(-1), config.n_channels
+        narrow = replace(c, mlp_hidden=max(1, round(config.channel_mlp_mult * 4 * c.n_embd / C)))
+        self.n_channels, self.merge = C, config.merge
         self.attn_norm, self.mlp_norm = (make_norm(c.norm, c.n_embd) for _ in range(2))
-        self.attn = make_channels(ATTENTIONS[c.attention](c), s)
-        self.attn.n_channels = s
-        self.mlp = make_channels(MLP(narrow, c.mlp_rank), s)
-        self.shared = nn.ModuleList(MLP(narrow, c.mlp_rank) for _ in range(config.n_shared_mlp))
+        self.attn = make_channels(make_attention(c), C)
+        self.attn.n_channels = C
+        self.mlp = make_channels(MLP(narrow), C)
+        self.shared = nn.ModuleList(MLP(narrow) for _ in range(config.n_shared_mlp))
         self.dropout = make_dropout(c.dropout)
 
-    def forward(self, x, rope=None, key_mask=None, cache=None):
-        x = x.repeat(self.n_channels, 1, 1)  # (s*B, T, D), channel by channel
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope, None, None, cache))
+    def forward(self, x, **context):
+        x = x.repeat(self.n_channels, 1, 1)  # (C*B, T, D), channel by channel
+        x = x + self.dropout(self.attn(self.attn_norm(x), **context))
         h = self.mlp_norm(x)
         x = x + self.dropout(self.mlp(h) + sum(mlp(h) for mlp in self.shared))
-        z = x.unflatten(0, (self.n_channels, -1))  # (s, B, T, D)
+        z = x.unflatten(0, (self.n_channels, -1))  # (C, B, T, D)
         if self.merge == 'softmax':
             return (z.softmax(dim=0) * z).sum(dim=0)
         return z.amax(dim=0) if self.merge == 'max' else z.mean(dim=0)
 
 
-class GroupedLatent(LanguageModel):
-    """A U-net over time, exactly causal. Tokens come in groups of group_size; each level keeps the last few slots of a
-    group, which have read it; the trunk, n_layer wide blocks, runs over the fewest; on the way back every slot reads the
-    latents that were there by its time, its own group's and the previous group's, and adds the skip.
-
-    A group has a fixed size, so that nothing before a token depends on what follows or on how long the sequence is; the
-    last group may be open. Positions: where in its group a slot stands is learned, and rotary ones are token times."""
-
-    def __init__(self, config):
-        super().__init__(config)
-        self.sizes = (config.group_size, *config.latents)
-        self.slot_emb = nn.ModuleList(nn.Embedding(K, D) for K, D in zip(self.sizes, config.widths))
-        self.down = nn.ModuleList(Down(config, i) for i in range(len(config.latents)))
-        last = config.level(len(config.latents))
-        self.blocks = nn.ModuleList(
-            ChannelBlock(config, last) if config.n_channels and (k + 1) % config.channels_every == 0 else Block(last, 0)
-            for k in range(config.n_layer))
-        self.up = nn.ModuleList(Up(config, i) for i in range(len(config.latents)))
-        if config.dense_former:
-            # before block k + 1: weights of the trunk's input and of the k + 1 outputs so far, at first the last alone
-            self.depth_weights = nn.ParameterList(F.one_hot(torch.tensor(k + 1), k + 2).float()
-                                                  for k in range(config.n_layer - 1))
-        if config.latent_loss:
-            self.latent_head = nn.Linear(last.n_embd, last.n_embd, bias=False)
-        g = config.group_size
-        length = -(-max(config.block_size, 2 * g) // g) * g
-        self.add_rope('rope', config.rope_dims, length)
-        for i, K in enumerate(self.sizes):
-            times = (torch.arange(length // g)[:, None] * g + g - K + torch.arange(K)).flatten()
-            self.register_buffer(f'times_{i}', times, persistent=False)
-        init_weights(self)
-
-    def trunk(self, x, end, key_mask, cache):
-        g, T = self.config.group_size, x.size(1)
-        if cache is None:
-            # a last part of a group is filled up: what comes later changes nothing
-            y, extra = self.span(F.pad(x, (0, 0, 0, -T % g)), Span(self, 0, T + -T % g, None), T)
-            return y[:, :T], extra
-        parts, start = [], end - T
-        while start < end:  # the rest of the open group, whole groups, the beginning of the next
-            stop = min(end, (start // g + 1) * g) if start % g or end - start < g else end // g * g
-            parts.append(self.span(x[:, start - end + T:stop - end + T], Span(self, start, stop, cache), None)[0])
-            cache.n_tokens = start = stop
-        return torch.cat(parts, dim=1), {}
-
-    def span(self, x, span, n_real):
-        """The tokens of a Span down, through the trunk, and up; n_real: those that are no filling, for the latent loss."""
-        n_groups = x.size(1) // self.config.group_size if span.whole else 1
-        x = x + self.slot_emb[0].weight[slice(*span.slots(0))].repeat(n_groups, 1)
-        skips = []
-        for level, down in enumerate(self.down):
-            skips.append(x)
-            if x.size(1):
-                x = down(x, self.slot_emb[level + 1], span)
-            else:
-                x = x.new_empty(x.size(0), 0, self.config.widths[level + 1])
-        latents = x
-        if x.size(1):
-            x = self.over_latents(x, span)
-        extra = {}
-        if self.training and self.config.latent_loss and n_real is not None:
-            extra['latent_loss'] = self.latent_loss(x, latents.detach(), slots_until(self.config, len(self.down), n_real))
-        for up, skip in zip(reversed(self.up), reversed(skips)):
-            x = up(x, skip, span) if skip.size(1) else skip
-        return x, extra
-
-    def over_latents(self, x, span):
-        rope, cache = span.across(len(self.down))
-        outputs = [x]
-        for k, block in enumerate(self.blocks):
-            x = block(x, rope, None, cache)
-            if self.config.dense_former and k + 1 < len(self.blocks):
-                outputs.append(x)
-                x = sum(weight * output for weight, output in zip(self.depth_weights[k], outputs))
-        return x
-
-    def latent_loss(self, outputs, inputs, n):
-        """1 - cos between what the head makes of trunk output j and trunk input j + 1, over the first n latents."""
-        if n < 2:
-            return outputs.sum() * 0.0
-        return (1 - F.cosine_similarity(self.latent_head(outputs[:, :n - 1]), inputs[:, 1:n], dim=-1)).mean()
-
-    def flops_by_part(self, T):
-        """Forward FLOPs a token of the levels (all that compresses, mixes and goes up) and of the trunk."""
-        n = [slots_until(self.config, level, T) / T for level in range(len(self.sizes))]  # slots a token
-        seen = [(rate * T + 1) / 2 for rate in n]  # by a query that sees all before it
-        if (window := self.config.global_window) and window < T:
-            seen[0] = window - window * (window - 1) / 2 / T
-        parts = dict(levels=0.0, trunk=block_flops(self.blocks, n[-1], n[-1], seen[-1]))
-        for level, (down, up) in enumerate(zip(self.down, self.up)):
-            K, k = self.sizes[level:level + 2]
-            inside = (K + 1) / 2
-            parts['levels'] += (2 * down.in_proj.weight.numel() * n[level]
-                                + block_flops(down.blocks, n[level], n[level], inside)
-                                + block_flops(down.pool, n[level + 1], n[level], (2 * K - k + 1) / 2)
-                                + down.mixer.flops(n[level + 1], (k + 1) / 2, seen[level + 1])
-                                + up.mixer.flops(n[level], inside, seen[level]))
-            if up.upsample == 'repeat':
-                parts['levels'] += 2 * up.up_proj.weight.numel() * n[level + 1]
-            else:
-                parts['levels'] += block_flops(up.up, n[level], n[level + 1], k + k * (k + 1) / 2 / K)
-        return parts
-
-    def trunk_flops(self, T):
-        return sum(self.flops_by_part(T).values())
-
-    def cache_bytes_per_token(self, dtype=None):
-        """Bytes by which the cache grows with each token; what it keeps of the open group has a fixed size."""
-        width = 0.0
-        for level, K in enumerate(self.sizes):
-            blocks = [block for part in (*self.down, *self.up) if part.mixer.level == level
-                      for kind, block in zip(part.mixer.order, part.mixer.blocks) if kind == 'across']
-            blocks += self.blocks if level == len(self.down) else []
-            width += sum(block.attn.cache_width() * block.attn.n_channels for block in blocks) * K / self.config.group_size
-        return width * (dtype or self.tok_emb.weight.dtype).itemsize
-
-    def init_cache(self, batch, length):
-        return GroupedCache(self.config, batch, length, super().init_cache(batch, length).head)
+ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
+                 'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig),
+                 'grouped_latent': (GroupedLatent, GroupedLatentConfig)}
 
 
-ARCHITECTURES = {'transformer': (Transformer, TransformerConfig), 'grouped_latent': (GroupedLatent, GroupedLatentConfig),
-                 'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig)}
-
-
-def make_model(arch, **options):
-    """A model of the architecture `arch` (a key of ARCHITECTURES). Raises ConfigError on options that it does not
-    have or that contradict each other."""
-    if arch not in ARCHITECTURES:
-        raise ConfigError(f'arch={arch!r}: takes one of {", ".join(ARCHITECTURES)}')
-    model_class, config_class = ARCHITECTURES[arch]
-    unknown = sorted(set(options) - {field.name for field in fields(config_class)})
-    if unknown:
-        raise ConfigError(f'arch={arch!r} has no {unknown[0]}: leave it out')
-    return model_class(config_class(**options))
-
-
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # loss
 
 
-def linear_cross_entropy(x, weight, targets):
-    """Mean cross-entropy (nats) of the logits x @ weight.T, never holding more than a chunk of them.
+def plain_cross_entropy(x, weight, targets):
+    """Mean cross-entropy (nats) of the logits x @ weight.T: x (N, D), weight (V, D), targets (N,),
+    -1 = not scored. The same as linear_cross_entropy, in the open. To change what is made of the
+    logits, change this and call it in LanguageModel.forward; it holds all N x V logits at once."""
+    logits = F.linear(x, weight).float()
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
+    return {'loss': loss / (targets >= 0).sum().clamp(min=1)}
 
-    x (N, D), weight (V, D), targets (N,) int64, -1 = not scored; no target at all gives 0. Returns the dict that
-    models return: `loss`, and without gradients also `accuracy`.
-    """
+
+def linear_cross_entropy(x, weight, targets):
+    """plain_cross_entropy, never holding more than a chunk of the logits; 0 if there is no target.
+    Without gradients the dict also has `accuracy`, the share of the targets that rank first."""
     n_chunks = max(1, x.size(0) * weight.size(0) // 2 ** 24)  # of 64 MB in float32
     if torch.compiler.is_compiling():  # the loop unrolls
         n_chunks = min(8, n_chunks)
@@ -1318,15 +1582,17 @@ def linear_cross_entropy(x, weight, targets):
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """The training half of linear_cross_entropy. A chunk's gradients are formed while its logits are at hand, so
-    that the backward pass has only to scale them: unnormalised until then, lest 1/N underflows in bfloat16. All chunks
-    use one buffer: fresh memory of this size costs a CPU more than the arithmetic."""
+    """The training half of linear_cross_entropy. The gradients of a chunk are formed in the forward
+    pass, while its logits are at hand: d loss / d logits = softmax - one-hot. They are divided by N
+    in the backward pass, because 1/N would underflow in bfloat16. All chunks use one buffer: fresh
+    memory of this size costs a CPU more than the arithmetic."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, n_chunks):
         device = x.device.type
-        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        high = torch.promote_types(low, torch.float32)
+        autocast = torch.is_autocast_enabled(device)
+        low = torch.get_autocast_dtype(device) if autocast else x.dtype  # of matrix products
+        high = torch.promote_types(low, torch.float32)  # of sums
         rows, matrix = x.to(low), weight.to(low)
         scored = (targets >= 0).to(high)[:, None]  # (N, 1)
         index = targets.clamp(min=0)[:, None]
@@ -1334,18 +1600,19 @@ class LinearCrossEntropy(torch.autograd.Function):
         buffer = torch.empty(size, weight.size(0), dtype=high, device=x.device)  # (chunk, V)
         loss = torch.zeros((), dtype=high, device=x.device)
         dx, dweight = torch.empty_like(rows), torch.zeros_like(weight, dtype=high)
-        for r, i, s, d in zip(rows.split(size), index.split(size), scored.split(size), dx.split(size)):
-            p = buffer[:r.size(0)]
-            p = torch.mm(r, matrix.t(), out=p) if low == high else p.copy_(r @ matrix.t())
+        chunks = zip(rows.split(size), index.split(size), scored.split(size), dx.split(size))
+        for row, i, s, d in chunks:
+            p = buffer[:row.size(0)]
+            p = torch.mm(row, matrix.t(), out=p) if low == high else p.copy_(row @ matrix.t())
             p = torch.softmax(p, dim=-1, out=p)
-            # float32 ends at 87 nats; the gradient below does not mind
+            # a probability below 1e-38 counts as 1e-38, 87 nats; the gradient is right all the same
             loss = loss - (p.gather(1, i).clamp(min=torch.finfo(high).tiny).log() * s).sum()
             p = p.scatter_add_(1, i, -torch.ones_like(s)).mul_(s).to(low)
             d.copy_(p @ matrix)
             if low == high:
-                torch.addmm(dweight, p.t(), r, out=dweight)
+                torch.addmm(dweight, p.t(), row, out=dweight)
             else:
-                dweight.add_(p.t() @ r)
+                dweight.add_(p.t() @ row)
         n = scored.sum().clamp(min=1)
         ctx.save_for_backward(dx, dweight, n)
         ctx.dtypes = x.dtype, weight.dtype
@@ -1359,22 +1626,26 @@ class LinearCrossEntropy(torch.autograd.Function):
         return (dx * scale).to(ctx.dtypes[0]), (dweight * scale).to(ctx.dtypes[1]), None, None
 
 
-# ----------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # generation
 
 
 class Cache:
-    """What generation keeps of the tokens so far: for each attention static buffers of `length` rows, made when it first
-    stores something. n_tokens: how many rows are filled; setting it back forgets the later ones. head (R, V): a
-    transposed copy of the vocabulary's weights, in which a CPU multiplies a single row faster."""
+    """What generation keeps of the tokens so far: for each attention, static buffers of `length`
+    rows, which it makes when it first stores something.
+
+    n_tokens: how many rows are filled; setting it back forgets the later ones. head: (R or D, V), a
+    transposed copy of the vocabulary's weights, or None: see head_of_cache.
+    """
 
     def __init__(self, batch, length, head=None):
-        self.batch, self.length, self.head, self.n_tokens, self.buffers = batch, length, head, 0, {}
+        self.batch, self.length, self.head = batch, length, head
+        self.n_tokens, self.buffers = 0, {}
 
     @torch.no_grad()
     def extend(self, owner, *new):
-        """Stores what an attention computed for T new tokens, tensors (B, ..., T, width); returns each with what was
-        stored before in front of it, (B, ..., S, width)."""
+        """Stores what `owner` computed for T new tokens, tensors (B, ..., T, width). Returns each
+        behind what was stored before, (B, ..., S, width)."""
         if owner not in self.buffers:
             self.buffers[owner] = [x.new_empty(*x.shape[:-2], self.length, x.size(-1)) for x in new]
         end = self.n_tokens + new[0].size(-2)
@@ -1387,15 +1658,16 @@ class Cache:
 
 
 class GroupedCache:
-    """The cache of GroupedLatent: on every level the keys and values of all slots for what sees all of them, those of
-    the open group for what stays inside it, and the latents of the previous and the open group for the way up."""
+    """The cache of GroupedLatent: on every level, for blocks that see all slots, the keys and
+    values of all of them; for blocks inside a group, and for the way up, those of the open group;
+    and the latents of the group before it."""
 
     def __init__(self, config, batch, length, head):
         self.config, self.batch, self.length, self.head = config, batch, length, head
-        self.sizes = (config.group_size, *config.latents)
-        self.levels = [Cache(batch, slots_until(config, i, length)) for i in range(len(self.sizes))]
-        self.open_group = [Cache(batch, K) for K in self.sizes]
-        self.latents = [None] * len(config.latents)
+        self.levels = [Cache(batch, slots_until(config, i, length))
+                       for i in range(len(config.sizes))]
+        self.open_group = [Cache(batch, K) for K in config.sizes]
+        self.previous = [None] * len(config.latents)
         self._n_tokens = 0
 
     @property
@@ -1404,29 +1676,73 @@ class GroupedCache:
 
     @n_tokens.setter
     def n_tokens(self, t):
-        """Going back is possible to the beginning, or inside the open group: of earlier ones the latents are gone."""
+        """Going back is possible to the beginning, or inside the open group: the latents of earlier
+        groups are gone."""
         g = self.config.group_size
         if 0 < t < self._n_tokens // g * g:
-            raise ValueError(f'n_tokens={t}: of {self._n_tokens} tokens, those of the last group can be taken back, or all')
+            raise ValueError(f'n_tokens={t}: of {self._n_tokens} tokens, those of the last group '
+                             'can be taken back, or all')
         self._n_tokens = t
-        for level, K in enumerate(self.sizes):
+        for level, K in enumerate(self.config.sizes):
             self.levels[level].n_tokens = slots_until(self.config, level, t)
             self.open_group[level].n_tokens = max(0, t % g - (g - K))
 
-    def keep(self, level, latents, row):
-        """Stores latents (B, k, W) for Up on `level`: rows 0..K'-1 are the previous group's, the next K' the open one's."""
-        if self.latents[level] is None:
-            self.latents[level] = latents.new_empty(latents.size(0), 2 * self.config.latents[level], latents.size(2))
-        self.latents[level][:, row:row + latents.size(1)] = latents
-
     def n_bytes(self):
-        return sum(cache.n_bytes() for cache in (*self.levels, *self.open_group)) + sum(
-            x.nbytes for x in self.latents if x is not None)
+        previous = sum(latents.nbytes for latents in self.previous if latents is not None)
+        return previous + sum(cache.n_bytes() for cache in (*self.levels, *self.open_group))
+
+
+def check_cache(model, length):
+    if not model.config.block.causal:
+        raise ValueError('an encoder has nothing to cache: every token sees those that follow it')
+    if length > model.config.block_size:
+        raise ValueError(f'a cache of {length} tokens, but block_size is {model.config.block_size}')
+
+
+def head_of_cache(model, batch):
+    """A transposed copy of the head's weights: a CPU multiplies a single row by it faster."""
+    weight = model.head_weight().detach()
+    return weight.t().contiguous() if batch == 1 and weight.device.type == 'cpu' else None
+
+
+@torch.no_grad()
+def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
+           stop=None, n_ids=None):
+    """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, until there
+    are max_new_tokens or each sequence has had the token `stop`, after which it only repeats it.
+
+    The model sees the last block_size tokens. When they outgrow it, every position changes and the
+    whole window is computed anew for each token. temperature, top_k, top_p: see sample_token. seed:
+    of the draws; None goes on with torch's own generator. n_ids: only ids below it are drawn, as a
+    vocabulary may have rows without a meaning.
+    """
+    size = model.config.block_size
+    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
+    cache = model.init_cache(idx.size(0), size)
+    window = new = idx[:, -size:]
+    done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
+    for _ in range(max_new_tokens):
+        if cache.n_tokens + new.size(1) > size:
+            cache.n_tokens, new = 0, window
+        last = torch.full((idx.size(0), 1), new.size(1) - 1, device=idx.device)
+        logits = model(new, positions=last, cache=cache)[:, 0, :n_ids]  # (B, n_ids)
+        token = sample_token(logits, temperature, top_k, top_p, generator)
+        if stop is not None:
+            token = torch.where(done, stop, token)
+            done |= token == stop
+        yield token
+        if done.all():
+            return
+        new = token[:, None]
+        window = torch.cat((window, new), dim=1)[:, -size:]
 
 
 def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B, V) -> a token of each row, (B,) int64. temperature divides the logits, 0 takes the largest. top_k: only
-    the k likeliest; top_p: only the fewest likeliest whose probabilities reach p (nucleus, arXiv 1904.09751)."""
+    """logits (B, V) -> a token of each row, (B,) int64.
+
+    temperature divides the logits; 0 takes the largest. top_k: only the k likeliest tokens. top_p:
+    only the likeliest tokens whose probabilities together reach p (nucleus, arXiv 1904.09751).
+    """
     if temperature < 0:
         raise ValueError(f'temperature={temperature}: takes zero (the likeliest token) or more')
     if temperature == 0:
@@ -1435,120 +1751,83 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
-        p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-        p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)  # what stands before it reaches p already
-        return order.gather(1, p.multinomial(1, generator=generator))[:, 0]
-    return logits.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
+    if top_p is None:
+        return logits.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
+    # keep the smallest set whose mass reaches p: drop tokens whose predecessors already do
+    p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
+    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)
+    return order.gather(1, p.multinomial(1, generator=generator))[:, 0]
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# other people's models: DeepSeek-V3's checkpoints, and output latents for what was trained without
-
-DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', mlp='swiglu', final_norm=True, bias=False,
-                learned_positions=False, mlp_bias=False, mlp_rank=None, vocab_rank=None, n_dense=0)  # all that its layout holds
+# --------------------------------------------------------------------------------------------------
+# counting: FLOPs and cached numbers by closed formulas. Matrix products and attention scores count,
+# two FLOPs a multiply-add; norms, activations and softmax do not.
 
 
-def options_of_deepseek(hf_config):
-    """config.json of a DeepSeek-V3 as a dict of our options. Raises ConfigError on what none of ours can say."""
-    c = dict(first_k_dense_replace=3, rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu',
-             tie_word_embeddings=False) | hf_config
-    rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})
-    if c.get('n_routed_experts') and c['first_k_dense_replace'] < c.get('num_hidden_layers', 0):
-        raise ConfigError(f'layers from {c["first_k_dense_replace"]} on are mixtures of experts, which a Transformer here does '
-                          'not have: load it in transformers, where add_output_latent works too, or look at it with svd.py')
-    if scaling := {rope.get('rope_type'), rope.get('type')} - {None, 'default'}:
-        raise ConfigError(f'rotary scaling {scaling.pop()!r}: only plain rotary positions can be loaded; transformers runs it, and '
-                          'add_output_latent and svd.py work without')
-    if c.get('quantization_config'):
-        raise ConfigError('quantised weights: convert the checkpoint to bfloat16 first; svd.py reads it as it is')
-    for name, wanted in (('rms_norm_eps', 1e-6), ('attention_bias', False), ('hidden_act', 'silu')):
-        if c[name] != wanted:
-            raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
-    try:
-        return DEEPSEEK | dict(
-            vocab_size=c['vocab_size'], block_size=c['max_position_embeddings'], n_layer=c['num_hidden_layers'],
-            n_head=c['num_attention_heads'], n_embd=c['hidden_size'], mlp_hidden=c['intermediate_size'],
-            head_dim=c['qk_nope_head_dim'] + c['qk_rope_head_dim'], rope_dims=c['qk_rope_head_dim'],
-            v_head_dim=c['v_head_dim'], q_latent=c['q_lora_rank'], kv_latent=c['kv_lora_rank'],
-            rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))), tie_embeddings=c['tie_word_embeddings'],
-            o_latent=c.get('o_latent'), o_norm=c.get('o_norm', 'none'))
-    except KeyError as error:
-        raise ConfigError(f'hf_config has no {error.args[0]}: is it the config.json of a DeepSeek-V3?') from None
+def attentions_of(model):
+    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def deepseek_layout(c, interleaved=True):
-    """{name in DeepSeek-V3's layout: (our name, which of its rows, in their order)}; None: all of them as they are.
-
-    A query head is [plain | rotated] there, its rotated pairs neighbours if interleaved, and [rotated | plain] here, its
-    pairs half a width apart; kv_b_proj goes head by head there, and here all keys stand before all values.
-    """
-    H, d, r, L, dv = c.n_head, c.head_dim, c.rope_dims, c.kv_latent, c.v_head_dim or c.head_dim
-    rotated = torch.arange(r).view(2, -1).t().flatten() if interleaved else torch.arange(r)
-    head = torch.cat((torch.arange(r, d), rotated))
-    q_rows = (torch.arange(H)[:, None] * d + head).flatten()
-    kv_rows = torch.cat((torch.arange(H * (d - r)).view(H, -1), H * (d - r) + torch.arange(H * dv).view(H, -1)), dim=1)
-    q_a_width = c.q_latent or H * d
-    latent_rows = q_a_width + torch.cat((torch.arange(L), L + rotated))
-    layer = {'input_layernorm': ('attn_norm', None), 'post_attention_layernorm': ('mlp_norm', None),
-             'mlp.gate_proj': ('mlp.in_proj', None), 'mlp.up_proj': ('mlp.gate_proj', None),
-             'mlp.down_proj': ('mlp.out_proj', None), 'self_attn.kv_a_layernorm': ('attn.kv_a_norm', None),
-             'self_attn.kv_a_proj_with_mqa': ('attn.qkv_a_proj', latent_rows),
-             'self_attn.kv_b_proj': ('attn.kv_b_proj', kv_rows.flatten())}
-    if c.q_latent:
-        layer |= {'self_attn.q_a_proj': ('attn.qkv_a_proj', torch.arange(q_a_width)),
-                  'self_attn.q_a_layernorm': ('attn.q_a_norm', None), 'self_attn.q_b_proj': ('attn.q_b_proj', q_rows)}
-    else:
-        layer['self_attn.q_proj'] = 'attn.qkv_a_proj', q_rows
-    output = [''] if not c.o_latent else ['.o_a_proj', '.o_b_proj'] + (['.o_norm'] if c.o_norm == 'sum' else [])
-    layer |= {f'self_attn.o_proj{part}': (f'attn.o_proj{part}', None) for part in output}
-    layout = {'model.embed_tokens.weight': ('tok_emb.weight', None), 'model.norm.weight': ('norm.weight', None)}
-    if not c.tie_embeddings:
-        layout['lm_head.weight'] = 'lm_head.weight', None
-    for i in range(c.n_layer):
-        layout |= {f'model.layers.{i}.{theirs}.weight': (f'blocks.{i}.{ours}.weight', rows)
-                   for theirs, (ours, rows) in layer.items()}
-        if c.o_norm == 'head':
-            layout[f'model.layers.{i}.self_attn.o_proj.gain'] = f'blocks.{i}.attn.o_proj.gain', None
-    return layout
+def training_flops(model, T, predicted=1.0):
+    """Training FLOPs a token at length T, forward and backward (twice the forward ones). Only
+    useful work counts: a causal query meets (T+1)/2 keys on average, and logits are made for a
+    share `predicted` of the tokens."""
+    c, D = model.config, model.config.block.n_embd
+    projection = c.vocab_rank * D if c.vocab_rank else 0  # for the embedding, and for the head
+    head = (c.vocab_rank or D) * c.vocab_size + projection
+    return 3 * (2 * (projection + predicted * head) + model.body_flops(T))
 
 
-def add_output_latent(model, rank, init='svd', norm='none'):
-    """Replaces every linear o_proj of a model's attentions by an OutputLatent of this rank, in place; returns the model.
+def block_flops(module, queries, sources, keys):
+    """Forward FLOPs of a block, or of any part of a model, for `queries` rows, which attend to
+    `sources` rows; each query meets `keys` of them."""
+    total = 0.0
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, ChannelLinear)):
+            rows = sources if getattr(part, 'keys', False) else queries
+            total += 2 * part.weight.numel() * rows
+        elif isinstance(part, Attention):
+            total += part.score_flops(keys) * queries
+        elif isinstance(part, ChannelBlock):  # each channel goes through the shared feed-forwards
+            total += (part.n_channels - 1) * block_flops(part.shared, queries, sources, keys)
+    return total
 
-    For our models and for those of transformers whose attentions have an o_proj (DeepseekV3ForCausalLM, LlamaForCausalLM).
-    init: 'svd', the best product of this rank (at full rank nothing changes), or 'xavier', new weights. norm: see
-    OutputLatent; other than 'none' it changes the outputs at any rank. To reload what was saved, do the same to a new
-    model and load the weights. Raises ConfigError, before anything is changed.
-    """
-    found = {name: module for name, module in model.named_modules() if isinstance(getattr(module, 'o_proj', None), nn.Linear)}
-    ours = isinstance(model, LanguageModel)
-    if ours and model.config.attention == 'mla':  # its first n_dense layers stay as they are
-        found = {name: module for name, module in found.items() if isinstance(module, MLA)}
-    if not found:
-        raise ConfigError('no attention of this model has a linear o_proj')
-    for name, module in found.items():
-        full = min(module.o_proj.weight.shape)
-        if not 0 < rank <= full:
-            raise ConfigError(f'an output latent of {rank}: {name}.o_proj takes 1 to {full}')
-    if init not in ('svd', 'xavier') or norm not in ('none', 'sum', 'head'):
-        raise ConfigError(f"init={init!r}, norm={norm!r}: takes 'svd' or 'xavier', and 'none', 'sum' or 'head'")
-    for module in found.values():
-        old = module.o_proj
-        n_head = module.n_head if ours else module.config.num_attention_heads
-        new = OutputLatent(n_head, old.in_features, rank, old.out_features, norm, bias=old.bias is not None)
-        new = new.to(old.weight)
-        if init == 'svd':
-            u, s, v = torch.linalg.svd(old.weight.detach().to(torch.promote_types(old.weight.dtype, torch.float32)),
-                                       full_matrices=False)
-            a, b = s[:rank, None].sqrt() * v[:rank], u[:, :rank] * s[:rank].sqrt()
-            new.load_state_dict({'o_a_proj.weight': a, 'o_b_proj.weight': b}, strict=False)
+
+def grouped_flops(model, T):
+    """Forward FLOPs a token of GroupedLatent: of the trunk, and of the levels (the rest)."""
+    c = model.config
+    n = [slots_until(c, i, T) / T for i in range(len(c.sizes))]  # slots a token
+    seen = [(slots * T + 1) / 2 for slots in n]  # by a query that sees all before it
+    if c.global_window and c.global_window < T:
+        seen[0] = c.global_window - c.global_window * (c.global_window - 1) / 2 / T
+    trunk, levels = block_flops(model.blocks, n[-1], n[-1], seen[-1]), 0.0
+    for i, (down, up) in enumerate(zip(model.down, model.up)):
+        K, k = c.sizes[i:i + 2]
+        levels += block_flops(down.in_proj, n[i], n[i], 0)
+        levels += block_flops(down.blocks, n[i], n[i], (K + 1) / 2)
+        levels += block_flops(down.pool, n[i + 1], n[i], (2 * K - k + 1) / 2)
+        levels += mixer_flops(down.mixer, n[i + 1], (k + 1) / 2, seen[i + 1])
+        levels += mixer_flops(up.mixer, n[i], (K + 1) / 2, seen[i])
+        if up.upsample == 'repeat':
+            levels += block_flops(up.up_proj, n[i + 1], n[i + 1], 0)
         else:
-            nn.init.xavier_uniform_(new.o_a_proj.weight)
-            nn.init.xavier_uniform_(new.o_b_proj.weight)
-        if old.bias is not None:
-            new.o_b_proj.bias = old.bias
-        module.o_proj = new
-    if ours and model.config.attention == 'mla':
-        model.config.o_latent, model.config.o_norm = rank, norm
-    return model
+            levels += block_flops(up.up, n[i], n[i + 1], k + k * (k + 1) / 2 / K)
+    return dict(levels=levels, trunk=trunk)
+
+
+def mixer_flops(mixer, slots, keys_inside, keys_across):
+    keys = {'local': keys_inside, 'global': keys_across}
+    return sum(block_flops(block, slots, slots, keys[kind])
+               for kind, block in zip(mixer.order, mixer.blocks))
+
+
+def grouped_cache_numbers(model):
+    """Numbers by which the cache of GroupedLatent grows with each token. What it keeps of the open
+    group and of the one before has a fixed size."""
+    c, top = model.config, len(model.config.latents)
+    blocks = {i: model.up[i].mixer.of_kind('global') for i in range(top)}  # on each level
+    blocks[top] = list(model.blocks)
+    for down in model.down:
+        blocks[down.level + 1] += down.mixer.of_kind('global')
+    return sum(block.attn.cache_width() * block.attn.n_channels * c.sizes[i] / c.group_size
+               for i in blocks for block in blocks[i])

@@ -2,9 +2,12 @@
 
     python sample.py --out_dir=out/decoder --start="The history of the city"
     python sample.py --out_dir=out/decoder --start=FILE:prompt.txt --num_samples=3 --temperature=0.7
+
+FILE:PATH takes the start from a text file, without the newline at the end of its last line.
 """
 
 import codecs
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +17,8 @@ import torch
 
 import config
 from config import UserError
-from train import MachineOptions, load_run, open_machine
+from model import Count, NotNegative, Positive
+from run import Machine, MachineOptions, load_run
 
 
 @dataclass
@@ -22,15 +26,14 @@ class SampleOptions(MachineOptions):
     """Options"""
 
     out_dir: str | None = None  # run folder of train.py
-    start: str = ''  # text to go on from, or FILE:PATH (but for the file's last newline); '' = the start of a document
-    num_samples: int = 1  # continuations of the same start, all drawn at once; the first is shown as it comes
-    max_new_tokens: int = 300  # tokens to write, fewer where the document ends
-    temperature: float = 0.8  # divides the logits; 0 = always the likeliest token
-    top_k: int | None = 200  # draw from the k likeliest tokens only; None = all
-    top_p: float | None = None  # draw from the fewest tokens whose probabilities reach p; None = all
+    start: str = ''  # text to go on from, or FILE:PATH; '' = the start of a document
+    num_samples: Count = 1  # continuations, drawn together; the first one is shown as it comes
+    max_new_tokens: Count = 300  # tokens to write, fewer where the document ends
+    temperature: NotNegative = 0.8  # divides the logits; 0 = always the likeliest token
+    top_k: Count | None = 200  # draw from the k likeliest tokens only; None = all
+    top_p: Positive | None = None  # draw from the fewest tokens that together reach p; None = all
 
     def __post_init__(self):
-        config.check_numbers(self, 'seed', 'temperature')
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f'top_p={self.top_p}: takes a probability, up to 1')
         if self.out_dir is None:
@@ -38,54 +41,62 @@ class SampleOptions(MachineOptions):
 
 
 def read_start(start):
-    """The prompt, from the command line or from the file that it names."""
+    """The text to go on from: that of the command line, or of the file that it names."""
     if not start.startswith('FILE:'):
         return start
     try:
-        return Path(start.removeprefix('FILE:')).read_text(encoding='utf-8').removesuffix('\n')  # its last line's end
+        text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--start={start}: cannot be read as text ({error})') from None
+    return text.removesuffix('\n')
+
+
+def draw(model, tokenizer, prompt, options, machine):
+    """Yields a list at each step: the next token of every sample."""
+    idx = torch.tensor(prompt, device=machine.device).expand(options.num_samples, -1)  # (B, T)
+    with machine.autocast():
+        for tokens in model.stream(
+                idx, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
+                top_p=options.top_p, seed=options.seed, stop=tokenizer.eot,
+                n_ids=tokenizer.eot + 1):
+            yield tokens.tolist()
 
 
 def show(tokenizer, ids):
-    """Prints tokens as they come. A character may be cut into several: its bytes wait until it is whole."""
-    text = codecs.getincrementaldecoder('utf-8')('replace')
+    """Prints tokens as they come. A character may be spread over several tokens: its bytes wait
+    until it is whole."""
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
     for token in ids:
-        if token != tokenizer.eot:  # a sample that has ended repeats it, until all have
-            print(text.decode(tokenizer.encoding.decode_bytes([token])), end='', flush=True)
-    print(text.decode(b'', final=True))
+        if token != tokenizer.eot:  # a sample that has ended repeats it until all have ended
+            text = decoder.decode(tokenizer.encoding.decode_bytes([token]))
+            print(text, end='', flush=True)
+    print(decoder.decode(b'', final=True))
 
 
 def main():
     values, _ = config.load(sys.argv[1:], SampleOptions, doc=__doc__, takes_config=False)
     options = SampleOptions(**values)
-    machine = open_machine(options)
+    machine = Machine(options)
     model, tokenizer, _ = load_run(options.out_dir, machine.device)
-    if not model.config.causal:
-        raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: take a causal run')
-    start = read_start(options.start)
-    prompt, size = [tokenizer.eot, *tokenizer.encode(start)], model.config.block_size  # every document starts so
-    if len(prompt) > size:
-        print(f'the start has {len(prompt):,} tokens, the model sees {size:,}: the first {len(prompt) - size:,} are '
-              'dropped', file=sys.stderr)
-    idx = torch.tensor(prompt, device=machine.device).expand(options.num_samples, -1)
-    drawn, since = [], time.perf_counter()
+    if not model.config.block.causal:
+        raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: '
+                        'take a causal run')
+    start, block_size = read_start(options.start), model.config.block_size
+    prompt = [tokenizer.eot, *tokenizer.encode(start)]  # every document starts with <|endoftext|>
+    if len(prompt) > block_size:
+        print(f'the start has {len(prompt):,} tokens, the model sees {block_size:,}: the first '
+              f'{len(prompt) - block_size:,} are dropped', file=sys.stderr)
 
-    def first():
-        """The first sample's tokens; drawn keeps everybody's."""
-        with machine.autocast():
-            for tokens in model.stream(idx, options.max_new_tokens, options.temperature, options.top_k, options.top_p,
-                                       options.seed, stop=tokenizer.eot, n_ids=tokenizer.eot + 1):
-                drawn.append(tokens.tolist())
-                yield drawn[-1][0]
-
+    since = time.perf_counter()
+    shown, kept = itertools.tee(draw(model, tokenizer, prompt, options, machine))
     print(start, end='', flush=True)
-    show(tokenizer, first())
+    show(tokenizer, (tokens[0] for tokens in shown))
     seconds = time.perf_counter() - since
-    for ids in list(zip(*drawn))[1:]:
+    samples = list(zip(*kept))
+    for sample in samples[1:]:
         print(f'\n---\n{start}', end='')
-        show(tokenizer, ids)
-    n = sum(token != tokenizer.eot for tokens in drawn for token in tokens)
+        show(tokenizer, sample)
+    n = sum(token != tokenizer.eot for sample in samples for token in sample)
     print(f'\n{n:,} tokens, {n / seconds:,.0f} tokens/s', file=sys.stderr)
 
 

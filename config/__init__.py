@@ -1,15 +1,16 @@
-"""Options for every script: a python config file, then --key=value, each checked against a dataclass.
+"""Options of every script: a python config file, then --key=value, checked against a dataclass.
 
-A config file is trusted python that assigns names; names with a leading underscore, modules and functions in it are
-not options. What an option is called, which type it takes, its default and its line in --help are read from the
-dataclass that declares it: the annotation, the default, and the comment behind the field.
+A config file is trusted python that assigns names. What an option is called, which values it takes,
+its default and its line in --help are read from the dataclass that declares it: from the
+annotation, the default, and the comment behind the field. An annotation Annotated[int, limits] also
+says which numbers are allowed; `limits` is a Range of model.py.
 """
 
 import ast
+import contextlib
 import difflib
 import functools
 import inspect
-import math
 import os
 import re
 import runpy
@@ -22,7 +23,7 @@ from pathlib import Path
 
 
 class UserError(Exception):
-    """Something that the user can mend. `run` prints it as one line on stderr and exits with status 2."""
+    """Something that the user can mend: `run` prints it as one line on stderr, exit status 2."""
 
 
 @dataclass
@@ -60,35 +61,38 @@ def reader_left():
 
 @functools.cache
 def options_of(*classes):
-    """{name: Option} for the fields of the dataclasses, in order."""
+    """{name: Option} for the fields of the dataclasses, in order. A field without a default value
+    is not an option."""
     options = {}
     for cls in classes:
-        source = '\n'.join(inspect.getsource(base) for base in cls.__mro__ if base is not object)
+        bases = [base for base in cls.__mro__ if base is not object]
+        source = '\n'.join(inspect.getsource(base) for base in bases)
         comments = dict(re.findall(r'^ {4}(\w+): .*?  # (.*)$', source, re.MULTILINE))
         for field in fields(cls):
-            default = None if field.default is MISSING else field.default
-            options.setdefault(field.name, Option(field.type, default, comments.get(field.name, '')))
+            if field.default is not MISSING:
+                option = Option(field.type, field.default, comments.get(field.name, ''))
+                options.setdefault(field.name, option)
     return options
 
 
 def load(argv, *classes, doc='', takes_config=True, refused={}):
-    """The options that a command line and its config file set, as {name: value}, and the config's name or None.
+    """What a command line and its config file set: ({name: value}, the config's name or None).
 
     classes: the dataclasses whose fields are the options. refused: {name: what to use instead}.
-    Raises UserError; --help prints every option and exits.
+    Raises UserError. --help prints every option and exits.
     """
     known = options_of(*classes)
     if {'--help', '-h'} & set(argv):
         print_help(doc, classes)
         sys.exit(0)
     paths = [argument for argument in argv if not argument.startswith('--')]
-    if len(paths) > (1 if takes_config else 0):
+    if len(paths) > takes_config:
         extra = paths[1 if takes_config else 0]
-        raise UserError(f'{extra}: options are written --key=value'
-                        + (', and there can be one config file' if takes_config else ''))
+        also = ', and there can be one config file' if takes_config else ''
+        raise UserError(f'{extra}: options are written --key=value{also}')
     values = {}
     for path in paths:
-        for name, value in run_config_file(path).items():
+        for name, value in run_config_file(path, known).items():
             try:
                 values[name] = check(name, value, known, refused, where=f'{name}={value!r}')
             except UserError as error:
@@ -97,25 +101,29 @@ def load(argv, *classes, doc='', takes_config=True, refused={}):
         if argument in paths:
             continue
         name, equals, text = argument[2:].partition('=')
+        check_name(name, known, refused)
         if not equals:
-            check(name, None, known, refused, where=None)
-            raise UserError(f'{argument}: write --{name}={"True" if known[name].type is bool else "VALUE"}')
+            example = 'True' if known[name].type is bool else 'VALUE'
+            raise UserError(f'{argument}: write --{name}={example}')
         values[name] = check(name, parse(text), known, refused, where=argument, text=text)
     return values, Path(paths[0]).stem if paths else None
 
 
-def run_config_file(path):
-    """{name: value} of what a config file assigns."""
+def run_config_file(path, known):
+    """{name: value} of the options that a config file assigns. What it imports or defines for its
+    own use, and names with a leading underscore, are not options."""
     if not Path(path).is_file():
-        near = difflib.get_close_matches(Path(path).stem, [p.stem for p in Path(__file__).parent.glob('*.py')], 1)
-        hint = f'; did you mean config/{near[0]}.py?' if near and near[0] != '__init__' else ''
+        configs = [config.stem for config in Path(__file__).parent.glob('[!_]*.py')]
+        near = difflib.get_close_matches(Path(path).stem, configs, 1)
+        hint = f'; did you mean config/{near[0]}.py?' if near else ''
         raise UserError(f'{path}: there is no such config file{hint}')
     try:
         names = runpy.run_path(path)
-    except Exception as error:  # a config file is the user's own python: whatever is wrong with it is theirs to mend
+    except (Exception, SystemExit) as error:  # it is the user's own python, whatever is wrong
         raise UserError(f'{path}: {type(error).__name__}: {error}') from error
+    literals = (bool, int, float, str, bytes, list, tuple, dict, set, type(None))
     return {name: value for name, value in names.items()
-            if not name.startswith('_') and not isinstance(value, (types.ModuleType, types.FunctionType, type))}
+            if not name.startswith('_') and (name in known or isinstance(value, literals))}
 
 
 def parse(text):
@@ -126,43 +134,54 @@ def parse(text):
         return text
 
 
-def check(name, value, known, refused, where, text=None):
-    """`value` as the option's type; where: how the user wrote it; text: what stood behind the = if it was typed.
-    With where=None only the name is checked."""
+def check_name(name, known, refused):
+    """Raises UserError if there is no option of this name."""
     if name in refused:
         raise UserError(f'{name}: {refused[name]}')
     if name not in known:
         near = difflib.get_close_matches(name, list(known), 1)
-        raise UserError(f'{name}: there is no such option; ' + (f'did you mean {near[0]}?' if near else '--help lists them'))
-    if where is None:
-        return None
+        hint = f'did you mean {near[0]}?' if near else '--help lists them'
+        raise UserError(f'{name}: there is no such option; {hint}')
+
+
+def check(name, value, known, refused, where, text=None):
+    """The value, converted to the option's type. where: how the user wrote it, for the message.
+    text: what stood behind the = on the command line."""
+    check_name(name, known, refused)
     kind = known[name].type
-    choices = typing.get_args(kind) if typing.get_origin(kind) in (types.UnionType, typing.Union) else (kind,)
-    for choice in choices:
-        if choice is type(None) and value is None:
-            return None
-        if typing.get_origin(choice) is typing.Literal and value in typing.get_args(choice):
-            return value
-        if choice is float and isinstance(value, int) and not isinstance(value, bool):
-            return float(value)
-        if typing.get_origin(choice) is tuple:
-            values = tuple(value) if isinstance(value, (tuple, list)) else (value,)  # --latents=2 is one of them
-            if values and all(type(v) is typing.get_args(choice)[0] for v in values):
-                return values
-        if type(value) is choice:
-            return value
-    if str in choices and text is not None:
+    for choice in choices_of(kind):
+        with contextlib.suppress(ValueError, OverflowError):
+            return convert(value, choice)
+    if str in choices_of(kind) and text is not None:
         return text  # --out_dir=2024 names a folder
     raise UserError(f'{where}: takes {describe(kind)}')
 
 
-def check_numbers(options, *zero_is_fine):
-    """Refuses numbers in a dataclass of options that are below zero, not finite, or zero, but for those named."""
-    for name, value in vars(options).items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not 0 <= value < math.inf or value == 0 and name not in zero_is_fine:
-                raise UserError(f'{name}={value}: takes a finite number '
-                                + ('from zero up' if name in zero_is_fine else 'above zero'))
+def choices_of(kind):
+    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
+    return typing.get_args(kind) if union else (kind,)
+
+
+def convert(value, kind):
+    """The value as `kind`, which is not a union. Raises ValueError (OverflowError from an int that
+    no float can hold) if it is no such value."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        value = convert(value, arguments[0])
+        if all(limits.allows(value) for limits in arguments[1:]):
+            return value
+    elif origin is typing.Literal:
+        if value in arguments:
+            return value
+    elif origin is tuple:
+        values = value if isinstance(value, (tuple, list)) else (value,)  # --latents=2 is one
+        if values:
+            return tuple(convert(member, arguments[0]) for member in values)
+    elif kind is float and type(value) is int:
+        return float(value)
+    elif type(value) is kind or value is None and kind is type(None):
+        return value
+    raise ValueError
 
 
 def make_folder(path, option):
@@ -176,13 +195,18 @@ def make_folder(path, option):
 
 def describe(kind):
     """A type in the words of --help."""
-    if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        return ' or '.join(describe(choice) for choice in typing.get_args(kind))
-    if typing.get_origin(kind) is typing.Literal:
-        return ' or '.join(map(str, typing.get_args(kind)))
-    if typing.get_origin(kind) is tuple:
-        return f'({describe(typing.get_args(kind)[0])}, ...)'
-    return {int: 'an int', float: 'a float', str: 'a string', bool: 'True or False', type(None): 'None'}[kind]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return ' or '.join(describe(choice) for choice in arguments)
+    if origin is typing.Annotated:
+        number = 'a finite number' if arguments[0] is float else describe(arguments[0])
+        return ' '.join((number, *map(str, arguments[1:])))
+    if origin is typing.Literal:
+        return ' or '.join(map(str, arguments))
+    if origin is tuple:
+        return f'({describe(arguments[0])}, ...)'
+    return {int: 'an int', float: 'a float', str: 'a string', bool: 'True or False',
+            type(None): 'None'}[kind]
 
 
 def print_help(doc, classes):
@@ -193,4 +217,5 @@ def print_help(doc, classes):
         shown |= set(options)
         print(f'\n{cls.__doc__.strip().splitlines()[0]}\n')
         for name, option in options.items():
-            print(f'  --{name}={option.default}'.ljust(34) + f' {option.help} [{describe(option.type)}]')
+            takes = describe(option.type)
+            print(f'  --{name}={option.default}'.ljust(34) + f' {option.help} [{takes}]')

@@ -1,19 +1,22 @@
-"""What counting alone reaches on the masked positions that train.py evaluates an encoder on.
+"""What counting alone reaches on the masked positions on which train.py evaluates an encoder.
 
     python tests/count_table.py data/wiki10k-bpe4096 [BLOCK_SIZE]
 
-For each masked position the table guesses the token that stood most often between these two neighbours in the training
-file; pairs never seen back off to the left neighbour, then the right one, then the most frequent token. It reads the
-corrupted text that a model reads, so a neighbour may itself be masked. Printed too: the loss of the training file's
-unigram frequencies (add-one) on all held-out tokens.
+For each masked position the table guesses the token that stood most often between the same two
+neighbours in the training file. Where that pair of neighbours never occurred, it goes by the left
+one alone; where that one never occurred, by the right one; and where neither did, it guesses the
+most frequent token. It reads the corrupted text that a model reads, so a neighbour may itself be
+masked. Printed too: the loss of the training file's token frequencies (plus one each) on all
+held-out tokens.
 """
 
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 from prepare import Tokenizer, read_tokens
 from train import Loader
 
@@ -35,21 +38,25 @@ def look_up(table, keys):
 
 def count_table_accuracy(folder, block_size):
     """(accuracy of the table, accuracy of the most frequent token, number of positions)."""
-    train, tokenizer = read_tokens(folder, 'train').astype(np.int64), Tokenizer.load(Path(folder) / 'tokenizer.json')
-    V = tokenizer.vocab_size
+    tokenizer = Tokenizer.load(Path(folder) / 'tokenizer.json')
+    train, V = read_tokens(folder, 'train').astype(np.int64), tokenizer.vocab_size
     loader = Loader(read_tokens(folder, 'val'), block_size, V, tokenizer, causal=False, fixed=0)
-    idx, targets, positions = (tensor.numpy() for tensor in loader.batch(np.arange(loader.fixed)))
-    padded = np.pad(idx, ((0, 0), (1, 1)), constant_values=V)  # there is no neighbour beyond the window
-    left, right = (np.take_along_axis(padded, positions + shift, axis=1).ravel() for shift in (0, 2))
+    batch = loader.batch(np.arange(loader.fixed))
+    idx, targets, positions = (tensor.numpy() for tensor in batch)
     targets = targets.ravel()
+    # beyond the window there is no neighbour: V stands for that
+    padded = np.pad(idx, ((0, 0), (1, 1)), constant_values=V)
+    left = np.take_along_axis(padded, positions, axis=1).ravel()
+    right = np.take_along_axis(padded, positions + 2, axis=1).ravel()
 
     guess = np.full(targets.shape, np.bincount(train).argmax())
     most_common = (guess == targets).mean()
-    middle = train[1:-1]
-    for keys, queries in ((train[2:], right), (train[:-2], left),
-                          (train[:-2] * (V + 1) + train[2:], left * (V + 1) + right)):
+    before, middle, after = train[:-2], train[1:-1], train[2:]
+    # the later a table, the more it knows: where it has an answer, it overrules those before it
+    for keys, queries in ((after, right), (before, left),
+                          (before * (V + 1) + after, left * (V + 1) + right)):
         found, value = look_up(most_frequent(keys, middle), queries)
-        guess = np.where(found, value, guess)  # the more specific table overrules
+        guess = np.where(found, value, guess)
     return (guess == targets).mean(), most_common, len(targets)
 
 
@@ -58,9 +65,12 @@ def unigram_loss(folder, vocab_size):
     return float(-np.log(counts / counts.sum())[read_tokens(folder, 'val')].mean())
 
 
+def main(folder, block_size=128):
+    accuracy, most_common, n = count_table_accuracy(folder, int(block_size))
+    loss = unigram_loss(folder, Tokenizer.load(Path(folder) / 'tokenizer.json').vocab_size)
+    print(f'masked accuracy on {n:,} positions: {accuracy:.3f} by neighbour counts, '
+          f'{most_common:.3f} by the most frequent token; held-out unigram loss {loss:.3f} nats')
+
+
 if __name__ == '__main__':
-    folder, block_size = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 128
-    accuracy, most_common, n = count_table_accuracy(folder, block_size)
-    print(f'masked accuracy on {n:,} positions: {accuracy:.3f} by neighbour counts, {most_common:.3f} by the most '
-          f'frequent token; held-out unigram loss '
-          f'{unigram_loss(folder, Tokenizer.load(Path(folder) / "tokenizer.json").vocab_size):.3f} nats')
+    main(*sys.argv[1:])

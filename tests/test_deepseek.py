@@ -1,16 +1,22 @@
-"""DeepSeek-V3's checkpoints in and out, against transformers; output latents for models trained without."""
+"""deepseek.py against transformers: DeepSeek-V3's checkpoints in and out, single attentions of
+checkpoints, output latents for models trained without."""
+
+import json
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
-from model import ConfigError, OutputLatent, Transformer, add_output_latent, make_model
+from deepseek import Checkpoint, add_output_latent, from_deepseek, read_attention, to_deepseek
+from model import ConfigError, OutputLatent, flat_options, make_model, make_rope, rope_table
 from test_model import tokens
 
-BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=24, qk_rope_head_dim=8, v_head_dim=24,
-            max_position_embeddings=40, first_k_dense_replace=2, tie_word_embeddings=False, pad_token_id=None,
-            bos_token_id=None, eos_token_id=None)
+BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=40,
+            tie_word_embeddings=False, pad_token_id=None, bos_token_id=None, eos_token_id=None)
+DEEPSEEK = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=24, qk_rope_head_dim=8,
+                v_head_dim=24, first_k_dense_replace=2)
 SHAPES = {
     'base': {},
     'no_query_latent': dict(q_lora_rank=None),
@@ -23,11 +29,12 @@ SHAPES = {
 }
 
 
-def theirs(seed=0, config_class='DeepseekV3Config', model_class='DeepseekV3ForCausalLM', **options):
+def theirs(family='DeepseekV3', **options):
     """A model of transformers with every weight random, gains too."""
-    torch.manual_seed(seed)
-    config = getattr(transformers, config_class)(**BASE | options, attn_implementation='eager')
-    model = getattr(transformers, model_class)(config).eval()
+    torch.manual_seed(0)
+    options = BASE | (DEEPSEEK if family == 'DeepseekV3' else {}) | options
+    config = getattr(transformers, f'{family}Config')(**options, attn_implementation='eager')
+    model = getattr(transformers, f'{family}ForCausalLM')(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
     return model
@@ -40,24 +47,25 @@ def assert_close(a, b):
 @pytest.mark.parametrize('name', SHAPES)
 def test_logits_and_greedy_text_are_theirs_both_ways(name):
     original = theirs(**SHAPES[name])
-    model, idx = Transformer.from_deepseek(original.state_dict(), original.config), tokens(2, 20)
+    model, idx = from_deepseek(original.state_dict(), original.config), tokens(2, 20)
     with torch.no_grad():
         assert_close(model(idx), original(idx).logits)
         greedy = original.generate(idx, max_new_tokens=15, do_sample=False)
         assert torch.equal(model.generate(idx, 15, temperature=0), greedy)
-        weights, hf_config = model.to_deepseek()
+        weights, hf_config = to_deepseek(model)
         back = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**hf_config)).eval()
         missing, unexpected = back.load_state_dict(weights, strict=False)
         assert not unexpected and set(missing) <= {'lm_head.weight'}  # tied
         assert_close(back(idx).logits, original(idx).logits)
 
 
-OURS = dict(vocab_size=61, block_size=40, n_layer=2, n_head=4, n_embd=64, attention='mla', q_latent=24, kv_latent=16,
-            rope_key='shared', rope_dims=8, learned_positions=False, norm='rms', mlp='swiglu')
+OURS = dict(vocab_size=61, block_size=40, n_layer=2, n_head=4, n_embd=64, attention='mla',
+            q_latent=24, kv_latent=16, rope_key='shared', rope_dims=8, learned_positions=False,
+            norm='rms', mlp='swiglu')
 
 
-def ours(seed=0, **options):
-    torch.manual_seed(seed)
+def ours(**options):
+    torch.manual_seed(0)
     model = make_model('transformer', **OURS | options).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
@@ -66,11 +74,12 @@ def ours(seed=0, **options):
 
 def test_an_output_latent_is_merged(tmp_path):
     model, idx = ours(o_latent=12), tokens(2, 20)
-    weights, hf_config = model.to_deepseek()
+    weights, hf_config = to_deepseek(model)
     original = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**hf_config))
     original.load_state_dict(weights, strict=False)
     original.save_pretrained(tmp_path)
-    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()  # as any tool that reads that format
+    # as any tool that reads that format
+    original = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         assert_close(original(idx).logits, model(idx))
 
@@ -78,8 +87,8 @@ def test_an_output_latent_is_merged(tmp_path):
 @pytest.mark.parametrize('norm', ['none', 'sum', 'head'])
 def test_an_output_latent_is_kept_split(norm):
     model, idx = ours(o_latent=12, o_norm=norm), tokens(2, 20)
-    weights, hf_config = model.to_deepseek(split=True)
-    assert torch.equal(Transformer.from_deepseek(weights, hf_config)(idx), model(idx))
+    weights, hf_config = to_deepseek(model, split=True)
+    assert torch.equal(from_deepseek(weights, hf_config)(idx), model(idx))
     config = transformers.DeepseekV3Config(**hf_config)
     original = add_output_latent(transformers.DeepseekV3ForCausalLM(config).eval(), 12, norm=norm)
     missing, unexpected = original.load_state_dict(weights, strict=False)
@@ -88,14 +97,53 @@ def test_an_output_latent_is_kept_split(norm):
         assert_close(original(idx).logits, model(idx))
 
 
-LLAMA = dict(config_class='LlamaConfig', model_class='LlamaForCausalLM', num_key_value_heads=2, attention_bias=True)
-MOE = dict(first_k_dense_replace=1, n_routed_experts=8, n_group=2, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=32)
+LLAMA = dict(family='Llama', num_key_value_heads=2)
+QWEN3 = dict(family='Qwen3', num_key_value_heads=2, head_dim=24)
+MOE = dict(first_k_dense_replace=1, n_routed_experts=8, n_group=2, topk_group=1,
+           num_experts_per_tok=2, moe_intermediate_size=32)
 
 
-@pytest.mark.parametrize('make', [lambda: ours(), lambda: make_model('transformer', vocab_size=61, n_layer=1, n_embd=32).eval(),
-                                  lambda: make_model('encoder_decoder', vocab_size=61, n_layer=1, n_embd=32, n_head=4).eval(),
-                                  lambda: theirs(), lambda: theirs(**MOE), lambda: theirs(**LLAMA)],
-                         ids=['mla', 'mha', 'encoder_decoder', 'deepseek', 'moe', 'llama'])
+@pytest.mark.parametrize('options', [MOE, dict(q_lora_rank=None), LLAMA, QWEN3],
+                         ids=['deepseek_moe', 'no_query_latent', 'llama', 'qwen3'])
+def test_one_attention_of_a_checkpoint_is_theirs(tmp_path, options):
+    original, layer, seen = theirs(**options), 1, {}
+    original.save_pretrained(tmp_path)
+    attention, gain = read_attention(Checkpoint(tmp_path), layer)
+    their_layer = original.model.layers[layer]
+    assert torch.equal(gain, their_layer.input_layernorm.weight)
+    their_layer.self_attn.register_forward_hook(
+        lambda module, args, kwargs, out: seen.update(x=kwargs['hidden_states'], y=out[0]),
+        with_kwargs=True)
+    with torch.no_grad():
+        original(tokens(2, 20))
+        rope = make_rope(rope_table(20, attention.rope_dims, 10000.0))
+        assert_close(attention(seen['x'], rope=rope), seen['y'])
+
+
+@pytest.mark.parametrize('split', [False, True])
+def test_one_attention_of_our_own_checkpoint(tmp_path, split):
+    model = ours(o_latent=12, o_norm='head' if split else 'none')
+    weights, hf_config = to_deepseek(model, split)
+    save_file(weights, tmp_path / 'model.safetensors')
+    (tmp_path / 'config.json').write_text(json.dumps(hf_config))
+    attention, gain = read_attention(Checkpoint(tmp_path), 1)
+    block, x = model.blocks[1], torch.randn(2, 20, 64)
+    rope = make_rope(model.rope[:, :20])
+    assert torch.equal(gain, block.attn_norm.weight)
+    assert_close(attention(x, rope=rope), block.attn(x, rope=rope))
+
+
+TINY = dict(vocab_size=61, n_layer=1, n_embd=32)
+
+
+@pytest.mark.parametrize('make', [
+    lambda: ours(),
+    lambda: make_model('transformer', **TINY).eval(),
+    lambda: make_model('encoder_decoder', **TINY, n_head=4).eval(),
+    lambda: theirs(),
+    lambda: theirs(**MOE),
+    lambda: theirs(**LLAMA, attention_bias=True)],
+    ids=['mla', 'mha', 'encoder_decoder', 'deepseek', 'moe', 'llama'])
 def test_at_full_rank_nothing_changes(make):
     model, idx = make(), tokens(2, 20)
     logits = lambda model: getattr(out := model(idx), 'logits', out)
@@ -118,8 +166,9 @@ def test_svd_is_the_best_product_and_the_config_follows():
     new = model.blocks[1].attn.o_proj
     assert isinstance(new, OutputLatent) and new.o_a_proj.weight.shape == (10, 64)
     rest = torch.linalg.svdvals(weight)[10:].square().sum().sqrt()
-    assert (new.o_b_proj.weight @ new.o_a_proj.weight - weight).norm().item() == pytest.approx(rest.item(), rel=1e-4)
-    rebuilt = make_model('transformer', **OURS | dict(o_latent=model.config.o_latent, o_norm=model.config.o_norm)).eval()
+    error = (new.o_b_proj.weight @ new.o_a_proj.weight - weight).norm()
+    assert error.item() == pytest.approx(rest.item(), rel=1e-4)
+    rebuilt = make_model('transformer', **flat_options(model.config)).eval()
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(rebuilt(tokens(1, 9)), model(tokens(1, 9)))
 
@@ -130,28 +179,30 @@ def test_dense_first_layers_stay():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(first_k_dense_replace=1), 'layers from 1 on are mixtures of experts.*transformers, where add_output_latent'),
+    (dict(first_k_dense_replace=1),
+     'layers from 1 on are mixtures of experts.*transformers, where add_output_latent'),
     (dict(rope_scaling=dict(type='yarn', factor=40)), "rotary scaling 'yarn'"),
     (dict(rope_parameters=dict(rope_type='yarn', factor=40)), "rotary scaling 'yarn'"),
     (dict(quantization_config=dict(quant_method='fp8')), 'convert the checkpoint to bfloat16'),
     (dict(attention_bias=True), 'attention_bias=True: only False'),
     (dict(rms_norm_eps=1e-5), 'rms_norm_eps=1e-05: only 1e-06'),
-    (dict(kv_lora_rank=8), r'model.layers.0.self_attn.kv_a_layernorm.weight: has the shape \(16,\), hf_config asks for \(8,\)'),
+    (dict(kv_lora_rank=8), r'model.layers.0.self_attn.kv_a_layernorm.weight: has the shape '
+                           r'\(16,\), hf_config asks for \(8,\)'),
 ])
 def test_from_deepseek_refuses(options, message):
     original = theirs()
     with pytest.raises(ConfigError, match=message):
-        Transformer.from_deepseek(original.state_dict(), original.config.to_dict() | options)
+        from_deepseek(original.state_dict(), original.config.to_dict() | options)
 
 
 def test_from_deepseek_names_what_is_missing():
     original = theirs()
     state, hf_config = original.state_dict(), original.config.to_dict()
     with pytest.raises(ConfigError, match='hf_config has no kv_lora_rank'):
-        Transformer.from_deepseek(state, {k: v for k, v in hf_config.items() if k != 'kv_lora_rank'})
+        from_deepseek(state, {k: v for k, v in hf_config.items() if k != 'kv_lora_rank'})
     del state['model.layers.1.mlp.up_proj.weight']
     with pytest.raises(ConfigError, match='model.layers.1.mlp.up_proj.weight: missing'):
-        Transformer.from_deepseek(state, hf_config)
+        from_deepseek(state, hf_config)
 
 
 @pytest.mark.parametrize('options, message', [
@@ -162,7 +213,12 @@ def test_from_deepseek_names_what_is_missing():
 ])
 def test_to_deepseek_refuses(options, message):
     with pytest.raises(ConfigError, match=message):
-        ours(**options).to_deepseek()
+        to_deepseek(ours(**options))
+
+
+def test_to_deepseek_refuses_other_architectures():
+    with pytest.raises(ConfigError, match='EncoderDecoder: only a Transformer'):
+        to_deepseek(make_model('encoder_decoder', **TINY, n_head=4))
 
 
 @pytest.mark.parametrize('arguments, message', [

@@ -27,7 +27,7 @@ import train
 from config import UserError, options_of
 from conftest import REPOSITORY, shell
 from test_train import ENCODER, SMALL, metrics, same_state
-from train import load_checkpoint, save_checkpoint
+from run import load_checkpoint, save_checkpoint
 
 
 def in_a_fork(work):

@@ -17,12 +17,13 @@ from config import UserError
 from conftest import train_runs
 from finetune_sst2 import FinetuneOptions, like_lengths, make_classifier, read_sst2, score, tokenize
 from prepare import Tokenizer
-from train import load_run, mean_and_interval, open_machine
+from run import Machine, load_run, mean_and_interval
 
-SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=64', '--n_layer=2', '--n_head=2',
-         '--n_embd=32', '--rope_dims=8', '--learned_positions=False', '--batch_size=8', '--max_iters=2', '--eval_iters=1',
-         '--device=cpu']
-QUICK = ['--device=cpu', '--data_dir=sst2', '--learning_rate=3e-3', '--epochs=2', '--log_interval=5']
+SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=64',
+         '--n_layer=2', '--n_head=2', '--n_embd=32', '--rope_dims=8', '--learned_positions=False',
+         '--batch_size=8', '--max_iters=2', '--eval_iters=1', '--device=cpu']
+QUICK = ['--device=cpu', '--data_dir=sst2', '--learning_rate=3e-3', '--epochs=2',
+         '--log_interval=5']
 
 
 def write_sst2(folder, rows=(300, 60)):
@@ -34,7 +35,8 @@ def write_sst2(folder, rows=(300, 60)):
         for _ in range(n):
             label = rng.randrange(2)
             words = rng.choices(['a', 'film', 'of', '"quotes', 'it', 'null'], k=rng.randrange(5))
-            lines.append(f'{" ".join([*words, ("bad", "good")[label]])} \t{label}')
+            words.append('good' if label else 'bad')
+            lines.append(f'{" ".join(words)} \t{label}')
         (folder / f'{name}.tsv').write_text('\n'.join(lines) + '\n')
 
 
@@ -52,74 +54,95 @@ def folder(runs, workspace):
     return workspace
 
 
-def state(path):
-    return torch.load(path, weights_only=True)['model']
+def read_lines(*path):
+    return Path(*path).read_text().splitlines()
 
 
 @pytest.mark.parametrize('run', ['run', 'causal'])
 def test_learns_and_writes_what_it_says(folder, script, capsys, run):
     script(finetune_sst2, *QUICK, f'--out_dir={run}', '--seeds=2', '--seed=5', '--epochs=5')
     out = json.loads(Path(run, 'sst2.json').read_text())
-    assert out['seeds'] == [5, 6] and min(out['test_accuracy']) > 0.9 and len(out['validation_accuracy']) == 2
+    assert out['seeds'] == [5, 6] and min(out['test_accuracy']) > 0.9
+    assert len(out['validation_accuracy']) == 2
     assert out['mean'] == statistics.mean(out['test_accuracy'])
     assert out['std'] == statistics.stdev(out['test_accuracy'])
     assert out['ci95'] == pytest.approx(12.706 * out['std'] / math.sqrt(2))
     assert out['binomial_se'] == pytest.approx(math.sqrt(out['mean'] * (1 - out['mean']) / 60))
-    # the predictions are those of the seed that is best on the held-out tenth, and give its accuracy
-    lines = [line.split('\t') for line in Path(run, 'sst2_predictions.tsv').read_text().splitlines()]
+
+    # the predictions are those of the seed that is best on the held-out tenth, and give its
+    # accuracy
+    lines = [line.split('\t') for line in read_lines(run, 'sst2_predictions.tsv')]
     assert lines[0] == ['text', 'label', 'probability'] and len(lines) == 61
-    assert [line[0] for line in lines[1:4]] == [row.split('\t')[0].strip() for row in
-                                                Path('sst2/dev.tsv').read_text().splitlines()[1:4]]
+    sentences = [line.split('\t')[0].strip() for line in read_lines('sst2/dev.tsv')]
+    assert [line[0] for line in lines[1:4]] == sentences[1:4]
     chosen = int(np.argmax(out['validation_accuracy']))
     right = [(float(p) > 0.5) == (label == '1') for _, label, p in lines[1:]]
     assert statistics.mean(right) == pytest.approx(out['test_accuracy'][chosen])
-    metrics = [json.loads(line) for line in Path(run, 'sst2_metrics.jsonl').read_text().splitlines()]
-    assert {'seed', 'step', 'seconds', 'train_loss', 'lr', 'sentences_per_second'} <= metrics[0].keys()
-    assert [line['val_accuracy'] for line in metrics if 'val_accuracy' in line].count(out['validation_accuracy'][0]) >= 1
+
+    metrics = [json.loads(line) for line in read_lines(run, 'sst2_metrics.jsonl')]
+    names = {'seed', 'step', 'seconds', 'train_loss', 'lr', 'sentences_per_second'}
+    assert names <= metrics[0].keys()
+    accuracies = [line['val_accuracy'] for line in metrics if 'val_accuracy' in line]
+    assert accuracies.count(out['validation_accuracy'][0]) >= 1
+
     script(finetune_sst2, f'--out_dir={run}', '--device=cpu', f'--predict={lines[1][0]}')
-    shown = re.search(r'probability of positive ([\d.]+)', capsys.readouterr().out.splitlines()[-1])[1]
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    shown = re.search(r'probability of positive ([\d.]+)', last_line)[1]
     assert float(shown) == pytest.approx(float(lines[1][2]), abs=1e-3)
+
     # again: the earlier results are renamed, and the same seed gives the same figures
     script(finetune_sst2, *QUICK, f'--out_dir={run}', '--seed=6', '--epochs=5')
     again = json.loads(Path(run, 'sst2.json').read_text())
-    assert again['test_accuracy'] == out['test_accuracy'][1:] and again['std'] is None and again['ci95'] is None
-    assert len(list(Path(run).glob('sst2-*.json'))) == 1 and len(list(Path(run).glob('sst2-*.pt'))) == 1
+    assert again['test_accuracy'] == out['test_accuracy'][1:]
+    assert again['std'] is None and again['ci95'] is None
+    assert len(list(Path(run).glob('sst2-*.json'))) == 1
+    assert len(list(Path(run).glob('sst2-*.pt'))) == 1
 
 
 def test_from_scratch_takes_nothing_from_the_run_but_its_shape(folder, script):
-    pretrained = load_run('run')[0].state_dict()
-    tuned = make_classifier(load_run('run'), FinetuneOptions(out_dir='run'), 1).model.state_dict()
-    scratch = make_classifier(load_run('run'), FinetuneOptions(out_dir='run', from_scratch=True), 1).model.state_dict()
+    run = load_run('run')
+    tuning = FinetuneOptions(out_dir='run')
+    anew = FinetuneOptions(out_dir='run', from_scratch=True)
+    pretrained = run[0].state_dict()
+    tuned = make_classifier(run, tuning, 1).model.state_dict()
+    scratch = make_classifier(run, anew, 1).model.state_dict()
     matrices = [name for name in pretrained if pretrained[name].dim() > 1]
     assert all(torch.equal(tuned[name], pretrained[name]) for name in pretrained)
     assert not any(torch.equal(scratch[name], pretrained[name]) for name in matrices)
     script(finetune_sst2, *QUICK, '--out_dir=run', '--from_scratch=True', '--epochs=1')
+    endings = '.json', '.pt', '_metrics.jsonl', '_predictions.tsv'
     assert {path.name for path in Path('run').glob('sst2*')} == {
-        f'sst2_from_scratch{ending}' for ending in ('.json', '.pt', '_metrics.jsonl', '_predictions.tsv')}
+        f'sst2_from_scratch{ending}' for ending in endings}
 
 
 @pytest.mark.parametrize('run', ['run', 'causal'])
 def test_padding_changes_no_prediction(folder, run):
     loaded = load_run(run)
     tokenizer, classifier = loaded[1], make_classifier(loaded, FinetuneOptions(out_dir=run), 1)
-    machine = open_machine(FinetuneOptions(out_dir=run, device='cpu'))
+    machine = Machine(FinetuneOptions(out_dir=run, device='cpu'))
     classifier.double()
-    texts = [('good', 1), ('a film of it', 0), ('a long film of good and bad and it', 1), ('bad', 0)]
+    texts = [('good', 1), ('a film of it', 0), ('a long film of good and bad and it', 1),
+             ('bad', 0)]
     examples = tokenize(texts, tokenizer, 64)
     together = score(classifier, examples, tokenizer, machine)[2]
-    alone = torch.cat([score(classifier, [example], tokenizer, machine)[2] for example in examples])
+    alone = torch.cat([score(classifier, [example], tokenizer, machine)[2]
+                       for example in examples])
     assert (together - alone).abs().max() < 1e-7 and together.std() > 1e-6
     assert tokenize([('x' * 100, 1)], tokenizer, 64)[0][0] == [tokenizer.eot] + [ord('x')] * 63
 
 
 def test_what_the_classifier_reads(folder):
-    """An encoder the first position, with the whole sentence in view; a causal model the last real one."""
+    """Of an encoder, the first position, which has the whole sentence in view; of a causal model,
+    the last real one."""
     for run, position in (('run', 0), ('causal', 6)):
         loaded = load_run(run)
-        tokenizer, classifier = loaded[1], make_classifier(loaded, FinetuneOptions(out_dir=run), 1).eval()
+        classifier = make_classifier(loaded, FinetuneOptions(out_dir=run), 1).eval()
+        tokenizer = loaded[1]
         idx = torch.tensor([[tokenizer.eot, *tokenizer.encode('a film')]])
         x = classifier.model.hidden(idx)[:, position]
-        expected = classifier.classifier(x if run == 'causal' else torch.tanh(classifier.pooler[0](x)))
+        if run == 'run':
+            x = torch.tanh(classifier.pooler[0](x))
+        expected = classifier.classifier(x)
         assert torch.allclose(classifier(idx, torch.tensor([7])), expected, atol=1e-6)
 
 
@@ -129,25 +152,34 @@ def test_batches_of_like_length():
     assert sorted(np.concatenate(batches)) == list(range(1003)) and max(map(len, batches)) == 16
     padded = sum(lengths[batch].max() * len(batch) for batch in batches)
     assert padded < 1.05 * lengths.sum()
-    assert [lengths[batch].max() for batch in batches] != sorted(lengths[batch].max() for batch in batches)
+    longest = [lengths[batch].max() for batch in batches]
+    assert longest != sorted(longest)
     again = like_lengths(lengths, 16, np.random.default_rng(1))
     assert all((a == b).all() for a, b in zip(batches, again))
-    assert not all(set(a) == set(b) for a, b in zip(batches, like_lengths(lengths, 16, np.random.default_rng(2))))
+    other = like_lengths(lengths, 16, np.random.default_rng(2))
+    assert not all(set(a) == set(b) for a, b in zip(batches, other))
 
 
 def test_the_split_is_90_10_and_the_same_for_every_subset(folder):
-    """Rows are told apart by their sentence here: every phrase is used once, and none both to train and to choose."""
+    """Here each row has a sentence of its own. Every phrase is used once, and none both to train
+    and to choose the epoch."""
     for name, n in (('train', 200), ('dev', 20)):
         rows = ''.join(f'{name} phrase {i}\t{i % 2}\n' for i in range(n))
         Path(f'sst2/{name}.tsv').write_text('sentence\tlabel\n' + rows)
     texts = read_sst2(FinetuneOptions(out_dir='run', data_dir='sst2'))
-    assert {split: len(part) for split, part in texts.items()} == dict(train=180, validation=20, test=20)
-    assert {*texts['train'], *texts['validation']} == {(f'train phrase {i}', i % 2) for i in range(200)}
+    sizes = {split: len(part) for split, part in texts.items()}
+    assert sizes == dict(train=180, validation=20, test=20)
+    phrases = {(f'train phrase {i}', i % 2) for i in range(200)}
+    assert {*texts['train'], *texts['validation']} == phrases
     assert texts['test'] == [(f'dev phrase {i}', i % 2) for i in range(20)]
     few = read_sst2(FinetuneOptions(out_dir='run', data_dir='sst2', train_examples=50, seed=9))
     assert few['train'] == texts['train'][:50] and few['validation'] == texts['validation']
-    examples = dict(train=[('a fine film', 1)], validation=[('fine', 1), ('fine film', 1), ('ine film', 1), ('good', 1)])
-    assert finetune_sst2.share_overlapping(examples) == 0.5
+
+
+def test_held_out_phrases_that_are_part_of_a_training_phrase():
+    held_out = ['fine', 'fine film', 'ine film', 'good']
+    texts = dict(train=[('a fine film', 1)], validation=[(text, 1) for text in held_out])
+    assert finetune_sst2.share_overlapping(texts) == 0.5
 
 
 def test_the_best_epoch_on_the_held_out_tenth_is_tested(folder, monkeypatch):
@@ -157,12 +189,16 @@ def test_the_best_epoch_on_the_held_out_tenth_is_tested(folder, monkeypatch):
 
     def fake(classifier, examples, tokenizer, machine):
         asked.append((len(examples), classifier.classifier.weight.detach().clone()))
-        return (0.0, 0.5, torch.zeros(60)) if len(examples) == 60 else (*next(answers), torch.zeros(30))
+        if len(examples) == 60:  # the test
+            return 0.0, 0.5, torch.zeros(60)
+        return *next(answers), torch.zeros(30)
 
     monkeypatch.setattr(finetune_sst2, 'score', fake)
     options = FinetuneOptions(out_dir='run', device='cpu', epochs=3, learning_rate=1e-2)
-    best = finetune_sst2.finetune(options, 1, load_run('run'), texts, open_machine(options), lambda **line: None)
-    assert (best.epoch, best.validation_accuracy) == (2, 0.9) and [n for n, _ in asked] == [30, 30, 30, 60]
+    best = finetune_sst2.finetune(options, 1, load_run('run'), texts, Machine(options),
+                                  record=lambda line: None)
+    assert (best.epoch, best.validation_accuracy) == (2, 0.9)
+    assert [n for n, _ in asked] == [30, 30, 30, 60]
     assert torch.equal(asked[3][1], asked[1][1]) and not torch.equal(asked[3][1], asked[2][1])
 
 
@@ -172,8 +208,9 @@ def test_the_hub_is_asked_for_sst2(folder, monkeypatch):
 
     def load_dataset(path, name=None, split=None, streaming=None):
         asked.append((path, split))
-        return datasets.Dataset.from_dict(dict(idx=range(20), sentence=[f'{split} {i} ' for i in range(20)],
-                                               label=[0, 1] * 10)).to_iterable_dataset()
+        columns = dict(idx=range(20), sentence=[f'{split} {i} ' for i in range(20)],
+                       label=[0, 1] * 10)
+        return datasets.Dataset.from_dict(columns).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
     texts = read_sst2(FinetuneOptions(out_dir='run'))
@@ -189,22 +226,38 @@ def test_wandb_gets_a_run_of_its_own_for_each_seed(folder, script, monkeypatch):
         log = staticmethod(lambda line, step=None: logged.append(line))
         finish = staticmethod(lambda: None)
 
-    monkeypatch.setattr(wandb, 'init', lambda **options: started.append((options['project'], options['name'])) or Run)
+    def init(**options):
+        started.append((options['project'], options['name']))
+        return Run
+
+    monkeypatch.setattr(wandb, 'init', init)
     script(finetune_sst2, *QUICK, '--out_dir=run', '--seeds=2', '--wandb=True', '--epochs=1')
     assert started == [('encoder-pretrain-sst2', 'run-1337'), ('encoder-pretrain-sst2', 'run-1338')]
-    assert sum('test_accuracy' in line for line in logged) == 2 and any('train_loss' in line for line in logged)
+    assert sum('test_accuracy' in line for line in logged) == 2
+    assert any('train_loss' in line for line in logged)
 
 
 def test_an_interrupted_run_leaves_earlier_results_alone(folder, script, monkeypatch):
     script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1')
-    before = {path.name: path.read_bytes() for path in Path('run').glob('sst2*')}
+    before = results_of('run')
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(finetune_sst2, 'score', lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(finetune_sst2, 'score', interrupt)
         script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1')
-    assert {path.name: path.read_bytes() for path in Path('run').glob('sst2*') if path.suffix != '.partial'} == before
+    assert results_of('run') == before
     script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1', '--seeds=2')
-    steps = [json.loads(line)['step'] for line in Path('run/sst2_metrics.jsonl').read_text().splitlines()]
-    assert steps.count(5) == 2 and not list(Path('run').glob('*.partial'))  # of two seeds, and nothing of the interrupted one
+    # the metrics are those of two seeds, and nothing is left of the interrupted one
+    steps = [json.loads(line)['step'] for line in read_lines('run/sst2_metrics.jsonl')]
+    assert steps.count(5) == 2 and not list(Path('run').glob('*.partial'))
+
+
+def results_of(run):
+    """{name: content} of the files that belong to the finished results of a run folder."""
+    return {path.name: path.read_bytes() for path in Path(run).glob('sst2*')
+            if path.suffix != '.partial'}
 
 
 def test_a_run_from_before_tokenizers_were_recorded(folder):
@@ -225,30 +278,30 @@ def test_interval_covers_as_often_as_it_says():
     assert mean_and_interval([0.5]) == (0.5, None)
 
 
-def damage(folder, what):
-    """Breaks the folder in one way."""
-    tsv = Path('sst2/train.tsv')
-    if what == 'checkpoint':
+GOOD = 'good\t1\n' * 20
+DAMAGED = {  # what train.tsv may hold
+    'columns': 'text\tlabel\ngood\t1\n',
+    'label': f'sentence\tlabel\n{GOOD}bad\t2\n',
+    'late label': f'sentence\tlabel\n{GOOD * 600}bad\tnegative\n',
+    'no label': f'sentence\tlabel\n{GOOD}bad\t\n',
+    'empty': f'sentence\tlabel\n{GOOD}  \t0\n',
+    'tabs': f'sentence\tlabel\n{GOOD}a\tb\tc\t0\n',
+    'few': 'sentence\tlabel\ngood\t1\n',
+}
+
+
+def damage(what):
+    """Breaks the working directory in one way."""
+    if what in DAMAGED:
+        Path('sst2/train.tsv').write_text(DAMAGED[what])
+    elif what == 'no dev':
+        Path('sst2/dev.tsv').unlink()
+    elif what == 'checkpoint':
         for path in Path('run').glob('*.pt'):
             path.unlink()
     elif what == 'tokenizer':
-        Tokenizer('byte', [bytes([b]) for b in reversed(range(256))], r'[\s\S]').save('run/tokenizer.json')
-    elif what == 'columns':
-        tsv.write_text('text\tlabel\ngood\t1\n')
-    elif what == 'label':
-        tsv.write_text('sentence\tlabel\n' + 'good\t1\n' * 20 + 'bad\t2\n')
-    elif what == 'late label':
-        tsv.write_text('sentence\tlabel\n' + 'good\t1\n' * 12_000 + 'bad\tnegative\n')
-    elif what == 'no label':
-        tsv.write_text('sentence\tlabel\n' + 'good\t1\n' * 20 + 'bad\t\n')
-    elif what == 'empty':
-        tsv.write_text('sentence\tlabel\n' + 'good\t1\n' * 20 + '  \t0\n')
-    elif what == 'tabs':
-        tsv.write_text('sentence\tlabel\n' + 'good\t1\n' * 20 + 'a\tb\tc\t0\n')
-    elif what == 'few':
-        tsv.write_text('sentence\tlabel\ngood\t1\n')
-    elif what == 'no dev':
-        Path('sst2/dev.tsv').unlink()
+        ranks = [bytes([b]) for b in reversed(range(256))]
+        Tokenizer('byte', ranks, r'[\s\S]').save('run/tokenizer.json')
 
 
 @pytest.mark.parametrize('what, arguments, message', [
@@ -261,19 +314,20 @@ def damage(folder, what):
     ('empty', [], 'sst2/train.tsv, row 21: the sentence is empty'),
     ('tabs', [], 'sst2/train.tsv cannot be read'),
     ('few', [], '1 phrases to train on and 60 to test on: too few'),
-    ('no dev', [], '--data_dir=sst2: takes the folder that holds train.tsv and dev.tsv; there is no sst2/dev.tsv'),
+    ('no dev', [], '--data_dir=sst2: takes the folder that holds train.tsv and dev.tsv; there is '
+                   'no sst2/dev.tsv'),
     (None, ['--data_dir=elsewhere'], 'there is no elsewhere/train.tsv'),
     (None, ['--data_dir=None'], 'or give local files with --data_dir=FOLDER'),
     (None, ['--train_examples=1000'], 'train_examples=1000: takes up to 270, 30 more are held out'),
-    (None, ['--train_examples=0'], 'train_examples=0: takes a finite number above zero'),
+    (None, ['--train_examples=0'], 'train_examples=0: takes an int from 1'),
     (None, ['--out_dir=None'], 'which run? --out_dir=RUN'),
-    (None, ['--classifier_dropout=1.0'], 'takes a number below 1'),
-    (None, ['--seed=-1'], 'seed=-1: takes a finite number'),
+    (None, ['--classifier_dropout=1.0'], 'takes a finite number from 0 below 1'),
+    (None, ['--seed=-1'], 'seed=-1: takes an int from 0'),
     (None, ['--predict=good'], 'run/sst2.pt: there is no fine-tuned model'),
     (None, ['config/mla.py'], 'options are written --key=value'),
 ])
 def test_refusals(folder, script, what, arguments, message):
-    damage(folder, what)
+    damage(what)
     with pytest.raises(UserError) as error:
         script(finetune_sst2, *QUICK, '--out_dir=run', *arguments)
     assert message in str(error.value) and not list(Path('run').glob('sst2*'))

@@ -168,12 +168,10 @@ def test_slots_until():
 def test_pooling_is_a_plain_block_of_which_the_last_slots_are_kept():
     from model import Block
     down, x = tiny('rope').down[0], torch.randn(3, 7, 32, dtype=torch.float64)
-    rope = m.rope_table(7, 4, 10000.0)
-    plain = Block(tiny('rope').config.level(1), 0).double()
-    weights = {name: value for name, value in down.pool.state_dict().items() if 'q_proj' not in name and 'kv_proj' not in name}
-    weights['attn.qkv_proj.weight'] = torch.cat((down.pool.attn.q_proj.weight, down.pool.attn.kv_proj.weight))
-    plain.load_state_dict(weights)
-    assert torch.allclose(down.pool(x[:, -5:], x, rope, None), plain(x, rope)[:, -5:], rtol=1e-9)
+    rope = m.make_rope(m.rope_table(7, 4, 10000.0))
+    plain = Block(tiny('rope').config.level(1)).double()
+    plain.load_state_dict(down.pool.state_dict())
+    assert torch.allclose(down.pool(x[:, -5:], x, rope=rope), plain(x, rope=rope)[:, -5:], rtol=1e-9)
 
 
 def test_channels_are_their_formula():
@@ -182,7 +180,8 @@ def test_channels_are_their_formula():
     norm = lambda x, layer: x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
     zs = []
     for c in range(2):
-        q, k, v = (norm(x, block.attn_norm) @ block.attn.qkv_proj.weight[c].T).split(32, -1)
+        normed = norm(x, block.attn_norm)
+        q, k, v = (normed @ getattr(block.attn, f'{part}_proj').weight[c].T for part in 'qkv')
         split = lambda y: y.unflatten(-1, (4, 8)).transpose(1, 2)
         y = F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=True).transpose(1, 2).flatten(2)
         h = x + y @ block.attn.o_proj.weight[c].T
@@ -232,9 +231,9 @@ def test_flops_formula_is_what_happens(name):
         if up.upsample == 'repeat':
             counted -= 2 * k * up.up_proj.weight.numel()
         else:
-            kv = sum(2 * p.weight.numel() for n, p in up.up.named_modules() if n.startswith('kv_') and hasattr(p, 'splits'))
+            kv = sum(2 * p.weight.numel() for p in up.up.modules() if getattr(p, 'keys', False))
             counted -= 2 * (T // 7) * k * kv
-    for attention in model.attentions():
+    for attention in m.attentions_of(model):
         attention.score_flops = lambda keys: 0.0
     assert counted / (2 * T) == pytest.approx(model.flops_per_token(T) / 3, rel=1e-9)
 
@@ -242,10 +241,10 @@ def test_flops_formula_is_what_happens(name):
 def test_score_flops():
     """Counted by hand for one head geometry: 35 tokens in 5 groups."""
     model = make_model('grouped_latent', **TINY)
-    with_scores = model.flops_by_part(35)
-    for attention in model.attentions():
+    with_scores = m.grouped_flops(model, 35)
+    for attention in m.attentions_of(model):
         attention.score_flops = lambda keys: 0.0
-    without = model.flops_by_part(35)
+    without = m.grouped_flops(model, 35)
     pairs = lambda n: n * (n + 1) / 2
     assert with_scores['trunk'] - without['trunk'] == pytest.approx(2 * 4 * 32 * pairs(10) / 35)
     level_0 = 4 * 16 * (5 * pairs(7) + pairs(35))  # on the way up
@@ -296,26 +295,26 @@ def test_compiled_without_graph_breaks_and_equal():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(latents=(5, 5)), 'each level has fewer than the last'),
-    (dict(group_size=5), 'each level has fewer than the last'),
+    (dict(latents=(5, 5)), 'each level has fewer than the one before it'),
+    (dict(group_size=5), 'each level has fewer than the one before it'),
     (dict(widths=(16, 32)), 'takes 3'),
     (dict(head_dim=12), 'widths=.*16 is not divisible by head_dim=12'),
     (dict(block_size=6), 'takes at least one group, group_size=7'),
-    (dict(latents=(5, 0)), 'above zero'),
+    (dict(latents=(5, 0)), 'a finite number from 1'),
     (dict(n_shared_mlp=1), 'n_shared_mlp belongs to n_channels'),
     (dict(merge='max'), 'merge belongs to n_channels'),
     (dict(latent_loss_coeff=0.5), 'latent_loss_coeff belongs to latent_loss'),
-    (dict(head_dim=None), 'head_dim: grouped latents need a number'),
+    (dict(head_dim=None), 'head_dim=None: takes a finite number from 1'),
     (dict(compress='perceiver', n_compress=2), 'n_compress belongs to'),
     (dict(n_channels=2, channels_every=3), 'of 2 blocks none would have channels'),
-    (dict(n_channels=1), 'takes two or more'),
-    (dict(n_embd=32), 'n_embd=32: leave it out'),
-    (dict(n_head=3), 'n_head=3: leave it out'),
-    (dict(learned_positions=True), 'learned_positions=True: leave it out'),
-    (dict(n_dense=1), 'n_dense=1: leave it out'),
-    (dict(subtract_next_position=True), 'needs learned_positions'),
-    (dict(global_window=0), 'above zero'),
-    (dict(n_mix=0), 'above zero'),
+    (dict(n_channels=1), 'a finite number from 2'),
+    (dict(n_embd=32), 'has no n_embd: leave it out'),
+    (dict(n_head=3), 'has no n_head: leave it out'),
+    (dict(learned_positions=True), 'has no learned_positions'),
+    (dict(n_dense=1), 'has no n_dense'),
+    (dict(subtract_next_position=True), 'has no subtract_next_position'),
+    (dict(global_window=0), 'from 1'),
+    (dict(n_mix=0), 'from 1'),
     (dict(n_kv_head=3), 'not divisible by n_kv_head'),
     (dict(causal=True), 'has no causal'),
 ])

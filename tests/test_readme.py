@@ -20,9 +20,9 @@ NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_laye
 @pytest.fixture
 def copy(workspace):
     """A copy of the repository, as a clone would be, with a small corpus in place of what the hub holds."""
-    for name in ('model.py', 'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'svd.py', 'config'):
-        source = REPOSITORY / name
-        (shutil.copytree if source.is_dir() else shutil.copy)(source, workspace / name)
+    for source in REPOSITORY.glob('*.py'):
+        shutil.copy(source, workspace)
+    shutil.copytree(REPOSITORY / 'config', workspace / 'config')
     write_corpus(workspace, 200)
     (workspace / 'input.txt').write_text(''.join(corpus(20)))
     return workspace
@@ -105,8 +105,8 @@ def test_the_commands_of_deepseek(here, copy):
     for command in commands[:3]:
         here(command, *NO_HUB, *CUT_SHORT, '--tokenizer=bpe', '--block_size=64', *([] if 'init_from' in command else ['--micro_batch_size=4']))
     assert 'between heads' in here(commands[3], '--layers=0')
-    (copy / 'deepseek.py').write_text(BLOCKS['python'][1] + 'print(sum(p.numel() for p in again.parameters()))\n')
-    assert int(run('python deepseek.py').split()[-1]) > 1000
+    (copy / 'snippet.py').write_text(BLOCKS['python'][1] + 'print(sum(p.numel() for p in again.parameters()))\n')
+    assert int(run('python snippet.py').split()[-1]) > 1000
 
 
 @pytest.mark.slow

@@ -11,17 +11,19 @@ import sample
 from config import UserError
 from conftest import REPOSITORY, shell, train_runs
 from prepare import Tokenizer
-from train import load_run
+from run import load_run
 
-SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=1', '--n_head=2',
-         '--n_embd=32', '--batch_size=8', '--max_iters=2', '--eval_iters=1', '--log_interval=1', '--device=cpu']
+SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
+         '--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=8', '--max_iters=2',
+         '--eval_iters=1', '--log_interval=1', '--device=cpu']
 ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True']
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
     """Two causal runs and an encoder: decoder, encdec, encoder."""
-    return train_runs(tmp_path_factory.mktemp('runs'), SMALL, dict(decoder=[], encdec=ENCDEC, encoder=['--causal=False']))
+    return train_runs(tmp_path_factory.mktemp('runs'), SMALL,
+                      dict(decoder=[], encdec=ENCDEC, encoder=['--causal=False']))
 
 
 @pytest.fixture
@@ -33,27 +35,32 @@ def folder(runs, workspace):
 def test_the_parts_of_the_loss_are_recorded(folder):
     lines = [json.loads(line) for line in Path('encdec/metrics.jsonl').read_text().splitlines()]
     parts = next(line for line in lines if 'train_loss' in line)
-    assert parts['train_loss'] == pytest.approx(parts['train_cross_entropy'] + parts['train_embedding_loss'], rel=1e-5)
+    total = parts['train_cross_entropy'] + parts['train_embedding_loss']
+    assert parts['train_loss'] == pytest.approx(total, rel=1e-5)
     assert parts['train_embedding_gain'] == pytest.approx(1.0, abs=0.01)
 
 
 @pytest.mark.parametrize('run', ['decoder', 'encdec'])
 def test_text_is_what_the_model_draws(folder, script, capsys, run):
-    arguments = [f'--out_dir={run}', '--start=the river', '--max_new_tokens=60', '--device=cpu', '--seed=4']
+    arguments = [f'--out_dir={run}', '--start=the river', '--max_new_tokens=60', '--device=cpu',
+                 '--seed=4']
     script(sample, *arguments)
     out = capsys.readouterr()
     model, tokenizer, _ = load_run(run)
     prompt = torch.tensor([[tokenizer.eot, *tokenizer.encode('the river')]])
-    ids = model.generate(prompt, 60, temperature=0.8, top_k=200, seed=4, stop=tokenizer.eot, n_ids=257)[0, 1:].tolist()
+    ids = model.generate(prompt, 60, temperature=0.8, top_k=200, seed=4, stop=tokenizer.eot,
+                         n_ids=257)[0, 1:].tolist()
     ids = ids[:ids.index(tokenizer.eot)] if tokenizer.eot in ids else ids
     assert out.out == tokenizer.decode(ids) + '\n'
     assert 'tokens/s' in out.err
     script(sample, *arguments)
     assert capsys.readouterr().out == out.out
     Path('prompt.txt').write_text('the river')
-    script(sample, *[a.replace('the river', 'FILE:prompt.txt') for a in arguments], '--num_samples=3')
+    from_file = [argument.replace('the river', 'FILE:prompt.txt') for argument in arguments]
+    script(sample, *from_file, '--num_samples=3')
     several = capsys.readouterr().out.split('\n---\n')
-    assert len(several) == 3 and len(set(several)) == 3 and all(text.startswith('the river') for text in several)
+    assert len(several) == 3 and len(set(several)) == 3
+    assert all(text.startswith('the river') for text in several)
 
 
 def test_characters_are_shown_whole(capsys):
@@ -63,19 +70,23 @@ def test_characters_are_shown_whole(capsys):
 
 
 def test_a_long_start_says_what_is_dropped(folder, script, capsys):
-    script(sample, '--out_dir=decoder', f'--start={"x" * 50}', '--max_new_tokens=3', '--device=cpu')
-    assert 'the start has 51 tokens, the model sees 32: the first 19 are dropped' in capsys.readouterr().err
+    script(sample, '--out_dir=decoder', f'--start={"x" * 50}', '--max_new_tokens=3',
+           '--device=cpu')
+    message = 'the start has 51 tokens, the model sees 32: the first 19 are dropped'
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('arguments, message', [
     (['--out_dir=encoder'], 'encoder: an encoder, which fills gaps and writes no text'),
     (['--out_dir=nowhere'], 'nowhere/ckpt.pt: there is no such checkpoint'),
     ([], 'which run? --out_dir=RUN'),
-    (['--out_dir=decoder', '--temperature=-0.5'], 'temperature=-0.5: takes a finite number from zero up'),
+    (['--out_dir=decoder', '--temperature=-0.5'], 'temperature=-0.5: takes a finite number from 0'),
     (['--out_dir=decoder', '--top_p=1.5'], 'top_p=1.5: takes a probability'),
-    (['--out_dir=decoder', '--top_k=0'], 'top_k=0: takes a finite number above zero'),
-    (['--out_dir=decoder', '--start=FILE:nowhere.txt'], 'FILE:nowhere.txt: cannot be read as text'),
-    (['--out_dir=decoder', '--start=FILE:decoder/ckpt.pt'], 'FILE:decoder/ckpt.pt: cannot be read as text'),
+    (['--out_dir=decoder', '--top_k=0'], 'top_k=0: takes an int from 1'),
+    (['--out_dir=decoder', '--start=FILE:nowhere.txt'],
+     'FILE:nowhere.txt: cannot be read as text'),
+    (['--out_dir=decoder', '--start=FILE:decoder/ckpt.pt'],
+     'FILE:decoder/ckpt.pt: cannot be read as text'),
 ])
 def test_refusals(folder, script, arguments, message):
     with pytest.raises(UserError) as error:
@@ -89,9 +100,22 @@ def test_refuses_a_run_without_a_tokenizer(folder, script):
         script(sample, '--out_dir=decoder')
 
 
+# a script whose standard output is a pipe that nobody reads: python -c CLOSED_PIPE REPOSITORY N
+CLOSED_PIPE = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+import config
+
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 1)
+length, sys.argv = int(sys.argv[2]), ['x.py']
+config.run(lambda: print('x' * length))
+"""
+
+
 @pytest.mark.parametrize('length', [10, 10 ** 6])
 def test_a_reader_that_leaves_early_is_no_error(folder, length):
     """As `| head` does: the pipe is closed before anything is written."""
-    result = shell('-c', 'import os, sys; sys.path.insert(0, sys.argv[1]); os.close(1); r, w = os.pipe(); os.close(r); '
-                   'os.dup2(w, 1); import config; sys.argv = ["x.py"]; config.run(lambda: print("x" * length))'.replace('length', str(length)), REPOSITORY)
+    result = shell('-c', CLOSED_PIPE, REPOSITORY, length)
     assert result.returncode == 141 and not result.stderr

@@ -1,4 +1,5 @@
-"""svd.py: spectra against numpy's on whole products, planted ranks found, checkpoints read and refused."""
+"""svd.py: spectra against numpy's on whole products, planted ranks found, checkpoints read and
+refused; and the matrices of every attention, which it starts from."""
 
 import json
 import os
@@ -8,29 +9,45 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 import svd
 from config import UserError
 from conftest import train_runs
-from model import add_output_latent, make_model
+from deepseek import Checkpoint, to_deepseek
+from model import BlockConfig, make_attention
+from run import load_run
 
-HF = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=4, hidden_size=40, q_lora_rank=24,
-          kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12)
+HF = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=4, hidden_size=40,
+          q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12)
 
 
 def layer_of(c, i, generator, plant=None):
-    """The attention of one layer at the sizes of a config.json; `plant`: the rank of what o_proj holds beside noise."""
+    """The attention of one layer at the sizes of a config.json; `plant`: the rank of what o_proj
+    holds beside noise."""
     D, H = c['hidden_size'], c['num_attention_heads']
     plain, r, dv = c['qk_nope_head_dim'], c['qk_rope_head_dim'], c['v_head_dim']
-    randn = lambda *shape: torch.randn(*shape, generator=generator)
-    o = randn(D, H * dv) if plant is None else randn(D, plant) @ randn(plant, H * dv) + 0.01 * randn(D, H * dv)
-    attn, q, kv = f'model.layers.{i}.self_attn', c['q_lora_rank'], c['kv_lora_rank']
-    gain = lambda n: 1 + 0.3 * randn(n)
-    return {f'{attn}.q_a_proj.weight': randn(q, D), f'{attn}.q_a_layernorm.weight': gain(q),
-            f'{attn}.q_b_proj.weight': randn(H * (plain + r), q), f'{attn}.kv_a_layernorm.weight': gain(kv),
-            f'{attn}.kv_a_proj_with_mqa.weight': randn(kv + r, D), f'{attn}.kv_b_proj.weight': randn(H * (plain + dv), kv),
-            f'{attn}.o_proj.weight': o, f'model.layers.{i}.input_layernorm.weight': gain(D)}
+    q, kv, layer = c['q_lora_rank'], c['kv_lora_rank'], f'model.layers.{i}'
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    def gain(n):
+        return 1 + 0.3 * randn(n)
+
+    if plant is None:
+        o = randn(D, H * dv)
+    else:
+        o = randn(D, plant) @ randn(plant, H * dv) + 0.01 * randn(D, H * dv)
+    return {f'{layer}.self_attn.q_a_proj.weight': randn(q, D),
+            f'{layer}.self_attn.q_a_layernorm.weight': gain(q),
+            f'{layer}.self_attn.q_b_proj.weight': randn(H * (plain + r), q),
+            f'{layer}.self_attn.kv_a_layernorm.weight': gain(kv),
+            f'{layer}.self_attn.kv_a_proj_with_mqa.weight': randn(kv + r, D),
+            f'{layer}.self_attn.kv_b_proj.weight': randn(H * (plain + dv), kv),
+            f'{layer}.self_attn.o_proj.weight': o,
+            f'{layer}.input_layernorm.weight': gain(D)}
 
 
 def write_checkpoint(folder, c, layers):
@@ -57,7 +74,8 @@ def read_result(folder):
 
 
 def assert_same(found, matrix):
-    """The values found are the leading ones of the matrix, to 1e-6 of the largest, and the rest of it is zero."""
+    """The values found are the leading ones of the matrix, to 1e-6 of the largest, and the rest of
+    it is zero."""
     values = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     found = np.array(found)
     assert np.abs(found - values[:len(found)]).max() < 1e-6 * values[0]
@@ -68,14 +86,16 @@ def test_spectra_are_those_of_the_whole_products(checkpoint, script, capsys):
     folder, layers = checkpoint
     script(svd, folder, '--align=True')
     for found, weights in zip(read_result('out/svd-deepseek')['layers'], layers):
-        w = {name.split('.', 3)[-1].removesuffix('.weight'): value for name, value in weights.items()}
+        w = {name.split('.')[-2]: value for name, value in weights.items()}
         gain = w['input_layernorm']
-        q_all = w['self_attn.q_b_proj'] @ (w['self_attn.q_a_layernorm'][:, None] * w['self_attn.q_a_proj'] * gain)
-        kv_a = w['self_attn.kv_a_proj_with_mqa'] * gain
-        kv_all = w['self_attn.kv_b_proj'] @ (w['self_attn.kv_a_layernorm'][:, None] * kv_a[:16])
-        q, kv, o = q_all.view(4, 12, 40), kv_all.view(4, 20, 40), w['self_attn.o_proj'].view(40, 4, 12).transpose(0, 1)
-        whole = dict(q=q[:, :8], k=kv[:, :8], qk=q[:, :8].mT @ kv[:, :8], v=kv[:, 8:], o=o, vo=o @ kv[:, 8:], q_rope=q[:, 8:],
-                     k_rope=kv_a[None, 16:], qk_rope=q[:, 8:].mT @ kv_a[16:])
+        q = w['q_b_proj'] @ (w['q_a_layernorm'][:, None] * w['q_a_proj'] * gain)
+        kv_a = w['kv_a_proj_with_mqa'] * gain
+        kv = w['kv_b_proj'] @ (w['kv_a_layernorm'][:, None] * kv_a[:16])
+        q, kv = q.view(4, 12, 40), kv.view(4, 20, 40)
+        o = w['o_proj'].view(40, 4, 12).transpose(0, 1)
+        whole = dict(q=q[:, :8], k=kv[:, :8], qk=q[:, :8].mT @ kv[:, :8], v=kv[:, 8:], o=o,
+                     vo=o @ kv[:, 8:], q_rope=q[:, 8:], k_rope=kv_a[None, 16:],
+                     qk_rope=q[:, 8:].mT @ kv_a[16:])
         assert set(found['kinds']) == set(whole)
         for kind, heads in whole.items():
             for values, head in zip(found['kinds'][kind]['heads'], heads, strict=True):
@@ -85,12 +105,53 @@ def test_spectra_are_those_of_the_whole_products(checkpoint, script, capsys):
             assert_same(found['kinds'][kind]['stacked'], side_by_side)
     out = capsys.readouterr().out
     assert 'layer 1' in out and 'noise' in out and 'between heads' in out
-    assert Path('out/svd-deepseek/layers.png').stat().st_size > 10_000 < Path('out/svd-deepseek/heads.png').stat().st_size
+    for name in ('layers.png', 'heads.png'):
+        assert Path('out/svd-deepseek', name).stat().st_size > 10_000
+
+
+ATTENTIONS = {
+    'mha': dict(n_kv_head=2, qk_norm=True),
+    'no_rope': dict(rope_dims=0),
+    'mla': dict(attention='mla', q_latent=10, kv_latent=12),
+    'mla_shared': dict(attention='mla', kv_latent=12, rope_key='shared', v_head_dim=6),
+    'mla_o': dict(attention='mla', kv_latent=12, o_latent=9),
+    'mla_o_sum': dict(attention='mla', kv_latent=12, o_latent=9, o_norm='sum'),
+    'mla_o_head': dict(attention='mla', kv_latent=12, o_latent=9, o_norm='head', rope_dims=8),
+}
+
+
+@pytest.mark.parametrize('name', ATTENTIONS)
+def test_matrices_are_what_an_attention_does(name):
+    """Up to what norms divide by, which is one number for a token, or for a head of it."""
+    torch.manual_seed(0)
+    options = dict(n_head=4, n_embd=32, rope_dims=4) | ATTENTIONS[name]
+    attention, seen = make_attention(BlockConfig(**options)).requires_grad_(False), {}
+    for weight in attention.parameters():
+        torch.nn.init.normal_(weight, mean=1.0 if weight.dim() == 1 else 0.0, std=0.3)
+    attention.attend = lambda q, k, v, key_mask: seen.update(q=q, k=k, v=v)
+    x, r = torch.randn(1, 5, 32), attention.rope_dims
+    attention.heads(x)
+    (q_rope, q), (k_rope, k) = (seen[side].tensor_split([r], dim=-1) for side in 'qk')
+    vectors = dict(q=q, k=k, v=seen['v'], q_rope=q_rope, k_rope=k_rope)
+    matrices = {part: heads if basis is None else heads @ basis
+                for part, (heads, basis) in attention.matrices().items()}
+    assert set(matrices) == {'o'} | {part for part in vectors if vectors[part].size(-1)}
+
+    def assert_same_direction(a, b):
+        assert torch.allclose(F.normalize(a, dim=-1), F.normalize(b, dim=-1), atol=1e-5)
+
+    for part in set(matrices) - {'o'}:
+        assert_same_direction(x @ matrices[part].mT, vectors[part][0])
+    for h, matrix in enumerate(matrices['o']):
+        y = torch.zeros(1, 1, 4, attention.v_head_dim)
+        y[..., h, :] = torch.randn(attention.v_head_dim)
+        assert_same_direction(y[0, :, h] @ matrix, attention.o_proj(y.flatten(2))[0])
 
 
 def test_effective_rank():
     assert svd.effective_rank([1.0, 1.0, 1.0, 0.0], 0.01) == 3
-    assert svd.effective_rank([10.0, 1.0], 0.01) == 1 and svd.effective_rank([10.0, 1.01], 0.01) == 2  # 1/101 and above
+    assert svd.effective_rank([10.0, 1.0], 0.01) == 1  # 1/101 of the energy
+    assert svd.effective_rank([10.0, 1.01], 0.01) == 2  # a little more than a hundredth
     assert svd.effective_rank([1.0], 0.001) == 1
 
 
@@ -100,57 +161,68 @@ def test_fp8_blocks_and_bf16(workspace):
     whole = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[:300, :200]
     folder = write_checkpoint(workspace / 'fp8', HF, [dict(
         a=(weight / whole).to(torch.float8_e4m3fn), a_scale_inv=scale, b=weight.bfloat16())])
-    tensors = svd.Checkpoint(folder)
-    assert (tensors['a'] - weight).abs().max() < 0.07 * weight.abs().max() and tensors['a'].dtype == torch.float32
+    tensors = Checkpoint(folder)
+    assert (tensors['a'] - weight).abs().max() < 0.07 * weight.abs().max()
+    assert tensors['a'].dtype == torch.float32
     assert torch.equal(tensors['a'], (weight / whole).to(torch.float8_e4m3fn).float() * whole)
     assert torch.equal(tensors['b'], weight.bfloat16().float())
 
 
 def test_planted_rank_is_found(workspace, script):
-    """Wide enough for noise to be noise: rank drawn at random, at a hundredth of the noise of the signal."""
+    """Wide enough for noise to be noise; the rank is drawn at random, the noise is a hundredth of
+    the signal."""
     rank = int(torch.randint(5, 40, ()))
     c = HF | dict(hidden_size=160, num_attention_heads=6, v_head_dim=32, num_hidden_layers=1)
     generator = torch.Generator().manual_seed(rank)
     folder = write_checkpoint(workspace / 'planted', c, [layer_of(c, 0, generator, plant=rank)])
     script(svd, folder)
-    found, noise = read_result('out/svd-planted')['layers'][0]['kinds']['o'], next(iter(read_result('out/svd-planted')['noise'].values()))['kinds']['o']
-    assert 0.7 * rank <= found['effective_rank']['0.001']['stacked'][0] <= rank < noise['effective_rank']['0.01']['stacked'][0]
+    result = read_result('out/svd-planted')
+    noise_layer, = result['noise'].values()
+    found, noise = result['layers'][0]['kinds']['o'], noise_layer['kinds']['o']
+    assert 0.7 * rank <= found['effective_rank']['0.001']['stacked'][0] <= rank
+    assert rank < noise['effective_rank']['0.01']['stacked'][0]
     gap = np.array(found['stacked'])
     assert gap[rank - 1] > 5 * gap[rank]
 
 
-RUN = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=2', '--batch_size=8',
-       '--max_iters=2', '--eval_iters=1', '--device=cpu', '--rope_dims=8', '--learned_positions=False']
-PLAIN = ['--n_head=2', '--n_embd=32']
+RUN = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
+       '--n_layer=2', '--batch_size=8', '--max_iters=2', '--eval_iters=1', '--device=cpu',
+       '--rope_dims=8']
+PLAIN = ['--n_head=2', '--n_embd=32', '--learned_positions=False']
+GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=2', '--widths=32,32',
+           '--head_dim=8']
 MLA = ['--attention=mla', '--kv_latent=8', '--o_latent=12']
 
 
 @pytest.mark.slow
 def test_our_runs_and_their_deepseek_twin(tmp_path, script, monkeypatch):
     """The same model, as a run and in DeepSeek-V3's layout, has the same spectra."""
-    train_runs(tmp_path, RUN, dict(grouped=['--arch=grouped_latent', '--group_size=8', '--latents=2', '--widths=32,32',
-                                            '--head_dim=8', '--compress=perceiver', *MLA]))
+    train_runs(tmp_path, RUN, dict(grouped=[*GROUPED, '--compress=perceiver', *MLA]))
     train_runs(tmp_path, RUN + PLAIN, dict(
-        mha=['--n_kv_head=1', '--qk_norm=True'], o_sum=[*MLA, '--o_norm=sum'], o_head=[*MLA, '--o_norm=head'],
+        mha=['--n_kv_head=1', '--qk_norm=True'],
+        o_sum=[*MLA, '--o_norm=sum'],
+        o_head=[*MLA, '--o_norm=head'],
         encdec=['--arch=encoder_decoder', '--n_kv_head=1'],
-        mla=[*MLA[:2], '--q_latent=12', '--rope_key=shared', '--norm=rms', '--mlp=swiglu', '--seed=3']))
+        mla=[*MLA[:2], '--q_latent=12', '--rope_key=shared', '--norm=rms', '--mlp=swiglu',
+             '--seed=3']))
     monkeypatch.chdir(tmp_path)
     for run in ('mha', 'o_sum', 'o_head', 'encdec', 'grouped', 'mla'):
         script(svd, run, '--align=True')
         assert (tmp_path / run / 'layers.png').exists()
     layers = read_result('encdec')['layers']
-    assert [layer['layer'] for layer in layers] == ['encoder.0', 'encoder.1', 'decoder.0', 'decoder.0.cross', 'decoder.1',
-                                                    'decoder.1.cross']
-    from train import load_run
+    assert [layer['layer'] for layer in layers] == [
+        'encoder.0', 'encoder.1', 'decoder.0', 'decoder.0.cross', 'decoder.1', 'decoder.1.cross']
     model, _, _ = load_run('mla')
-    weights, hf_config = model.to_deepseek()
+    weights, hf_config = to_deepseek(model)
     os.mkdir('twin')
     save_file({name: value.clone() for name, value in weights.items()}, 'twin/model.safetensors')
     Path('twin/config.json').write_text(json.dumps(hf_config))
     script(svd, 'twin')
-    for ours, twin in zip(read_result('mla')['layers'], read_result('out/svd-twin')['layers'], strict=True):
-        for kind in ours['kinds']:
-            assert np.allclose(ours['kinds'][kind]['stacked'], twin['kinds'][kind]['stacked'], rtol=1e-4, atol=1e-6)
+    ours, twin = read_result('mla')['layers'], read_result('out/svd-twin')['layers']
+    for our_layer, their_layer in zip(ours, twin, strict=True):
+        for kind, found in our_layer['kinds'].items():
+            of_twin = their_layer['kinds'][kind]
+            assert np.allclose(found['stacked'], of_twin['stacked'], rtol=1e-4, atol=1e-6)
 
 
 def test_heads_of_zeros_and_one_of_the_layers(workspace, script):
@@ -159,28 +231,39 @@ def test_heads_of_zeros_and_one_of_the_layers(workspace, script):
     folder = write_checkpoint(workspace / 'zeros', HF, [layer_of(HF, 0, torch.Generator()), layer])
     script(svd, folder, '--layers=1', '--align=True')
     layer, = read_result('out/svd-zeros')['layers']
-    assert layer['number'] == 1 and layer['kinds']['o']['heads'][0] == [0.0] * 12 and 'next keys' not in layer['alignment']
+    assert layer['number'] == 1 and layer['kinds']['o']['heads'][0] == [0.0] * 12
+    assert 'next keys' not in layer['alignment']
 
 
 def test_channels_are_refused(tmp_path, script, monkeypatch):
-    train_runs(tmp_path, RUN, dict(grouped=['--arch=grouped_latent', '--group_size=8', '--latents=2', '--widths=32,32',
-                                            '--head_dim=8', '--n_channels=2', '--channels_every=2']))
+    train_runs(tmp_path, RUN, dict(grouped=[*GROUPED, '--n_channels=2', '--channels_every=2']))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='has parallel channels'):
         script(svd, 'grouped')
 
 
 def test_llama(workspace, script):
-    c = dict(model_type='llama', num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, hidden_size=32)
+    c = dict(model_type='llama', num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+             hidden_size=32)
     attn = 'model.layers.0.self_attn'
-    tensors = {f'{attn}.q_proj.weight': torch.randn(32, 32), f'{attn}.k_proj.weight': torch.randn(16, 32),
-               f'{attn}.v_proj.weight': torch.randn(16, 32), f'{attn}.o_proj.weight': torch.randn(32, 32),
+    tensors = {f'{attn}.q_proj.weight': torch.randn(32, 32),
+               f'{attn}.k_proj.weight': torch.randn(16, 32),
+               f'{attn}.v_proj.weight': torch.randn(16, 32),
+               f'{attn}.o_proj.weight': torch.randn(32, 32),
                'model.layers.0.input_layernorm.weight': torch.ones(32)}
     script(svd, write_checkpoint(workspace / 'llama', c, [tensors]))
     found = read_result('out/svd-llama')['layers'][0]['kinds']
     assert len(found['vo']['heads']) == 4 and len(found['v']['heads']) == 2 and 'q' not in found
     whole = tensors[f'{attn}.o_proj.weight'][:, 24:] @ tensors[f'{attn}.v_proj.weight'][8:]
     assert_same(found['vo']['heads'][3], whole)
+
+
+def change_index(folder, files):
+    """Enters these files of tensors into the index; None takes a tensor out of it."""
+    path = folder / 'model.safetensors.index.json'
+    weight_map = json.loads(path.read_text())['weight_map'] | files
+    weight_map = {name: file for name, file in weight_map.items() if file}
+    path.write_text(json.dumps(dict(weight_map=weight_map)))
 
 
 def damage(folder, kind):
@@ -190,13 +273,9 @@ def damage(folder, kind):
         path = folder / 'model-1.safetensors'
         path.write_bytes(path.read_bytes()[:-100])
     elif kind == 'missing tensor':
-        index = json.loads((folder / 'model.safetensors.index.json').read_text())
-        del index['weight_map']['model.layers.1.self_attn.kv_b_proj.weight']
-        (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+        change_index(folder, {'model.layers.1.self_attn.kv_b_proj.weight': None})
     elif kind == 'no o_proj':
-        index = json.loads((folder / 'model.safetensors.index.json').read_text())
-        del index['weight_map']['model.layers.0.self_attn.o_proj.weight']
-        (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
+        change_index(folder, {'model.layers.0.self_attn.o_proj.weight': None})
     elif kind == 'no weights':
         for path in folder.glob('model*'):
             path.unlink()
@@ -205,16 +284,24 @@ def damage(folder, kind):
     elif kind == 'a list':
         (folder / 'config.json').write_text('[]')
     elif kind == 'no head width':
-        (folder / 'config.json').write_text(json.dumps({k: v for k, v in HF.items() if k != 'qk_nope_head_dim'}))
+        without = {k: v for k, v in HF.items() if k != 'qk_nope_head_dim'}
+        (folder / 'config.json').write_text(json.dumps(without))
     elif kind == 'other heads':
         (folder / 'config.json').write_text(json.dumps(HF | dict(num_attention_heads=7)))
     elif kind == 'other blocks':
-        (folder / 'config.json').write_text(json.dumps(HF | dict(quantization_config=dict(weight_block_size=[64, 64]))))
+        quantization = dict(quantization_config=dict(weight_block_size=[64, 64]))
+        (folder / 'config.json').write_text(json.dumps(HF | quantization))
     else:
         path = folder / 'model-1.safetensors'
         tensors = {name: value.clone() for name, value in load_file(path).items()}
         name = 'model.layers.1.self_attn.o_proj.weight'
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn) if kind == 'no scales' else tensors[name] * float('nan')
+        if kind == 'no scales':
+            tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        elif kind == 'one scale':
+            tensors[f'{name}_scale_inv'] = torch.ones(1)
+            change_index(folder, {f'{name}_scale_inv': path.name})
+        else:
+            tensors[name] = tensors[name] * float('nan')
         save_file(tensors, path)
 
 
@@ -224,9 +311,13 @@ def damage(folder, kind):
     ('missing tensor', 'has no tensor model.layers.1.self_attn.kv_b_proj.weight'),
     ('no o_proj', 'has no model.layers.0.self_attn.o_proj.weight'),
     ('no weights', 'holds no safetensors'),
-    ('broken config', 'config.json: cannot be read'), ('a list', 'config.json: cannot be read'),
-    ('no head width', 'config.json: has no qk_nope_head_dim'), ('other heads', 'layer 0 does not fit config.json'),
-    ('other blocks', 'in other blocks than 128 x 128'), ('no scales', 'o_proj.weight is torch.float8_e4m3fn without'),
+    ('broken config', 'config.json: cannot be read'),
+    ('a list', 'config.json: cannot be read'),
+    ('no head width', 'config.json: has no qk_nope_head_dim'),
+    ('other heads', 'layer 0 does not fit config.json'),
+    ('other blocks', 'in other blocks than 128 x 128'),
+    ('no scales', 'o_proj.weight is torch.float8_e4m3fn without'),
+    ('one scale', r'o_proj.weight_scale_inv has the shape \(1,\), which is not a scale for each'),
     ('not finite', 'o_proj.weight holds numbers that are not finite'),
 ])
 def test_refuses_damaged_checkpoints(checkpoint, script, kind, message):
@@ -252,20 +343,23 @@ def test_refusals(checkpoint, script, arguments, message):
         script(svd, *arguments)
 
 
-TRUE_WIDTH = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=128, hidden_size=7168, q_lora_rank=1536,
-                  kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+TRUE_WIDTH = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=128,
+                  hidden_size=7168, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128,
+                  qk_rope_head_dim=64, v_head_dim=128)
 
 
 @pytest.mark.slow
 def test_deepseek_at_true_width(workspace):
     """Two layers; the heads alone. Both take no more memory than one."""
     rank = int(torch.randint(40, 100, ()))
-    layers = (layer_of(TRUE_WIDTH, i, torch.Generator().manual_seed(i), plant=rank) for i in range(2))
+    layers = (layer_of(TRUE_WIDTH, i, torch.Generator().manual_seed(i), plant=rank)
+              for i in range(2))
     folder = write_checkpoint(workspace / 'wide', TRUE_WIDTH, layers)
     peaks = []
     for layers in ('0', 'None'):
-        process = os.posix_spawn(sys.executable, [sys.executable, svd.__file__, str(folder), '--stacked=False', f'--layers={layers}'],
-                                 os.environ)
+        command = [sys.executable, svd.__file__, str(folder), '--stacked=False',
+                   f'--layers={layers}']
+        process = os.posix_spawn(sys.executable, command, os.environ)
         _, status, usage = os.wait4(process, 0)
         assert status == 0
         peaks.append(usage.ru_maxrss)
@@ -278,15 +372,18 @@ def test_deepseek_at_true_width(workspace):
 
 
 def test_alignment_is_that_of_known_subspaces():
-    """Three heads in 12 dimensions: the first two write the same plane, the third an orthogonal one, which is what the
-    layer reads."""
+    """Three heads in 12 dimensions: the first two write the same plane, the third an orthogonal
+    one, which is what the layer reads."""
     axes = torch.eye(12)
     first, second, third = axes[:2], torch.tensor([[1.0, 2.0], [3.0, -1.0]]) @ axes[:2], axes[4:6]
-    parts = dict(o=(torch.stack((first, second, third)), None), q=(torch.randn(3, 2, 2), axes[4:6]), k=(torch.randn(3, 2, 3), axes[3:6]))
+    parts = dict(o=(torch.stack((first, second, third)), None),
+                 q=(torch.randn(3, 2, 2), axes[4:6]), k=(torch.randn(3, 2, 3), axes[3:6]))
     written = svd.subspaces(parts['o'], shared=False)
-    found = svd.alignment(parts, written) | svd.read_by(dict(k_rope=(axes[None, :2], None)), written, 'next')
-    assert found['between heads']['cos2'] == pytest.approx(1 / 3, abs=1e-5)
-    assert found['own queries']['cos2'] == pytest.approx(1 / 3, abs=1e-5) == found['own keys']['cos2']
-    assert found['next keys']['cos2'] == pytest.approx(2 / 3, abs=1e-5) and 'next queries' not in found
+    following = svd.read_by(dict(k_rope=(axes[None, :2], None)), written, 'next')
+    found = svd.alignment(parts, written) | following
+    for name in ('between heads', 'own queries', 'own keys'):
+        assert found[name]['cos2'] == pytest.approx(1 / 3, abs=1e-5)
+    assert found['next keys']['cos2'] == pytest.approx(2 / 3, abs=1e-5)
+    assert 'next queries' not in found
     a, b = torch.tensor([[1.0, 0.0]]).t(), torch.tensor([[0.5, 0.75 ** 0.5]]).t()
     assert svd.overlap([(a, b)]) == pytest.approx(dict(cos2=0.25, smallest_angle=60.0), abs=1e-4)

@@ -1,6 +1,7 @@
 """train.py: data order, masks, optimizers, schedules, runs that stop, resume, start over, and what it refuses."""
 
 import contextlib
+import hashlib
 import json
 import math
 import shutil
@@ -18,9 +19,10 @@ import prepare
 import train
 from config import UserError
 from conftest import REPOSITORY, corpus, shell
-from model import make_model
+from model import ChannelLinear, make_model
 from prepare import Tokenizer
-from train import Loader, TrainOptions, learning_rate, load_checkpoint, load_run
+from run import FUSED, load_checkpoint, load_run, save_checkpoint
+from train import Loader, TrainOptions, learning_rate
 
 BYTES = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=2', '--n_head=2',
@@ -173,20 +175,20 @@ def test_every_parameter_is_in_exactly_one_group():
                 assert (p.data_ptr() in decayed) == (p.dim() == 2 and not name.endswith('gain')), name
 
 
-def test_muon_treats_each_projection_of_a_fused_matrix_by_itself():
+def test_muon_treats_the_matrix_of_each_channel_by_itself():
     torch.manual_seed(0)
-    fused = train.nn.Linear(8, 20, bias=False)
-    fused.splits = (12, 8, 0)
-    apart = [torch.nn.Parameter(rows.clone()) for rows in fused.weight.data.split((12, 8))]
-    ours = train.Muon([fused], lr=0.1, adjust_lr_fn='match_rms_adamw')
+    layer = ChannelLinear(torch.nn.Linear(8, 12, bias=False), 2)
+    torch.nn.init.normal_(layer.weight)
+    apart = [torch.nn.Parameter(matrix.clone()) for matrix in layer.weight.data]
+    ours = train.Muon([layer], lr=0.1, adjust_lr_fn='match_rms_adamw')
     theirs = torch.optim.Muon(apart, lr=0.1, adjust_lr_fn='match_rms_adamw')
     for _ in range(3):
-        fused.weight.grad = torch.randn(20, 8)
-        for part, grad in zip(apart, fused.weight.grad.split((12, 8))):
+        layer.weight.grad = torch.randn(2, 12, 8)
+        for part, grad in zip(apart, layer.weight.grad):
             part.grad = grad.clone()
         ours.step()
         theirs.step()
-    assert torch.equal(fused.weight.data, torch.cat([p.data for p in apart]))
+    assert torch.equal(layer.weight.data, torch.stack([p.data for p in apart]))
 
 
 def test_schedules():
@@ -249,7 +251,13 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
 
 ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True', '--n_layer=1', '--dropout=0.1']
 GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=4,1', '--widths=32,32,32', '--head_dim=16', '--dropout=0.1',
-           '--latent_loss=True', '--n_channels=2', '--learned_positions=False']
+           '--latent_loss=True', '--n_channels=2']
+
+
+def small(arguments):
+    """SMALL and further arguments; grouped latents have no n_head and n_embd."""
+    foreign = ('--n_head=2', '--n_embd=32') if '--arch=grouped_latent' in arguments else ()
+    return [argument for argument in SMALL if argument not in foreign] + list(arguments)
 
 
 RESUMED = {'encoder': ENCODER, 'accumulation': ['--micro_batch_size=2', '--dropout=0.1'],
@@ -262,7 +270,7 @@ RESUMED = {'encoder': ENCODER, 'accumulation': ['--micro_batch_size=2', '--dropo
 def test_a_resumed_run_is_bit_identical(data, script, arguments):
     def run(*more):
         torch._dynamo.reset()  # as in a process of its own: after many models in one, torch.compile gives up
-        script(train, *SMALL, *arguments, *more)
+        script(train, *small(arguments), *more)
 
     run('--out_dir=straight')
     for stop in (3, 5):  # at an evaluation, and between two
@@ -316,6 +324,36 @@ def test_compiled_gives_the_same_losses(data, script):
     for a, b in zip(metrics('plain'), metrics('compiled')):
         for key in a.keys() - {'seconds', 'tokens_per_second'}:
             assert math.isclose(a[key], b[key], rel_tol=1e-4), key
+
+
+def fused(weights):
+    """A state dict as earlier versions saved it: projections of one input share a matrix."""
+    weights, result = dict(weights), {}
+    for layer in {name.rsplit('.', 2)[0] for name in weights if '_proj' in name}:
+        for shared, parts in FUSED.items():
+            names = [f'{layer}.{part}.weight' for part in parts]
+            names = [name for name in names if name in weights]
+            if len(names) > 1:
+                result[f'{layer}.{shared}.weight'] = torch.cat([weights.pop(name) for name in names], dim=-2)
+    return weights | result
+
+
+@pytest.mark.parametrize('name, arguments', [
+    ('gqa', ['--n_kv_head=1']), ('mla', ENCODER), ('shared', [*ENCODER[1:], '--rope_key=shared']), ('grouped', GROUPED), ('encoder_decoder', ENCDEC)])
+def test_a_run_of_an_earlier_version_is_read_but_not_resumed(data, script, name, arguments):
+    script(train, *small(arguments), '--max_iters=1')
+    model, _, options = load_run('run')
+    for path in (Path('run/ckpt.pt'), Path('run/ckpt_best.pt')):
+        state = load_checkpoint(path)
+        state['model'] = fused(state['model'])
+        assert not state['model'].keys() & {n for n in model.state_dict() if 'k_proj' in n or 'v_b_proj' in n}
+        state['options'] |= dict(n_dense=0, learned_positions=False, n_head=2) if name == 'grouped' else {}
+        save_checkpoint(path, state)
+    again = load_run('run')[0]
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
+    with pytest.raises(UserError, match='run: was made by an earlier version.* use --init_from=RUN --out_dir=NEW'):
+        script(train, *small(arguments), '--init_from=resume')
+    script(train, *small(arguments), '--init_from=run', '--out_dir=on', '--max_iters=1')
 
 
 def test_scratch_moves_an_earlier_run_aside(data, script, capsys):
@@ -447,8 +485,8 @@ def test_wandb_offline(data, script):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--n_layr=2'], 'did you mean n_layer?'),
-    (['--batch_size=0'], 'batch_size=0: takes a finite number above zero'),
-    (['--learning_rate=-1.0'], 'learning_rate=-1.0: takes a finite number above zero'),
+    (['--batch_size=0'], '--batch_size=0: takes an int from 1'),
+    (['--learning_rate=-1.0'], '--learning_rate=-1.0: takes a finite number above 0'),
     (['--max_seconds=1e999'], 'takes a finite number'),
     (['--beta2=1.0'], 'below 1'),
     (['--gradient_accumulation_steps=4'], 'set micro_batch_size'),
@@ -516,8 +554,20 @@ def test_token_ids_past_the_vocabulary_are_refused(data, script):
     ids = np.fromfile(path, dtype=np.uint16)
     ids[:] = 300
     ids.tofile(path)
+    meta = json.loads(path.with_name('meta.json').read_text())
+    meta['train']['sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name('meta.json').write_text(json.dumps(meta))
     with pytest.raises(UserError, match='token id 300 is past vocab_size=259'):
         script(train, *SMALL)
+
+
+def test_a_source_that_has_changed_is_said(data, script, capsys):
+    script(train, *SMALL, '--max_iters=1')
+    assert 'has changed' not in capsys.readouterr().err
+    with open('corpus.csv', 'a') as file:
+        file.write('"one more"\n')
+    script(train, *SMALL, '--max_iters=1')
+    assert 'data/text-byte: corpus.csv has changed since it was prepared' in capsys.readouterr().err
 
 
 CONFIGS = sorted(path for path in (REPOSITORY / 'config').glob('*.py') if path.stem != '__init__')

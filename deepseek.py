@@ -1,0 +1,383 @@
+"""Other people's checkpoints: DeepSeek-V3's layout, in and out, and output latents for models that
+were trained without.
+
+    weights, hf_config = to_deepseek(model)             # a Transformer with MLA -> their layout
+    model = from_deepseek(weights, hf_config)           # and back; same logits
+    add_output_latent(model, rank=64)                   # ours, or one of transformers
+    attention, gain = read_attention(Checkpoint(folder), 30)
+
+What their tensors are called, and which rows of ours they hold, is written down once, in mla_layout
+and deepseek_layout: both directions read it, and so does read_attention, which svd.py asks for one
+layer at a time of a checkpoint of any size (DeepSeek-V3, Kimi-K2, Llama, Qwen3).
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError, safe_open
+
+from config import UserError
+from model import (MLA, BlockConfig, ConfigError, LanguageModel, OutputLatent, Transformer,
+                   flat_options, make_attention, make_model)
+
+# options that a model has to have for its weights to fit DeepSeek-V3's layout
+DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', mlp='swiglu',
+                final_norm=True, bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None,
+                vocab_rank=None, n_dense=0)
+FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have a scale for each 128 x 128 block
+
+
+# --------------------------------------------------------------------------------------------------
+# layouts
+
+
+def mla_layout(block, interleaved=True):
+    """The tensors of DeepSeek-V3's attention: {their name: (our names, order)}. Theirs holds the
+    rows of ours, stacked, in this order: theirs = torch.cat(ours)[order]; None keeps the order.
+
+    A query head is [plain | rotated] there and [rotated | plain] here. The two dimensions of a
+    rotated pair are neighbours there if interleaved, and here half of rope_dims apart. kv_b_proj
+    holds key and value of one head after the other.
+    """
+    H, d, r, L = block.n_head, block.head_dim, block.rope_dims, block.kv_latent
+    rotated = torch.arange(r).view(2, -1).t().flatten() if interleaved else torch.arange(r)
+    head = torch.cat((torch.arange(r, d), rotated))
+    heads = (torch.arange(H)[:, None] * d + head).flatten()
+    k_b = torch.arange(H * (d - r)).view(H, -1)
+    v_b = H * (d - r) + torch.arange(H * (block.v_head_dim or d)).view(H, -1)
+    layout = {
+        'kv_a_layernorm.weight': (['kv_a_norm.weight'], None),
+        'kv_a_proj_with_mqa.weight': (['kv_a_proj.weight', 'k_rope_proj.weight'],
+                                      torch.cat((torch.arange(L), L + rotated))),
+        'kv_b_proj.weight': (['k_b_proj.weight', 'v_b_proj.weight'],
+                             torch.cat((k_b, v_b), dim=1).flatten())}
+    if block.q_latent:
+        layout |= {'q_a_proj.weight': (['q_a_proj.weight'], None),
+                   'q_a_layernorm.weight': (['q_a_norm.weight'], None),
+                   'q_b_proj.weight': (['q_b_proj.weight'], heads)}
+    else:
+        layout['q_proj.weight'] = ['q_proj.weight'], heads
+    output = ['o_proj.weight']
+    if block.o_latent:  # not DeepSeek's: what add_output_latent makes of its o_proj
+        output = ['o_proj.o_a_proj.weight', 'o_proj.o_b_proj.weight']
+        output += {'none': [], 'sum': ['o_proj.o_norm.weight'],
+                   'head': ['o_proj.gain']}[block.o_norm]
+    return layout | {name: ([name], None) for name in output}
+
+
+def with_prefix(layout, theirs, ours=''):
+    """The same layout with `theirs` before each of their names, and `ours` before each of ours."""
+    return {theirs + name: ([ours + part for part in names], order)
+            for name, (names, order) in layout.items()}
+
+
+def deepseek_layout(config, interleaved=True):
+    """The tensors of a whole DeepSeek-V3 without experts, as mla_layout describes those of an
+    attention. config: a TransformerConfig."""
+    norms_and_mlp = {
+        'input_layernorm.weight': (['attn_norm.weight'], None),
+        'post_attention_layernorm.weight': (['mlp_norm.weight'], None),
+        'mlp.gate_proj.weight': (['mlp.in_proj.weight'], None),
+        'mlp.up_proj.weight': (['mlp.gate_proj.weight'], None),
+        'mlp.down_proj.weight': (['mlp.out_proj.weight'], None)}
+    attention = mla_layout(config.block, interleaved)
+    layer = norms_and_mlp | with_prefix(attention, 'self_attn.', 'attn.')
+    layout = {'model.embed_tokens.weight': (['tok_emb.weight'], None),
+              'model.norm.weight': (['norm.weight'], None)}
+    if not config.tie_embeddings:
+        layout['lm_head.weight'] = ['lm_head.weight'], None
+    for i in range(config.n_layer):
+        layout |= with_prefix(layer, f'model.layers.{i}.', f'blocks.{i}.')
+    return layout
+
+
+def our_weights(module, layout, tensors):
+    """A state dict for `module`, of tensors {their name: tensor} in this layout. Raises ConfigError
+    if one has another shape than the module asks for."""
+    shapes = {name: weight.shape for name, weight in module.state_dict().items()}
+    weights = {}
+    for theirs, (names, order) in layout.items():
+        tensor, n_rows = tensors[theirs], [shapes[name][0] for name in names]
+        shape = sum(n_rows), *shapes[names[0]][1:]
+        if tensor.shape != shape:
+            raise ConfigError(f'{theirs}: has the shape {tuple(tensor.shape)}, '
+                              f'hf_config asks for {shape}')
+        if order is not None:
+            tensor = tensor[order.argsort()]
+        weights |= zip(names, tensor.split(n_rows))
+    return weights
+
+
+def mla_options(hf_config):
+    """What a config.json of DeepSeek-V3 says about its attention, as options of a BlockConfig."""
+    c = hf_config
+    return dict(
+        attention='mla', rope_key='shared', n_head=c['num_attention_heads'],
+        n_embd=c['hidden_size'], head_dim=c['qk_nope_head_dim'] + c['qk_rope_head_dim'],
+        rope_dims=c['qk_rope_head_dim'], v_head_dim=c['v_head_dim'], q_latent=c.get('q_lora_rank'),
+        kv_latent=c['kv_lora_rank'], o_latent=c.get('o_latent'), o_norm=c.get('o_norm', 'none'))
+
+
+def llama_options(hf_config, qk_norm):
+    """What a config.json of Llama says about its attention, as options of a BlockConfig."""
+    c = hf_config
+    head_dim = c.get('head_dim') or c['hidden_size'] // c['num_attention_heads']
+    return dict(attention='mha', n_head=c['num_attention_heads'], n_embd=c['hidden_size'],
+                head_dim=head_dim, rope_dims=head_dim, n_kv_head=c.get('num_key_value_heads'),
+                qk_norm=qk_norm)
+
+
+# --------------------------------------------------------------------------------------------------
+# a whole model
+
+
+def options_of_deepseek(hf_config):
+    """The options of a Transformer that computes what a config.json of DeepSeek-V3 describes.
+    Raises ConfigError on what no option can say."""
+    c = dict(first_k_dense_replace=3, rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu',
+             tie_word_embeddings=False) | hf_config
+    rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})
+    if c.get('n_routed_experts') and c['first_k_dense_replace'] < c.get('num_hidden_layers', 0):
+        raise ConfigError(f'layers from {c["first_k_dense_replace"]} on are mixtures of experts, '
+                          'which a Transformer here does not have: load it in transformers, where '
+                          'add_output_latent works too, or look at it with svd.py')
+    if scaling := {rope.get('rope_type'), rope.get('type')} - {None, 'default'}:
+        raise ConfigError(f'rotary scaling {scaling.pop()!r}: only plain rotary positions can be '
+                          'loaded; transformers runs it, and add_output_latent and svd.py work '
+                          'without')
+    if c.get('quantization_config'):
+        raise ConfigError('quantised weights: convert the checkpoint to bfloat16 first; svd.py '
+                          'reads it as it is')
+    for name, wanted in (('rms_norm_eps', 1e-6), ('attention_bias', False), ('hidden_act', 'silu')):
+        if c[name] != wanted:
+            raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
+    try:
+        return DEEPSEEK | mla_options(c) | dict(
+            vocab_size=c['vocab_size'], block_size=c['max_position_embeddings'],
+            n_layer=c['num_hidden_layers'], mlp_hidden=c['intermediate_size'],
+            rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))),
+            tie_embeddings=c['tie_word_embeddings'])
+    except KeyError as error:
+        raise ConfigError(f'hf_config has no {error.args[0]}: is it the config.json of a '
+                          'DeepSeek-V3?') from None
+
+
+def from_deepseek(state_dict, hf_config):
+    """A dense DeepSeek-V3 in the layout of transformers as a Transformer with the same logits, in
+    float32 and in eval mode.
+
+    state_dict: its tensors, in any precision. hf_config: the dict of its config.json, or the config
+    itself. Raises ConfigError on mixtures of experts, rotary scaling, quantised weights, and
+    tensors that are missing or of another shape.
+    """
+    hf_config = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
+    model = make_model('transformer', **options_of_deepseek(hf_config))
+    layout = deepseek_layout(model.config, hf_config.get('rope_interleave', True))
+    if missing := [name for name in layout if name not in state_dict]:
+        raise ConfigError(f'{missing[0]}: missing from the checkpoint')
+    model.load_state_dict(our_weights(model, layout, state_dict))
+    return model.eval()
+
+
+def to_deepseek(model, split=False):
+    """(state_dict, hf_config) of a Transformer in the layout of DeepseekV3ForCausalLM; same logits.
+
+    The two matrices of an output latent are merged, or with split=True stay apart, for a model that
+    has been through add_output_latent. Raises ConfigError on what the layout cannot hold.
+    """
+    if type(model) is not Transformer:
+        raise ConfigError(f'{type(model).__name__}: only a Transformer can have the layout of '
+                          'DeepSeek-V3')
+    c, block, options = model.config, model.config.block, flat_options(model.config)
+    if wrong := [name for name, wanted in DEEPSEEK.items() if options[name] != wanted]:
+        raise ConfigError(f'{wrong[0]}={options[wrong[0]]}: DeepSeek-V3 has {DEEPSEEK[wrong[0]]}')
+    if block.o_norm != 'none' and not split:
+        raise ConfigError(f'o_norm={block.o_norm!r} stands between the two matrices, which cannot '
+                          'be merged: use split=True, and add_output_latent with the same norm on '
+                          'the model that is to load them')
+    ours, theirs = model.state_dict(), {}
+    for name, (names, order) in deepseek_layout(c).items():
+        rows = torch.cat([ours[part] for part in names])
+        theirs[name] = rows if order is None else rows[order]
+    if block.o_latent and not split:
+        for i in range(c.n_layer):
+            o_proj = f'model.layers.{i}.self_attn.o_proj'
+            a, b = (theirs.pop(f'{o_proj}.{part}.weight') for part in ('o_a_proj', 'o_b_proj'))
+            theirs[f'{o_proj}.weight'] = b @ a
+    hf_config = dict(
+        architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3', vocab_size=c.vocab_size,
+        hidden_size=block.n_embd, intermediate_size=block.mlp_hidden, num_hidden_layers=c.n_layer,
+        num_attention_heads=block.n_head, num_key_value_heads=block.n_head,
+        q_lora_rank=block.q_latent, kv_lora_rank=block.kv_latent,
+        qk_nope_head_dim=block.head_dim - block.rope_dims, qk_rope_head_dim=block.rope_dims,
+        v_head_dim=block.v_head_dim or block.head_dim, max_position_embeddings=c.block_size,
+        rope_theta=c.rope_theta, rope_interleave=True, rms_norm_eps=1e-6, hidden_act='silu',
+        attention_bias=False, tie_word_embeddings=c.tie_embeddings,
+        bos_token_id=None, eos_token_id=None, pad_token_id=None,  # the tokenizer's own
+        first_k_dense_replace=c.n_layer)  # no mixtures of experts
+    if block.o_latent and split:
+        hf_config |= dict(o_latent=block.o_latent, o_norm=block.o_norm)
+    return theirs, hf_config
+
+
+# --------------------------------------------------------------------------------------------------
+# output latents
+
+
+def add_output_latent(model, rank, init='svd', norm='none'):
+    """Replaces every linear o_proj of a model's attentions by an OutputLatent of this rank, in
+    place; returns the model.
+
+    model: one of ours, or one of transformers whose attentions have an o_proj, such as
+    DeepseekV3ForCausalLM or LlamaForCausalLM. init: 'svd', the best product of this rank (at full
+    rank nothing changes), or 'xavier', new weights. norm: see OutputLatent; other than 'none' it
+    changes the outputs at any rank. To reload what was saved, do the same to a new model and load
+    the weights. Raises ConfigError, before anything is changed.
+    """
+    found = {name: module for name, module in model.named_modules()
+             if isinstance(getattr(module, 'o_proj', None), nn.Linear)}
+    ours = isinstance(model, LanguageModel)
+    if ours and model.config.block.attention == 'mla':  # its first n_dense layers stay as they are
+        found = {name: module for name, module in found.items() if isinstance(module, MLA)}
+    if not found:
+        raise ConfigError('no attention of this model has a linear o_proj')
+    for name, module in found.items():
+        full = min(module.o_proj.weight.shape)
+        if not 0 < rank <= full:
+            raise ConfigError(f'an output latent of {rank}: {name}.o_proj takes 1 to {full}')
+    if init not in ('svd', 'xavier') or norm not in ('none', 'sum', 'head'):
+        raise ConfigError(f"init={init!r}, norm={norm!r}: takes 'svd' or 'xavier', and 'none', "
+                          "'sum' or 'head'")
+    for module in found.values():
+        old = module.o_proj
+        n_head = module.n_head if ours else module.config.num_attention_heads
+        new = OutputLatent(n_head, old.in_features, rank, old.out_features, norm,
+                           bias=old.bias is not None).to(old.weight)
+        if init == 'svd':
+            weight = old.weight.detach()
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            u, s, v = torch.linalg.svd(weight, full_matrices=False)
+            a, b = s[:rank, None].sqrt() * v[:rank], u[:, :rank] * s[:rank].sqrt()
+            new.load_state_dict({'o_a_proj.weight': a, 'o_b_proj.weight': b}, strict=False)
+        else:
+            nn.init.xavier_uniform_(new.o_a_proj.weight)
+            nn.init.xavier_uniform_(new.o_b_proj.weight)
+        if old.bias is not None:
+            new.o_b_proj.bias = old.bias
+        module.o_proj = new
+    if ours and model.config.block.attention == 'mla':
+        model.config.block.o_latent, model.config.block.o_norm = rank, norm
+    return model
+
+
+# --------------------------------------------------------------------------------------------------
+# one attention of a checkpoint
+
+
+class Checkpoint:
+    """A folder of config.json and safetensors, sharded or not: checkpoint[name] is a tensor, read
+    when it is asked for, in float32. Raises UserError on what is missing or damaged.
+
+    config: the dict of config.json. files: {name of a tensor: path of the file that it is in}.
+    """
+
+    def __init__(self, folder):
+        self.folder = Path(folder)
+        self.config = read_json(self.folder / 'config.json')
+        index, block = self.folder / 'model.safetensors.index.json', [FP8_BLOCK, FP8_BLOCK]
+        quantization = self.config.get('quantization_config') or {}
+        if quantization.get('weight_block_size', block) != block:
+            raise UserError(f'{folder}: its weights have scales in other blocks than {FP8_BLOCK} x '
+                            f'{FP8_BLOCK}: dequantise it first')
+        self.files = {}
+        if index.exists():
+            weight_map = read_json(index).get('weight_map', {})
+            self.files = {name: self.folder / file for name, file in weight_map.items()}
+        else:
+            for path in sorted(self.folder.glob('*.safetensors')):
+                with open_shard(path) as shard:
+                    self.files |= dict.fromkeys(shard.keys(), path)
+        if not self.files:
+            raise UserError(f'{folder}: holds no safetensors and no model.safetensors.index.json: '
+                            'a checkpoint has either')
+
+    def __contains__(self, name):
+        return name in self.files
+
+    def __getitem__(self, name):
+        if name not in self:
+            raise UserError(f'{self.folder}: has no tensor {name}')
+        with open_shard(self.files[name]) as shard:
+            weight = shard.get_tensor(name)
+        if f'{name}_scale_inv' in self:
+            scale = self[f'{name}_scale_inv']
+            if list(scale.shape) != [-(-n // FP8_BLOCK) for n in weight.shape]:
+                raise UserError(f'{self.folder}: {name}_scale_inv has the shape '
+                                f'{tuple(scale.shape)}, which is not a scale for each block of '
+                                f'{FP8_BLOCK} x {FP8_BLOCK}: dequantise it first')
+            scale = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
+            return weight.float() * scale[:weight.size(0), :weight.size(1)]
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f'{self.folder}: {name} is {weight.dtype} without {name}_scale_inv: '
+                            'dequantise it first')
+        weight = weight.float()
+        if not weight.isfinite().all():
+            raise UserError(f'{self.folder}: {name} holds numbers that are not finite')
+        return weight
+
+
+@contextlib.contextmanager
+def open_shard(path):
+    if not path.is_file():
+        raise UserError(f'{path}: this shard is missing: download it again')
+    try:
+        with safe_open(path, framework='pt') as shard:
+            yield shard
+    except (SafetensorError, OSError) as error:
+        raise UserError(f'{path}: truncated or damaged ({error}): download it again') from None
+
+
+def read_json(path):
+    """The object in a json file, as a dict. Raises UserError."""
+    try:
+        values = json.loads(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError('no json object')
+        return values
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: cannot be read ({error}): name a run folder of train.py, or a '
+                        "folder with a checkpoint in transformers' layout") from None
+
+
+def read_attention(checkpoint, i):
+    """(attention, gain): the attention of layer i of a Checkpoint, an MLA if its layout is that of
+    DeepSeek-V3, an MHA if it is that of Llama, without biases; and the gain (D,) of the norm before
+    it. Raises UserError.
+
+    Llama's layout includes grouped queries, and norms of queries and keys as in Qwen3. Experts,
+    rotary scaling and fp8 do not stand in the way, as they do for from_deepseek.
+    """
+    c, folder, attn = checkpoint.config, checkpoint.folder, f'model.layers.{i}.self_attn.'
+    if f'{attn}o_proj.weight' not in checkpoint and not c.get('o_latent'):
+        raise UserError(f'{folder}: has no {attn}o_proj.weight: svd.py reads attentions laid out '
+                        'as those of DeepSeek-V3 or Llama')
+    qk_norm = f'{attn}q_norm.weight' in checkpoint
+    try:
+        options = mla_options(c) if 'kv_lora_rank' in c else llama_options(c, qk_norm)
+        block = BlockConfig(**options)
+        with torch.device('meta'):  # shapes only: the checkpoint's tensors become the weights
+            attention = make_attention(block)
+        if isinstance(attention, MLA):
+            layout = mla_layout(block, c.get('rope_interleave', True))
+        else:  # Llama's names and rows are those of our MHA
+            layout = {name: ([name], None) for name in attention.state_dict()}
+        weights = our_weights(attention, with_prefix(layout, attn), checkpoint)
+    except KeyError as error:
+        raise UserError(f'{folder}/config.json: has no {error.args[0]}') from None
+    except (ConfigError, TypeError) as error:  # TypeError: text for a number
+        raise UserError(f'{folder}: layer {i} does not fit config.json ({error})') from None
+    attention.load_state_dict(weights, assign=True)
+    return attention.requires_grad_(False), checkpoint[f'model.layers.{i}.input_layernorm.weight']

@@ -1,0 +1,433 @@
+"""A run: its device, its folder, its checkpoints and its log. train.py writes runs; the other
+scripts start from one."""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import platform
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from config import UserError
+from model import ConfigError, Range, flat_options, make_model, option_names
+from prepare import Tokenizer
+
+# bfloat16 matrix products of a GPU, dense FLOP/s, from the vendor's data sheets
+PEAK_BF16 = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12}
+
+Seed = Annotated[int, Range(least=0, below=2 ** 63)]
+
+
+# --------------------------------------------------------------------------------------------------
+# device
+
+
+@dataclass
+class MachineOptions:
+    """Machine"""
+
+    device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
+    seed: Seed = 1337  # of weights, order of the data, masks and dropout
+
+
+class Machine:
+    """Where this process runs: its device and precision, and its place among the processes that
+    torchrun has started."""
+
+    def __init__(self, options):
+        """options: MachineOptions. Raises UserError if there is no such device."""
+        self.rank = int(os.environ.get('RANK', 0))
+        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
+        self.world = int(os.environ.get('WORLD_SIZE', 1))
+        name = options.device
+        if name == 'auto':
+            mps = torch.backends.mps.is_available()
+            name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+        try:
+            self.device = torch.device(f'cuda:{self.local_rank}' if name == 'cuda' else name)
+            torch.empty(1, device=self.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f'--device={options.device}: {reason}') from None
+        self.cuda = self.device.type == 'cuda'
+        supported = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        self.bf16 = options.dtype == 'bfloat16' or options.dtype == 'auto' and supported
+        self.precision = torch.bfloat16 if self.bf16 else torch.float32
+        torch.set_float32_matmul_precision('high')  # TF32 where there is any
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        if self.world > 1:
+            self.connect()
+
+    def connect(self):
+        """Joins the other processes. Besides the group for gradients there are two over gloo, which
+        never wait for a GPU: one for flags and clocks, a patient one for preparing data."""
+        patience = timedelta(minutes=10)
+        store, _, _ = next(dist.rendezvous('env://', timeout=patience))
+        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+            # the store outlives a restart, with the addresses of dead processes in it
+            store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+        backend = 'nccl' if self.cuda else 'gloo'
+        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
+                                timeout=patience)
+        self.preparing = dist.new_group(backend='gloo', timeout=timedelta(days=2))
+        self.control = dist.new_group(backend='gloo', timeout=patience)
+
+    @property
+    def first(self):
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+    def wait(self):
+        """Waits until all processes are here, however long one of them prepares data."""
+        if self.world > 1:
+            dist.barrier(group=self.preparing)
+
+    def total(self, *values):
+        """Each number summed over the processes."""
+        tensor = torch.tensor(values, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(tensor, group=self.control)
+        return tensor.tolist()
+
+    def put(self, batch):
+        """The tensors of a batch on the device; to a GPU from pinned memory, so that nothing waits
+        for the copy."""
+        if self.cuda:
+            return [tensor.pin_memory().to(self.device, non_blocking=True) for tensor in batch]
+        return [tensor.to(self.device) for tensor in batch]
+
+    def autocast(self):
+        if self.bf16:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def describe(self):
+        """The device in words."""
+        if self.cuda:
+            return torch.cuda.get_device_name(self.device)
+        return f'{self.device.type} ({os.cpu_count()} cores)'
+
+    def memory_gb(self):
+        """The most memory that this process has taken so far: of its GPU if it has one, else in
+        all."""
+        if self.cuda:
+            return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+        unit = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20  # of ru_maxrss in a GB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+
+    def mfu(self, flops_per_second):
+        """Model FLOPs utilisation, the share of the peak that all processes together reach; None
+        where the peak is not known."""
+        name = self.describe()
+        peak = next((peak for gpu, peak in PEAK_BF16.items() if gpu in name), None)
+        return flops_per_second / self.world / peak if peak and self.bf16 else None
+
+
+# --------------------------------------------------------------------------------------------------
+# checkpoints
+
+
+def save_checkpoint(path, state):
+    """Writes a temporary file, flushes it to the disk and renames it: at any moment `path` is the
+    old or the new state."""
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        with open(partial, 'wb') as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it '
+                        'stands') from None
+
+
+def load_checkpoint(path):
+    """A checkpoint as a dict of tensors and plain values. Its checksums are verified, and nothing
+    in it is executed. Raises UserError if it is missing, damaged, or something else."""
+    if not Path(path).is_file():
+        raise UserError(f'{path}: there is no such checkpoint: name the folder of a run of '
+                        'train.py, out/quick for instance')
+    try:
+        with zipfile.ZipFile(path) as file:
+            broken = file.testzip()
+        if broken:
+            raise zipfile.BadZipFile(f'bad checksum in {broken}')
+        state = torch.load(path, map_location='cpu', weights_only=True)
+    except (zipfile.BadZipFile, OSError, EOFError) as error:
+        raise UserError(f'{path}: truncated or damaged ({error}): restore it, or use another '
+                        'checkpoint') from None
+    except Exception as error:  # another zip file, or a pickle that would run code
+        raise UserError(f'{path}: no checkpoint of train.py ({type(error).__name__})') from None
+    if not isinstance(state, dict) or not {'model', 'options', 'step'} <= state.keys():
+        raise UserError(f'{path}: no checkpoint of train.py (no model, options and step in it)')
+    return state
+
+
+def best_checkpoint(folder):
+    """The checkpoint that speaks for a run: the best one, or if the run was stopped before its
+    first evaluation the latest."""
+    best = Path(folder) / 'ckpt_best.pt'
+    return best if best.exists() else Path(folder) / 'ckpt.pt'
+
+
+def model_options_of(flat):
+    """Of a flat dict of options, as a checkpoint has it, those of the model. Options that its
+    architecture does not have are left out: earlier versions saved some that it could not use."""
+    names = option_names(flat['arch'])
+    return {name: value for name, value in flat.items() if name in names}
+
+
+def build(arch, model_options):
+    """make_model for options that a user chose: contradictions are a UserError."""
+    try:
+        return make_model(arch, **model_options)
+    except ConfigError as error:
+        raise UserError(str(error)) from None
+
+
+# In earlier versions projections of one input shared a matrix: {its name: whose rows it holds}.
+FUSED = {
+    'qkv_proj': ('q_proj', 'k_proj', 'v_proj'),
+    'kv_proj': ('k_proj', 'v_proj'),
+    'qkv_a_proj': ('q_a_proj', 'q_proj', 'kv_a_proj', 'k_rope_proj'),
+    'q_a_proj': ('q_a_proj', 'q_proj'),
+    'kv_a_proj': ('kv_a_proj', 'k_rope_proj'),
+    'kv_b_proj': ('k_b_proj', 'v_b_proj'),
+}
+
+
+def split_fused(weights, model):
+    """A state dict in which projections may share a matrix -> one with a matrix for each, as the
+    model has them. One that has them already stays as it is."""
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    split = {}
+    for name, weight in weights.items():
+        *path, layer, kind = name.split('.')
+        names = ['.'.join([*path, part, kind]) for part in FUSED.get(layer, ())]
+        names = [part for part in names if part in shapes]
+        dim = -1 if kind == 'bias' else -2  # channels come before the rows
+        sizes = [shapes[part][dim] for part in names]
+        if names and sum(sizes) == weight.size(dim):
+            split |= dict(zip(names, weight.split(sizes, dim)))
+        else:
+            split[name] = weight
+    return split
+
+
+def load_weights(model, state, path):
+    """The weights of a checkpoint into a model. Raises UserError, which names what differs, if it
+    is another architecture. Dropout may differ, and block_size where no weight depends on it."""
+    for name, value in flat_options(model.config).items():
+        saved = state['options'].get(name, value)
+        if saved != value and name not in ('dropout', 'attention_dropout', 'block_size'):
+            raise UserError(f'{path}: another architecture: it was trained with {name}={saved}, '
+                            f'not {value}')
+    try:
+        model.load_state_dict(split_fused(state['model'], model))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f'{path}: another architecture: {reason}') from None
+
+
+def load_run(folder, device='cpu'):
+    """(model, tokenizer, options) of a run folder: its best model in evaluation mode, and its
+    options as a flat dict. Raises UserError if the folder holds no run, or parts of two."""
+    path = best_checkpoint(folder)
+    state, tokenizer = load_checkpoint(path), Tokenizer.load(Path(folder) / 'tokenizer.json')
+    model = build(state['options']['arch'], model_options_of(state['options']))
+    load_weights(model, state, path)
+    digest = tokenizer.digest()
+    trained_with = state.get('provenance', {}).get('tokenizer', digest)  # older runs do not say
+    needed = tokenizer.ids_needed(model.config.block.causal)
+    if trained_with != digest or model.config.vocab_size < needed:
+        raise UserError(f'{folder}/tokenizer.json: another tokenizer than {path.name} was trained '
+                        'with: copy both from one run')
+    return model.to(device).eval(), tokenizer, state['options']
+
+
+def provenance(machine, meta, tokenizer):
+    """Where a checkpoint comes from. meta: what meta.json says of the data."""
+    git = shutil.which('git')
+    commit = git and subprocess.run([git, 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
+                                    capture_output=True, text=True).stdout.strip()
+    return dict(command=' '.join(sys.argv), commit=commit or 'unknown', data_sha256=meta['sha256'],
+                tokenizer=tokenizer.digest(), device=machine.describe(), processes=machine.world,
+                python=platform.python_version(), torch=str(torch.__version__),
+                numpy=np.__version__)
+
+
+# --------------------------------------------------------------------------------------------------
+# folder and log
+
+
+class Run:
+    """What a training run writes into its folder: options, tokenizer, metrics, checkpoints. Of
+    several processes only the first one writes."""
+
+    def __init__(self, folder, flat, origin, tokenizer, machine, resumed_step=None, wandb=False):
+        """flat: all options. origin: from `provenance`. resumed_step: of the checkpoint to go on
+        from; if None, an earlier run in this folder is moved out of the way."""
+        self.folder, self.flat, self.origin = Path(folder), flat, origin
+        self.writes, self.wandb = machine.first, None
+        if self.writes:
+            self.make_folder(tokenizer, resumed_step)
+            if wandb:
+                self.wandb = open_wandb('encoder-pretrain', self.folder.name, self.folder, flat)
+
+    def make_folder(self, tokenizer, resumed_step):
+        folder, latest = self.folder, self.folder / 'ckpt.pt'
+        try:
+            if resumed_step is None and latest.exists():
+                date = date_of(latest, lambda date: Path(f'{folder}-{date}').exists())
+                aside = folder.rename(f'{folder}-{date}')
+                print(f'{folder} holds an earlier run: renamed to {aside}')
+            folder.mkdir(parents=True, exist_ok=True)
+            # what was logged after the checkpoint will be logged again
+            lines = [] if resumed_step is None else read_metrics(folder)
+            kept = (json.dumps(line) + '\n' for line in lines if line['step'] <= resumed_step)
+            save_text(folder / 'metrics.jsonl', ''.join(kept))
+            save_text(folder / 'config.json', json.dumps(self.flat, indent=2) + '\n')
+            tokenizer.save(folder / 'tokenizer.json')
+        except OSError as error:
+            raise UserError(f'{folder}: cannot be used as a run folder ({error})') from None
+
+    def say(self, text):
+        if self.writes:
+            print(text, flush=True)
+
+    def record(self, **line):
+        """Adds a line to metrics.jsonl, and to Weights & Biases."""
+        if self.writes:
+            log_line(self.folder / 'metrics.jsonl', self.wandb, line)
+
+    def save(self, name, state):
+        """Saves a checkpoint: the state, how it came about, and where from."""
+        if self.writes:
+            save_checkpoint(self.folder / name,
+                            state | dict(options=self.flat, provenance=self.origin))
+
+    def close(self):
+        if self.writes:
+            plot_losses(self.folder)
+        if self.wandb:
+            self.wandb.finish()
+
+
+def date_of(path, taken):
+    """The date of a file, for the name of what is set aside. A number is added while taken(date)
+    says that the name is in use."""
+    date = datetime.fromtimestamp(path.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
+    names = itertools.chain([date], (f'{date}-{i}' for i in itertools.count(2)))
+    return next(name for name in names if not taken(name))
+
+
+def save_text(path, text):
+    """Writes a small file whole or not at all."""
+    partial = path.with_name(f'{path.name}.partial')
+    try:
+        partial.write_text(text)
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise UserError(f'{path}: cannot be written ({error})') from None
+
+
+def open_wandb(project, name, folder, flat):
+    import wandb
+    try:
+        return wandb.init(project=project, name=name, dir=folder, config=flat)
+    except wandb.errors.Error as error:
+        raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set '
+                        'WANDB_MODE=offline') from None
+
+
+def log_line(path, wandb_run, line):
+    """Appends a dict of numbers to a jsonl file, and sends it to wandb if there is a run."""
+    try:
+        with open(path, 'a') as file:
+            file.write(json.dumps(line) + '\n')
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error}); the last checkpoint '
+                        'stands') from None
+    if wandb_run:
+        wandb_run.log(line, step=line['step'])
+
+
+def read_metrics(folder):
+    """The lines of metrics.jsonl as dicts, without one that a kill has cut off."""
+    path, lines = Path(folder) / 'metrics.jsonl', []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            lines.append(json.loads(line))
+    return lines
+
+
+def describe(scores):
+    """A dict of scores in a line of text."""
+    names = (name.removeprefix('val_').replace('_', ' ') for name in scores)
+    return ', '.join(f'{name} {value:.4f}' for name, value in zip(names, scores.values()))
+
+
+# --------------------------------------------------------------------------------------------------
+# intervals and plots
+
+
+def mean_and_interval(values):
+    """The mean of a few repetitions and half its 95% interval by Student's t; None instead of the
+    interval where there is one value."""
+    n = len(values)
+    if n == 1:
+        return values[0], None
+    # 0.975 quantiles of t for 1, 2, ... degrees of freedom; beyond the table an expansion in 1/df
+    # is good to a thousandth
+    table = 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228
+    df = n - 1
+    t = table[df - 1] if df <= len(table) else 1.960 + 2.372 / df + 2.82 / df ** 2
+    return statistics.mean(values), t * statistics.stdev(values) / math.sqrt(n)
+
+
+def pyplot():
+    """matplotlib.pyplot for files. Importing it takes a second, so only who plots does."""
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def plot_losses(folder):
+    """RUN/loss.png: training and validation loss over the steps."""
+    plt, lines = pyplot(), read_metrics(folder)
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
+    # if the training loss has further terms, its cross-entropy compares with the validation loss
+    terms = any('train_cross_entropy' in line for line in lines)
+    train = 'train_cross_entropy' if terms else 'train_loss'
+    styles = {train: dict(linewidth=0.8, alpha=0.6), 'val_loss': dict(marker='o', markersize=3)}
+    for key, style in styles.items():
+        points = [(line['step'], line[key]) for line in lines if key in line]
+        if points:
+            axes.plot(*zip(*points), label=key.replace('_', ' '), **style)
+    axes.set(xlabel='step', ylabel='loss (nats)', title=folder.name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(folder / 'loss.png', dpi=120)
+    plt.close(figure)
