@@ -1,7 +1,7 @@
 """Decoder, the baseline of the encoder-decoder experiments: 26 layers, 160 wide, on Wikipedia.
 
-Published validation loss after 9,000 steps: 3.424 at 16,036,800 parameters (positions not counted), against 3.378
-for an encoder-decoder of 15.76M.
+Published validation loss after 9,000 steps: 3.424 nats at 16,036,800 parameters (positions not
+counted), against 3.378 for an encoder-decoder of 15.76M.
 """
 
 # data: GPT-2's vocabulary, of which a causal model needs no mask and no padding token
@@ -20,7 +20,8 @@ norm = 'layer'
 mlp = 'gelu'
 learned_positions = True
 
-# recipe: the cosine is that of 700,000 steps, stopped early, so the rate is nearly constant after the warmup
+# recipe: the cosine of a run of 700,000 steps, stopped early, so that after the warmup the rate is
+# nearly constant
 batch_size = 800
 micro_batch_size = 50
 max_iters = 9_000

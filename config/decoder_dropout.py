@@ -1,7 +1,7 @@
-"""decoder.py with dropout 0.2: 16,036,800 parameters.
+"""decoder.py with dropout 0.2: 16,036,800 parameters (positions not counted).
 
-Asks: is the plain decoder held back by overfitting? At 9,000 steps on Wikipedia it should not be: expect a higher
-training loss and no gain in validation.
+Asks: is the plain decoder held back by overfitting? Published: 3.406 nats against 3.424, but with
+dropout of the attention weights also on in evaluation. Here evaluation is without dropout.
 """
 from config.decoder import *
 

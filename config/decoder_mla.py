@@ -1,6 +1,8 @@
-"""Decoder with DeepSeek-V3's attention at a small size: latent queries, keys and values, one rotated key for all heads.
+"""Decoder with DeepSeek-V3's attention at a small size: latent queries, keys and values, and one
+rotated key for all heads.
 
-Asks: the baseline of decoder_mla_o.py, and a model that `to_deepseek` writes in DeepSeek-V3's layout.
+The baseline of decoder_mla_o.py, and a model that `to_deepseek` writes in DeepSeek-V3's layout.
+Nothing is published at this size.
 """
 
 # data: GPT-2's vocabulary, of which a causal model needs no mask and no padding token
@@ -24,7 +26,7 @@ learned_positions = False
 norm = 'rms'
 mlp = 'swiglu'
 
-# recipe: GPT-2's, at the size of WikiText-103 (4,000 steps are 18 epochs of 118 million tokens)
+# recipe: GPT-2's; 4,000 steps are 18 epochs of WikiText-103, which has 118 million tokens
 batch_size = 512
 micro_batch_size = 32
 max_iters = 4_000

@@ -1,6 +1,7 @@
-"""decoder.py a little narrower, 156 wide with 12 heads: 15,441,192 parameters, fewer than the encoder-decoder's 15.76M.
+"""decoder.py a little narrower: 156 wide with 12 heads, 15,441,192 parameters (positions not
+counted).
 
-Asks: does the encoder-decoder also lead a decoder that is smaller than itself, or only fill its parameters better?
+Asks: is the encoder-decoder, at 15.76M parameters, also ahead of a decoder smaller than itself?
 """
 from config.decoder import *
 

@@ -1,4 +1,4 @@
-"""encdec_mse.py with the cosine in place of the squared error: it sees directions alone.
+"""encdec_mse.py with the cosine, which sees only directions, in place of the squared error.
 
 Parameters: 15,763,500 (positions not counted).
 """

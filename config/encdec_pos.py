@@ -1,6 +1,7 @@
-"""encdec.py that takes the embedding of the next position off its last state before the vocabulary.
+"""encdec.py that subtracts the embedding of the next position from its last state, before the head.
 
-Asks: does a state that need not carry its position predict better? Parameters: 15,762,900 (positions not counted).
+Asks: does a state predict better if it need not carry its position? Parameters: 15,762,900
+(positions not counted).
 """
 from config.encdec import *
 

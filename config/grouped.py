@@ -1,6 +1,8 @@
-"""Grouped latents: 48 bytes a group, compressed to 16 and then 2 latents, 16 wide blocks over those, and back to bytes.
+"""Grouped latents: 48 bytes a group, compressed to 16 and then to 2 latents, 16 wide blocks over
+those, and back to bytes.
 
-Asks: is a deep trunk over a few latents worth more than a plain decoder, for the same seconds? See RESULTS.md.
+Asks: is a deep trunk over a few latents worth more than a plain decoder, for the same seconds? See
+RESULTS.md.
 """
 
 # data: bytes, three ids more for the special tokens
@@ -20,7 +22,7 @@ rope_dims = 32
 norm = 'rms'
 mlp = 'gelu'
 
-# recipe: five minutes on a CPU, where small steps are what learns; on a GPU take more sequences and more time
+# recipe: five minutes on a CPU, where many small steps learn the most; a GPU takes more sequences
 batch_size = 2
 max_iters = 100_000  # the clock decides
 max_seconds = 300.0

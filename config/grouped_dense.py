@@ -1,4 +1,6 @@
-"""grouped.py whose trunk blocks read a learned sum of all outputs before them (DenseFormer, arXiv 2402.02622)."""
+"""grouped.py whose trunk blocks read a learned sum of all outputs before them (DenseFormer, arXiv
+2402.02622).
+"""
 from config.grouped import *
 
 dense_former = True

@@ -1,6 +1,6 @@
-"""grouped.py whose trunk also has to predict its own next input.
+"""grouped.py whose trunk also predicts its own next input.
 
-Claim: it helps a trunk that otherwise learns from far away.
+Claim: this helps a trunk that otherwise learns only from the distant bytes.
 """
 from config.grouped import *
 

@@ -1,4 +1,6 @@
-"""The baseline of grouped.py: a plain decoder as wide and as deep as its trunk. 13 times the arithmetic a byte."""
+"""The baseline of grouped.py: a plain decoder as wide and as deep as its trunk, at 13 times the
+arithmetic a byte.
+"""
 from config.grouped import *
 
 del group_size, latents, widths  # a transformer has none

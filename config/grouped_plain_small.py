@@ -1,4 +1,6 @@
-"""The baseline of grouped.py that costs as much a byte: a plain decoder of 4 layers, 128 wide, tuned with as much care."""
+"""The baseline of grouped.py that costs as much a byte: a plain decoder of 4 layers, 128 wide,
+whose recipe was tuned with as much care.
+"""
 from config.grouped_plain import *
 
 n_layer = 4

@@ -1,4 +1,6 @@
-"""Encoder with multi-head latent attention: mha.py with queries through 64 and keys and values through 32 dimensions.
+"""Encoder with multi-head latent attention: mha.py with queries through a latent of 64 dimensions,
+and keys and values through one of 32. As published, 16 dimensions of a head are rotated instead of
+32.
 
 Asks: how much accuracy do the latents cost? Published on SST-2: 84.75%, against 85.67% for mha.py.
 Parameters: 13,286,976.

@@ -1,7 +1,9 @@
-"""The first five minutes: an MLA-o encoder learns English word order from 10,000 Wikipedia summaries, on two CPU cores.
+"""The first five minutes: an MLA-o encoder learns English word order from 10,000 Wikipedia
+summaries, on two CPU cores.
 
-Asks: does it work here, and what does masked-language modelling learn in four minutes? Expect a masked accuracy of
-about 0.37 on held-out articles (0.04 for the most frequent token, 0.33 for a table of neighbour counts).
+Asks: does it work here, and what does masked-language modelling learn in four minutes? Expect a
+masked accuracy of about 0.37 on held-out articles (0.04 for the most frequent token, 0.33 for a
+table of neighbour counts).
 """
 
 # data: comes with requirements.txt, prepared in seconds
