@@ -6,8 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ |= dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', WANDB_MODE='offline', MPLBACKEND='Agg',
-                   OMP_NUM_THREADS='2')
+os.environ |= dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', WANDB_MODE='offline',
+                   MPLBACKEND='Agg', OMP_NUM_THREADS='2')
 
 import pytest
 
@@ -15,18 +15,20 @@ import pytest
 def pytest_configure(config):
     # torch.compile imports a part of torch that torch itself has deprecated
     config.addinivalue_line('filterwarnings', 'ignore:`torch.jit:DeprecationWarning')
-    config.addinivalue_line('markers', 'slow: left out unless asked for, `python -m pytest -m slow`')
+    config.addinivalue_line(
+        'markers', 'slow: left out unless asked for, `python -m pytest -m slow`')
     config.option.markexpr = config.option.markexpr or 'not slow'
 
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / 'tests')]
 
-WORDS = 'the river of old stone runs under a bridge where two small boats wait for rain and nobody asks why'.split()
+WORDS = ('the river of old stone runs under a bridge where two small boats wait for rain '
+         'and nobody asks why').split()
 
 
 def corpus(n_documents, seed=0):
-    """Documents with some structure to learn: each word follows from the two before it, most of the time."""
+    """Documents with some structure to learn: most words follow from the two before them."""
     import random
     rng, documents = random.Random(seed), []
     for _ in range(n_documents):
@@ -45,7 +47,7 @@ def write_corpus(folder, n_documents):
 
 
 def train_runs(folder, arguments, runs):
-    """Trains the runs {name: further arguments} in a folder, on the corpus, which stands there as corpus.csv."""
+    """Writes corpus.csv into a folder and trains the runs {name: further arguments} there."""
     import train
     write_corpus(folder, 100)
     with pytest.MonkeyPatch.context() as patch:
@@ -84,4 +86,5 @@ def script(monkeypatch):
 
 def shell(*command, timeout=120, **kwargs):
     """A command as a real process, in the current directory."""
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=timeout, **kwargs)
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          timeout=timeout, **kwargs)

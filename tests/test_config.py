@@ -29,17 +29,21 @@ def load(*argv):
 
 
 def test_overrides_are_typed_literals_split_at_the_first_equals_sign():
-    values, name = load('--name=a=b', '--n_layer=3', '--rate=1', '--flag=True', '--size=None', '--widths=(3, 4)')
-    assert values == dict(name='a=b', n_layer=3, rate=1.0, flag=True, size=None, widths=(3, 4)) and name is None
+    values, name = load('--name=a=b', '--n_layer=3', '--rate=1', '--flag=True', '--size=None',
+                        '--widths=(3, 4)')
+    wanted = dict(name='a=b', n_layer=3, rate=1.0, flag=True, size=None, widths=(3, 4))
+    assert values == wanted and name is None
     assert isinstance(values['rate'], float)
     assert load('--folder=None')[0] == {'folder': None} and load('--folder=7')[0] == {'folder': '7'}
     assert load('--name=2024')[0] == {'name': '2024'} and load('--rate=1e-3')[0] == {'rate': 1e-3}
 
 
 def test_a_config_file_then_overrides(tmp_path):
-    (tmp_path / 'base.py').write_text('"""Why."""\nimport math\n_half = 0.5\nrate = _half * math.sqrt(4)\nname = "base"\n')
+    (tmp_path / 'base.py').write_text('"""Why."""\nimport math\n_half = 0.5\n'
+                                      'rate = _half * math.sqrt(4)\nname = "base"\n')
     path = tmp_path / 'run.py'
-    path.write_text(f'import sys\nsys.path.insert(0, {str(tmp_path)!r})\nfrom base import *\nn_layer = 7\n')
+    path.write_text(f'import sys\nsys.path.insert(0, {str(tmp_path)!r})\n'
+                    'from base import *\nn_layer = 7\n')
     assert load(str(path), '--name=mine') == (dict(rate=1.0, name='mine', n_layer=7), 'run')
 
 
@@ -89,12 +93,19 @@ def test_help_prints_every_option_with_default_type_and_meaning(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == 'Some script.' and 'Some options' in lines
     assert [' '.join(line.split()) for line in lines if line.startswith('  --')] == [
-        '--name=x a word [a string]', '--n_layer=2 how many [an int]', '--rate=0.5 how fast [a float]',
-        '--flag=False whether [True or False]', '--size=None how large [an int or None]', '--folder=data where [a string or None]', '--kind=a which [a or b]',
-        '--widths=(1, 2) how wide [(an int, ...)]']
+        '--name=x a word [a string]',
+        '--n_layer=2 how many [an int]',
+        '--rate=0.5 how fast [a float]',
+        '--flag=False whether [True or False]',
+        '--size=None how large [an int or None]',
+        '--folder=data where [a string or None]',
+        '--kind=a which [a or b]',
+        '--widths=(1, 2) how wide [(an int, ...)]',
+    ]
 
 
-@pytest.mark.parametrize('script', ['train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py'])
+@pytest.mark.parametrize('script', [
+    'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py'])
 def test_every_option_of_the_scripts_has_its_line_of_help(script):
     run = shell(REPOSITORY / script, '--help')
     assert run.returncode == 0 and not run.stderr
@@ -105,5 +116,6 @@ def test_every_option_of_the_scripts_has_its_line_of_help(script):
 def test_a_user_error_is_one_line_on_stderr_and_status_2(tmp_path):
     run = shell(REPOSITORY / 'prepare.py', '--vocab_sise=3', cwd=tmp_path)
     assert (run.returncode, run.stdout) == (2, '')
-    assert run.stderr == 'prepare.py: vocab_sise: there is no such option; did you mean vocab_size?\n'
+    assert run.stderr == ('prepare.py: vocab_sise: there is no such option; '
+                          'did you mean vocab_size?\n')
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""What a run must survive: kills while it saves, full disks, dead processes, options of every wrong kind."""
+"""What a run must survive: kills while it saves, full disks, dead processes, wrong options."""
 
 import dataclasses
 import json
@@ -36,15 +36,19 @@ def in_a_fork(work):
     if process:
         return process
     try:
-        tqdm.set_lock(threading.RLock())  # its own is shared with this process, and would stay taken by a copy killed with it
+        # tqdm's own lock is shared with this process: a copy that is killed while it holds the
+        # lock would leave it taken
+        tqdm.set_lock(threading.RLock())
         work()
     finally:
         os._exit(0)
 
 
 def state_of(step):
-    """A checkpoint every number of which is the step: tensors so small that a fork of this process needs no threads."""
-    return dict(model={f'weight{i}': torch.full((100, 100), float(step)) for i in range(20)}, options={}, step=step)
+    """A checkpoint in which every number is the step. Its tensors are so small that torch takes no
+    threads to make them: a fork of this process has none."""
+    weights = {f'weight{i}': torch.full((100, 100), float(step)) for i in range(20)}
+    return dict(model=weights, options={}, step=step)
 
 
 @pytest.mark.parametrize('n_kills', [10, pytest.param(100, marks=pytest.mark.slow)])
@@ -65,13 +69,14 @@ def test_a_kill_while_saving_leaves_the_old_or_the_new_state(workspace, n_kills)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         state = load_checkpoint(path)
-        assert all(torch.equal(weight, torch.full((100, 100), float(state['step']))) for weight in state['model'].values())
+        wanted = torch.full((100, 100), float(state['step']))
+        assert all(torch.equal(weight, wanted) for weight in state['model'].values())
         seen.add(state['step'])
     assert len(seen) > n_kills // 3  # saves did happen between the kills
 
 
 def limit_file_size(n_bytes):
-    """From here on this process finds the disk full behind so many bytes of a file."""
+    """From here on this process cannot write past n_bytes of a file, as if the disk were full."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (n_bytes, n_bytes))
 
@@ -81,9 +86,11 @@ def test_a_full_disk_keeps_the_old_checkpoint(data):
     command = [REPOSITORY / 'train.py', *SMALL, '--eval_interval=2']
     assert shell(*command, '--max_iters=2').returncode == 0
     before = Path('run/ckpt.pt').read_bytes()
-    full = shell(*command, '--init_from=resume', '--max_iters=6', preexec_fn=lambda: limit_file_size(20_000))
+    full = shell(*command, '--init_from=resume', '--max_iters=6',
+                 preexec_fn=lambda: limit_file_size(20_000))
     assert full.returncode == 2 and len(full.stderr.strip().splitlines()) == 1
-    assert 'run/ckpt.pt: cannot be written' in full.stderr and 'the checkpoint before it stands' in full.stderr
+    assert ('run/ckpt.pt: cannot be written' in full.stderr
+            and 'the checkpoint before it stands' in full.stderr)
     assert Path('run/ckpt.pt').read_bytes() == before and not list(Path('run').glob('*.partial'))
     assert shell(*command, '--init_from=resume', '--max_iters=6').returncode == 0
     assert shell(*command, '--out_dir=straight', '--max_iters=6').returncode == 0
@@ -92,21 +99,32 @@ def test_a_full_disk_keeps_the_old_checkpoint(data):
 
 @pytest.mark.slow
 def test_torchrun_replaces_a_killed_process(data):
-    """Two processes; one is killed after a checkpoint. The run restarts, resumes, and ends as one that nobody disturbed."""
-    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--max-restarts=2', '--master_port=0',
-                '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py'), *SMALL, '--dropout=0.1',
-                '--max_iters=120', '--lr_decay_iters=120', '--eval_interval=20', '--micro_batch_size=4', '--init_from=auto']
-    alone = os.environ | dict(OMP_NUM_THREADS='1')  # two processes of two threads on two cores wait for each other
-    assert subprocess.run([*torchrun, '--out_dir=straight'], capture_output=True, timeout=200, env=alone).returncode == 0
-    run = subprocess.Popen([*torchrun, '--out_dir=run'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=alone)
-    while not any('step 50/' in line for line in iter(run.stdout.readline, '')) and run.poll() is None:
+    """Of two processes one is killed after a checkpoint. The run restarts, resumes, and ends as one
+    that nobody disturbed."""
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2',
+                '--max-restarts=2', '--master_port=0', '--rdzv_backend=c10d',
+                '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py'), *SMALL,
+                '--dropout=0.1', '--max_iters=120', '--lr_decay_iters=120', '--eval_interval=20',
+                '--micro_batch_size=4', '--init_from=auto']
+    # two processes of two threads each would wait for each other on two cores
+    alone = os.environ | dict(OMP_NUM_THREADS='1')
+    straight = subprocess.run([*torchrun, '--out_dir=straight'], capture_output=True, timeout=200,
+                              env=alone)
+    assert straight.returncode == 0
+    run = subprocess.Popen([*torchrun, '--out_dir=run'], stdout=subprocess.PIPE,
+                           stderr=subprocess.STDOUT, text=True, env=alone)
+    while (not any('step 50/' in line for line in iter(run.stdout.readline, ''))
+           and run.poll() is None):
         pass
-    workers = [int(pid) for pid in subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True).stdout.split()]
+    children = subprocess.run(['pgrep', '-P', str(run.pid)], capture_output=True, text=True)
+    workers = [int(pid) for pid in children.stdout.split()]
     start = time.perf_counter()
     os.kill(workers[-1], signal.SIGKILL)
     out = run.communicate(timeout=200)[0]
-    assert run.returncode == 0 and time.perf_counter() - start < 120  # the peer does not wait for the dead
-    assert 'step 120' in out and 'refused' not in out  # nobody asks the dead process for a connection
+    # the other process does not wait for the dead one
+    assert run.returncode == 0 and time.perf_counter() - start < 120
+    # nor does anything ask the dead process for a connection
+    assert 'step 120' in out and 'refused' not in out
     same_state('straight/ckpt.pt', 'run/ckpt.pt')
     steps = [line['step'] for line in metrics('run') if 'train_loss' in line]
     assert steps == list(range(1, 121))  # no gap, and nothing twice
@@ -167,7 +185,8 @@ def test_a_kill_while_preparing_leaves_a_whole_data_set(workspace, script):
         if Path('data/text-byte').exists():
             meta = prepare.read_meta(Path('data/text-byte'))
             assert meta['sha256'] in digests
-            assert len(prepare.read_tokens(Path('data/text-byte'), 'train')) == meta['train']['tokens']
+            tokens = prepare.read_tokens(Path('data/text-byte'), 'train')
+            assert len(tokens) == meta['train']['tokens']
             found.append(meta['sha256'])
     assert found
     script(prepare, '--dataset=text', '--source=a.txt', '--tokenizer=byte')
@@ -179,34 +198,48 @@ def test_memory_does_not_grow(data):
     """Resident memory at step 2,000 is that at step 500, within 1%."""
     watch = ('import sys, train; sys.path.insert(0, sys.argv.pop(1)); step = train.train_step\n'
              'def watched(runner, optimizers, data, n, *rest):\n'
-             '    if n in (500, 1999): print("resident", open("/proc/self/statm").read().split()[1], flush=True)\n'
+             '    if n in (500, 1999): '
+             'print("resident", open("/proc/self/statm").read().split()[1], flush=True)\n'
              '    return step(runner, optimizers, data, n, *rest)\n'
              'train.train_step = watched; train.main()')
-    run = shell('-c', watch, REPOSITORY, *SMALL, '--max_iters=2000', '--log_interval=10', '--eval_interval=500', timeout=300,
+    run = shell('-c', watch, REPOSITORY, *SMALL, '--max_iters=2000', '--log_interval=10',
+                '--eval_interval=500', timeout=300,
                 env=os.environ | dict(PYTHONPATH=str(REPOSITORY)))
-    first, last = (int(line.split()[1]) for line in run.stdout.splitlines() if line.startswith('resident'))
+    first, last = (int(line.split()[1]) for line in run.stdout.splitlines()
+                   if line.startswith('resident'))
     assert last < 1.01 * first
 
 
-# -- options -----------------------------------------------------------------------------------------------------
+# -- options ---------------------------------------------------------------------------------------
 
-SCRIPTS = {train: (train.TrainOptions,), prepare: (prepare.PrepareOptions,), finetune_sst2: (finetune_sst2.FinetuneOptions,),
-           sample: (sample.SampleOptions,), bench: (bench.BenchOptions,), svd: (svd.SvdOptions,)}
+SCRIPTS = {
+    train: (train.TrainOptions,),
+    prepare: (prepare.PrepareOptions,),
+    finetune_sst2: (finetune_sst2.FinetuneOptions,),
+    sample: (sample.SampleOptions,),
+    bench: (bench.BenchOptions,),
+    svd: (svd.SvdOptions,),
+}
+
+
 def wrong_values():
     for module, classes in SCRIPTS.items():
-        for name, option in {name: option for cls in classes for name, option in options_of(cls).items()}.items():
+        options = {name: option for cls in classes for name, option in options_of(cls).items()}
+        for name, option in options.items():
+            tested = f'{module.__name__}-{name}'
             if 'str' not in str(option.type) or 'Literal' in str(option.type):
-                yield pytest.param(module, f'--{name}={{}}', id=f'{module.__name__}-{name}-type')
+                yield pytest.param(module, f'--{name}={{}}', id=f'{tested}-type')
             if re.search('int|float', str(option.type)) and 'tuple' not in str(option.type):
-                yield pytest.param(module, f'--{name}=-1', id=f'{module.__name__}-{name}-negative')
+                yield pytest.param(module, f'--{name}=-1', id=f'{tested}-negative')
             if 'float' in str(option.type):
-                yield pytest.param(module, f'--{name}=1e999', id=f'{module.__name__}-{name}-infinite')
-            yield pytest.param(module, f'--{name}x=1', id=f'{module.__name__}-{name}-unknown')
+                yield pytest.param(module, f'--{name}=1e999', id=f'{tested}-infinite')
+            yield pytest.param(module, f'--{name}x=1', id=f'{tested}-unknown')
 
 
 @pytest.mark.parametrize('module, argument', list(wrong_values()))
 def test_wrong_options_are_named(workspace, script, module, argument):
-    """Of the wrong type, out of range, unknown: the line names the option, and nothing has been written."""
+    """An option of the wrong type, out of range or unknown: the message is one line that names it,
+    and nothing has been written."""
     with pytest.raises(UserError) as error:
         script(module, argument)
     name = re.match(r'--(\w+)=', argument)[1]
@@ -215,7 +248,8 @@ def test_wrong_options_are_named(workspace, script, module, argument):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('script', ['train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'svd.py'])
+@pytest.mark.parametrize('script', [
+    'train.py', 'prepare.py', 'finetune_sst2.py', 'sample.py', 'bench.py', 'svd.py'])
 def test_a_refusal_is_one_line_and_status_2(workspace, script):
     result = shell(REPOSITORY / script, '--sed=1')
     assert result.returncode == 2 and not result.stdout
@@ -223,18 +257,27 @@ def test_a_refusal_is_one_line_and_status_2(workspace, script):
 
 
 @pytest.mark.parametrize('text, message', [
-    ('n_layer = "two"', 'n_layer'), ('n_layr = 2', 'did you mean n_layer'), ('n_layer = ', 'SyntaxError'), ('1 / 0', 'ZeroDivisionError'),
-    ('n_embd = 30\nn_head = 4', 'not divisible'), ('attention = "mla"', 'needs kv_latent'), ('o_norm = "sum"', 'has no o_norm'),
-    ('causal = False\nsubtract_next_position = True', 'subtract_next_position'), ('batch_size = 6\nmicro_batch_size = 4', 'does not divide'),
-    ('from config.nowhere import *', 'ModuleNotFoundError'), ('arch = "rnn"', "arch='rnn'"),
+    ('n_layer = "two"', 'n_layer'),
+    ('n_layr = 2', 'did you mean n_layer'),
+    ('n_layer = ', 'SyntaxError'),
+    ('1 / 0', 'ZeroDivisionError'),
+    ('n_embd = 30\nn_head = 4', 'not divisible'),
+    ('attention = "mla"', 'needs kv_latent'),
+    ('o_norm = "sum"', 'has no o_norm'),
+    ('causal = False\nsubtract_next_position = True', 'subtract_next_position'),
+    ('batch_size = 6\nmicro_batch_size = 4', 'does not divide'),
+    ('from config.nowhere import *', 'ModuleNotFoundError'),
+    ('arch = "rnn"', "arch='rnn'"),
 ])
 def test_broken_and_contradictory_configs(data, script, text, message):
     Path('mine.py').write_text(text)
     before = sorted(data.rglob('*'))
+    others = (argument for argument in SMALL if argument.split('=')[0].strip('-') not in text)
     with pytest.raises(UserError, match=message) as error:
-        script(train, 'mine.py', *(argument for argument in SMALL if argument.split('=')[0].strip('-') not in text))
+        script(train, 'mine.py', *others)
     assert len(str(error.value).splitlines()) == 1
-    assert [path for path in sorted(data.rglob('*')) if path not in before and 'data' not in path.parts] == []
+    assert [path for path in sorted(data.rglob('*'))
+            if path not in before and 'data' not in path.parts] == []
 
 
 @pytest.mark.parametrize('damage', ['odd', 'truncated', 'ids'])
@@ -242,7 +285,9 @@ def test_damaged_token_files_are_refused(data, script, damage):
     script(train, *SMALL, '--max_iters=1')
     path = Path('data/text-byte/train.bin')
     raw = path.read_bytes()
-    path.write_bytes({'odd': raw[:-1], 'truncated': raw[:len(raw) // 2], 'ids': np.full(len(raw) // 2, 999, np.uint16).tobytes()}[damage])
+    damaged = {'odd': raw[:-1], 'truncated': raw[:len(raw) // 2],
+               'ids': np.full(len(raw) // 2, 999, np.uint16).tobytes()}
+    path.write_bytes(damaged[damage])
     with pytest.raises(UserError, match='train.bin|token id 999'):
         script(train, *SMALL, '--out_dir=other')
     assert not Path('other/ckpt.pt').exists()

@@ -1,4 +1,5 @@
-"""Caches hold what they say and change no logit; sampling draws from the distribution that it names."""
+"""A cache takes the bytes that it says and changes no logit; sampling draws from the distribution
+that its options name."""
 
 import pytest
 import torch
@@ -7,7 +8,9 @@ import model as m
 from model import Cache, sample_token
 from test_model import EVERY, MLA, VARIANTS, tiny, tokens
 
-@pytest.mark.parametrize('batch, pieces', [(3, (16,)), (3, (1,) * 16), (1, (5, 1, 1, 4, 1, 3, 1)), (3, (1, 14, 1))])
+
+@pytest.mark.parametrize('batch, pieces', [
+    (3, (16,)), (3, (1,) * 16), (1, (5, 1, 1, 4, 1, 3, 1)), (3, (1, 14, 1))])
 @pytest.mark.parametrize('name', EVERY)
 def test_cached_logits_are_the_uncached_ones(name, batch, pieces):
     model = tiny(**EVERY[name]).eval()
@@ -54,7 +57,8 @@ def test_single_tokens_are_absorbed(name, monkeypatch):
     model = tiny(**VARIANTS[name]).eval()
     cache, rows = model.init_cache(1, 16), []
     plain = torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, 'forward', lambda self, x: rows.append(x.size(1)) or plain(self, x))
+    monkeypatch.setattr(torch.nn.Linear, 'forward',
+                        lambda self, x: rows.append(x.size(1)) or plain(self, x))
     with torch.no_grad():
         model(tokens(1, 9), cache=cache)
         assert set(rows) == {9}
@@ -64,24 +68,29 @@ def test_single_tokens_are_absorbed(name, monkeypatch):
     assert set(rows) == {1}
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'mla_shared', 'subtract', 'encdec_subtract', 'encdec_mla'])
+@pytest.mark.parametrize('name', [
+    'gpt2', 'mla_shared', 'subtract', 'encdec_subtract', 'encdec_mla'])
 def test_generation_past_the_window(name):
     """Greedy tokens are those of the plain loop over the last block_size tokens."""
     model, idx = tiny(**EVERY[name]).eval(), tokens(2, 5)
     expected = idx
     with torch.no_grad():
         for _ in range(24):
-            expected = torch.cat((expected, model(expected[:, -16:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+            token = model(expected[:, -16:])[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat((expected, token), dim=1)
     assert torch.equal(model.generate(idx, 24, temperature=0), expected)
     long = tokens(2, 30)
-    assert torch.equal(model.generate(long, 3, temperature=0)[:, 30:], model.generate(long[:, -16:], 3, temperature=0)[:, 16:])
+    from_long = model.generate(long, 3, temperature=0)[:, 30:]
+    from_its_window = model.generate(long[:, -16:], 3, temperature=0)[:, 16:]
+    assert torch.equal(from_long, from_its_window)
 
 
 def test_several_samples_of_one_prompt_and_seeds():
     model = tiny(**MLA).eval()
     idx = tokens(1, 4).expand(5, -1)
     out = model.generate(idx, 8, seed=3)
-    assert torch.equal(out, model.generate(idx, 8, seed=3)) and not torch.equal(out, model.generate(idx, 8, seed=4))
+    assert (torch.equal(out, model.generate(idx, 8, seed=3))
+            and not torch.equal(out, model.generate(idx, 8, seed=4)))
     assert len({tuple(row.tolist()) for row in out}) == 5
     plain, generator = idx, torch.Generator().manual_seed(3)  # the same draws without a cache
     with torch.no_grad():

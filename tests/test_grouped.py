@@ -1,4 +1,5 @@
-"""Grouped latents: exact causality at every length, exact caches, closed formulas, plain formulas for the parts."""
+"""Grouped latents: causal at every length, exact caches, costs by closed formulas, and the parts
+against plain formulas."""
 
 import copy
 import math
@@ -14,8 +15,8 @@ from test_model import tokens
 from train import make_optimizers, parameter_groups, Muon, TrainOptions
 
 # 2 does not divide 5 - 2, nor 5 divide 7 - 5
-TINY = dict(vocab_size=61, block_size=40, n_layer=2, group_size=7, latents=(5, 2), widths=(16, 32, 32), head_dim=8,
-            norm='rms')
+TINY = dict(vocab_size=61, block_size=40, n_layer=2, group_size=7, latents=(5, 2),
+            widths=(16, 32, 32), head_dim=8, norm='rms')
 MLA = dict(attention='mla', kv_latent=8, rope_dims=4)
 GROUPED = {
     'base': {},
@@ -27,7 +28,8 @@ GROUPED = {
     'dense_former': dict(dense_former=True, latent_loss=True, n_layer=3),
     'channels': dict(n_channels=2, n_shared_mlp=1, channels_every=2, mlp_bias=True),
     'mla_o': dict(MLA, q_latent=12, o_latent=12),
-    'mla_shared': dict(MLA, rope_key='shared', upsample='attention', compress='perceiver', n_channels=3, merge='max'),
+    'mla_shared': dict(MLA, rope_key='shared', upsample='attention', compress='perceiver',
+                       n_channels=3, merge='max'),
     'gqa': dict(n_kv_head=2, n_channels=2, merge='mean', channel_mlp_mult=0.5),
     'window': dict(global_window=6),
     'window_mla': dict(MLA, global_window=3),
@@ -36,8 +38,8 @@ GROUPED = {
 
 
 # the others are marked slow: pytest -m slow
-VARIANTS = [pytest.param(name, marks=() if name in ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window')
-                         else pytest.mark.slow) for name in GROUPED]
+FAST = ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window')
+VARIANTS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in GROUPED]
 
 
 def tiny(name, seed=0, **options):
@@ -50,15 +52,17 @@ def tiny(name, seed=0, **options):
 
 
 def assert_causal(model, T):
-    """Replaces every suffix: nothing before it may change, the logits at its beginning must; and the same by gradient.
-    Row t of a batch has its suffix replaced from t on."""
+    """In row t of a batch the tokens from t on are replaced: no logit before t may change, and the
+    logits at t must. The same by gradient: the logits at t depend on the tokens up to t, and on no
+    others."""
     idx = tokens(1, T)
     later = torch.arange(T) >= torch.arange(T)[:, None]  # (T rows, T)
     changed = model(torch.where(later, (idx + 7) % 61, idx)) - model(idx)
     assert changed[~later].abs().max() < 1e-11 if T > 1 else True, f'{T} tokens: a leak'
     assert changed.diagonal().abs().amax(0).min() > 1e-4
     embedded = []
-    hook = model.tok_emb.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    hook = model.tok_emb.register_forward_hook(
+        lambda module, args, out: embedded.append(out) or out.retain_grad())
     model(idx.repeat(T, 1)).diagonal().square().sum().backward()  # of row t, logit t
     hook.remove()
     reached = embedded[0].grad.abs().sum(-1) > 0
@@ -74,7 +78,8 @@ def test_causal_at_every_position_and_length(name, train):
 
 
 def leak_by_one_slot(model):
-    model.up[0].reads = model.up[0].reads + 1 - (model.up[0].reads == model.up[0].reads.max()).long()
+    reads = model.up[0].reads
+    model.up[0].reads = reads + 1 - (reads == reads.max()).long()
 
 
 def leak_in_the_pool(model):
@@ -104,9 +109,10 @@ def test_a_prefix_does_not_depend_on_what_follows(name):
 @pytest.mark.parametrize('name', VARIANTS)
 def test_cached_logits_are_the_uncached_ones(name):
     model, idx = tiny(name).eval(), tokens(2, 40)
+    cuts = (40,), (1,) * 40, (5, 1, 1, 14, 1, 3, 9, 6), (7, 7, 26), (39, 1), (3, 30, 7)
     with torch.no_grad():
         whole = model(idx)
-        for pieces in ((40,), (1,) * 40, (5, 1, 1, 14, 1, 3, 9, 6), (7, 7, 26), (39, 1), (3, 30, 7)):
+        for pieces in cuts:
             cache, parts, start = model.init_cache(2, 40), [], 0
             for n in pieces:
                 parts.append(model(idx[:, start:start + n], cache=cache))
@@ -134,7 +140,8 @@ def test_generation_past_the_window():
     expected = idx
     with torch.no_grad():
         for _ in range(20):
-            expected = torch.cat((expected, model(expected[:, -40:])[:, -1].argmax(-1, keepdim=True)), dim=1)
+            token = model(expected[:, -40:])[:, -1].argmax(-1, keepdim=True)
+            expected = torch.cat((expected, token), dim=1)
     assert torch.equal(model.generate(idx, 20, temperature=0), expected)
 
 
@@ -151,10 +158,12 @@ def test_windows_are_their_mask(window):
 
 
 def test_repeat_reads_the_slots_it_says():
-    """g 7, K 5: slots 0, 1 of a group read the previous group's latents 3, 4 (r mod 5), the others the group's own."""
+    """With 7 slots and 5 latents a group, slots 0 and 1 read latents 3 and 4 of the group before,
+    which are -2 and -1 modulo 5; the other slots read the latents of their own group."""
     up = tiny('base').up[0]
     assert up.reads.tolist() == [3, 4, 5, 6, 7, 8, 9]
-    assert tiny('base').up[1].reads.tolist() == [1, 0, 1, 2, 3]  # K 5, K' 2: r = -3, -2, -1
+    # 5 slots, 2 latents: slots 0 to 2 read -3, -2 and -1 modulo 2
+    assert tiny('base').up[1].reads.tolist() == [1, 0, 1, 2, 3]
 
 
 def test_slots_until():
@@ -171,7 +180,8 @@ def test_pooling_is_a_plain_block_of_which_the_last_slots_are_kept():
     rope = m.make_rope(m.rope_table(7, 4, 10000.0))
     plain = Block(tiny('rope').config.level(1)).double()
     plain.load_state_dict(down.pool.state_dict())
-    assert torch.allclose(down.pool(x[:, -5:], x, rope=rope), plain(x, rope=rope)[:, -5:], rtol=1e-9)
+    pooled = down.pool(x[:, -5:], x, rope=rope)
+    assert torch.allclose(pooled, plain(x, rope=rope)[:, -5:], rtol=1e-9)
 
 
 def test_channels_are_their_formula():
@@ -183,10 +193,12 @@ def test_channels_are_their_formula():
         normed = norm(x, block.attn_norm)
         q, k, v = (normed @ getattr(block.attn, f'{part}_proj').weight[c].T for part in 'qkv')
         split = lambda y: y.unflatten(-1, (4, 8)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=True).transpose(1, 2).flatten(2)
+        heads = F.scaled_dot_product_attention(split(q), split(k), split(v), is_causal=True)
+        y = heads.transpose(1, 2).flatten(2)
         h = x + y @ block.attn.o_proj.weight[c].T
         y = norm(h, block.mlp_norm)
-        own = F.gelu(y @ block.mlp.in_proj.weight[c].T + block.mlp.in_proj.bias[c]) @ block.mlp.out_proj.weight[c].T
+        inner = F.gelu(y @ block.mlp.in_proj.weight[c].T + block.mlp.in_proj.bias[c])
+        own = inner @ block.mlp.out_proj.weight[c].T
         zs.append(h + own + block.mlp.out_proj.bias[c] + block.shared[0](y))
     z = torch.stack(zs)
     assert torch.allclose(block(x), (z.softmax(0) * z).sum(0), rtol=1e-9)
@@ -211,7 +223,8 @@ def test_latent_loss_sees_real_latents_only():
     model.blocks[0].register_forward_hook(lambda module, args, out: seen.update(into=args[0]))
     out = model(idx, idx)
     n = 2 * 2  # of 17 tokens two groups are whole, and the third has not come to its latents
-    cos = F.cosine_similarity(model.latent_head(seen['out'][0, :n - 1]), seen['into'][0, 1:n], dim=-1)
+    predicted = model.latent_head(seen['out'][0, :n - 1])
+    cos = F.cosine_similarity(predicted, seen['into'][0, 1:n], dim=-1)
     assert torch.allclose(out['latent_loss'], (1 - cos).mean())
     assert torch.allclose(out['loss'], out['cross_entropy'] + out['latent_loss'])
     assert model(idx[:, :6], idx[:, :6])['latent_loss'] == 0
@@ -220,12 +233,14 @@ def test_latent_loss_sees_real_latents_only():
 
 @pytest.mark.parametrize('name', VARIANTS)
 def test_flops_formula_is_what_happens(name):
-    """Matrix products counted, attention left out on both sides; what the formula leaves out as no useful work: the
-    learned latents before the first group, and keys that attention upsampling makes twice."""
+    """The formula is the count of the matrix products, both without attention. Taken off the count
+    is what the formula leaves out as no useful work: the learned latents before the first group,
+    and the keys that attention upsampling makes twice."""
     model, T = make_model('grouped_latent', **{**TINY, **GROUPED[name]}), 35
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.eval()(tokens(2, T))
-    counted = sum(n for op, n in counter.get_flop_counts()['Global'].items() if 'attention' not in str(op))
+    counted = sum(n for op, n in counter.get_flop_counts()['Global'].items()
+                  if 'attention' not in str(op))
     for up in model.up:
         k = up.before_emb.weight.size(0)
         if up.upsample == 'repeat':
@@ -248,9 +263,11 @@ def test_score_flops():
     pairs = lambda n: n * (n + 1) / 2
     assert with_scores['trunk'] - without['trunk'] == pytest.approx(2 * 4 * 32 * pairs(10) / 35)
     level_0 = 4 * 16 * (5 * pairs(7) + pairs(35))  # on the way up
-    level_1 = 2 * 4 * 32 * (5 * pairs(5) + pairs(25)) + 4 * 32 * 5 * (3 + 4 + 5 + 6 + 7)  # both ways, and the pool
+    # on both ways, and in the pool
+    level_1 = 2 * 4 * 32 * (5 * pairs(5) + pairs(25)) + 4 * 32 * 5 * (3 + 4 + 5 + 6 + 7)
     level_2 = 4 * 32 * (5 * pairs(2) + pairs(10)) + 4 * 32 * 5 * (4 + 5)
-    assert with_scores['levels'] - without['levels'] == pytest.approx((level_0 + level_1 + level_2) / 35)
+    levels = with_scores['levels'] - without['levels']
+    assert levels == pytest.approx((level_0 + level_1 + level_2) / 35)
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -275,7 +292,8 @@ def test_every_parameter_is_stepped_once(name):
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = make_model('grouped_latent', **dict(TINY, widths=(128, 256, 256), head_dim=32, vocab_size=500))
+    options = dict(TINY, widths=(128, 256, 256), head_dim=32, vocab_size=500)
+    model = make_model('grouped_latent', **options)
     for name, p in model.named_parameters():
         if p.dim() > 1 and p.numel() > 3000:
             small = any(part in name for part in ('o_proj', 'out_proj', 'up_proj'))
@@ -291,7 +309,8 @@ def test_compiled_without_graph_breaks_and_equal():
     model = make_model('grouped_latent', **dict(TINY, n_layer=1, latents=(2,), widths=(16, 32)))
     compiled = torch.compile(model, fullgraph=True, dynamic=False)
     idx = tokens(2, 17)  # the last group is open
-    assert math.isclose(model(idx, idx)['loss'].item(), compiled(idx, idx)['loss'].item(), rel_tol=1e-5)
+    assert math.isclose(model(idx, idx)['loss'].item(), compiled(idx, idx)['loss'].item(),
+                        rel_tol=1e-5)
 
 
 @pytest.mark.parametrize('options, message', [

@@ -1,4 +1,4 @@
-"""model.py against the reference outputs, against plain formulas, and against its own closed formulas."""
+"""model.py against reference outputs, against plain formulas and against its closed formulas."""
 
 import copy
 import json
@@ -36,7 +36,8 @@ VARIANTS = {
     'mla_o': dict(MLA, o_latent=12),
     'mla_o_sum': dict(MLA, o_latent=12, o_norm='sum', rope_key='shared'),
     'mla_o_head': dict(MLA, o_latent=12, o_norm='head'),
-    'subspaces': dict(MLA, o_latent=12, mlp='swiglu', mlp_bias=True, mlp_rank=10, vocab_rank=14, n_dense=1),
+    'subspaces': dict(MLA, o_latent=12, mlp='swiglu', mlp_bias=True, mlp_rank=10, vocab_rank=14,
+                      n_dense=1),
 }
 
 
@@ -46,10 +47,12 @@ ENCDEC_VARIANTS = {
     'encdec_unequal': dict(n_layer=1, n_decoder_layer=3, cross_n_head=4, bias=True),
     'encdec_gqa': dict(ROPE, n_kv_head=2, n_dense=1),
     'encdec_mla': dict(MLA, n_decoder_layer=1),
-    'encdec_mla_o_shared': dict(MLA, o_latent=12, o_norm='sum', rope_key='shared', rope_dims=2, n_dense=1),
+    'encdec_mla_o_shared': dict(MLA, o_latent=12, o_norm='sum', rope_key='shared', rope_dims=2,
+                                n_dense=1),
 }
+SUBTRACT = {'subtract': dict(subtract_next_position=True)}
 EVERY = {name: dict(options, arch='encoder_decoder' if name in ENCDEC_VARIANTS else 'transformer')
-         for name, options in (VARIANTS | {'subtract': dict(subtract_next_position=True)} | ENCDEC_VARIANTS).items()}
+         for name, options in (VARIANTS | SUBTRACT | ENCDEC_VARIANTS).items()}
 
 
 def tiny(seed=0, dtype=torch.float64, arch='transformer', **options):
@@ -65,17 +68,23 @@ def tokens(*shape, seed=1, vocab=61):
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# -- reference outputs -------------------------------------------------------------------------------------------
+# -- reference outputs -----------------------------------------------------------------------------
 
-OUR_NAMES = [('encoder_model.', ''), ('vocab_embed', 'tok_emb'), ('layers.', 'blocks.'), ('attn_input_norm', 'attn_norm'),
-             ('self_attn', 'attn'), ('ffn_input_norm', 'mlp_norm'), ('ffn.', 'mlp.'),
-             ('transformer_blocks.', 'blocks.'), ('token_embedding', 'tok_emb'), ('positional_embedding', 'pos_emb'),
-             ('multi_attn_head.batch_attn_weights', 'attn.qkv_proj'), ('multi_attn_head.residual_proj', 'attn.o_proj'),
-             ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
-             ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'),
-             ('attn.o_a_proj', 'attn.o_proj.o_a_proj'), ('attn.o_b_proj', 'attn.o_proj.o_b_proj'),
-             ('W_in_shared_norm', 'in_proj.1'), ('W_in_shared', 'in_proj.0'), ('W_gate_shared_norm', 'gate_proj.1'),
-             ('W_gate_shared', 'gate_proj.0'), ('W_out_shared', 'out_proj.1')]
+OUR_NAMES = [
+    ('encoder_model.', ''), ('vocab_embed', 'tok_emb'), ('layers.', 'blocks.'),
+    ('attn_input_norm', 'attn_norm'), ('self_attn', 'attn'), ('ffn_input_norm', 'mlp_norm'),
+    ('ffn.', 'mlp.'),
+    ('transformer_blocks.', 'blocks.'), ('token_embedding', 'tok_emb'),
+    ('positional_embedding', 'pos_emb'),
+    ('multi_attn_head.batch_attn_weights', 'attn.qkv_proj'),
+    ('multi_attn_head.residual_proj', 'attn.o_proj'),
+    ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
+    ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'),
+    ('attn.o_a_proj', 'attn.o_proj.o_a_proj'), ('attn.o_b_proj', 'attn.o_proj.o_b_proj'),
+    ('W_in_shared_norm', 'in_proj.1'), ('W_in_shared', 'in_proj.0'),
+    ('W_gate_shared_norm', 'gate_proj.1'), ('W_gate_shared', 'gate_proj.0'),
+    ('W_out_shared', 'out_proj.1'),
+]
 
 
 def our_name(name, parameters):
@@ -97,14 +106,17 @@ def load_golden(name):
     if name == 'decoder_baseline':
         options = c
     else:
-        options = dict(vocab_size=c['vocab_size'], n_embd=c['hidden_size'], n_layer=c['num_hidden_layers'],
-                       mlp_hidden=c['intermediate_size'], block_size=c['max_position_embeddings'],
-                       n_head=c['num_attention_heads'], head_dim=c['head_dim'], rope_dims=c['rope_dims'],
-                       causal=False, mlp='swiglu', mlp_bias=True, norm='rms', final_norm=False, learned_positions=False,
+        options = dict(vocab_size=c['vocab_size'], n_embd=c['hidden_size'],
+                       n_layer=c['num_hidden_layers'], mlp_hidden=c['intermediate_size'],
+                       block_size=c['max_position_embeddings'], n_head=c['num_attention_heads'],
+                       head_dim=c['head_dim'], rope_dims=c['rope_dims'],
+                       causal=False, mlp='swiglu', mlp_bias=True, norm='rms', final_norm=False,
+                       learned_positions=False,
                        n_dense=c['num_dense_layers'], mlp_rank=c['ffn_rank'],
                        vocab_rank=c['vocab_rank'] if c['vocab_subspace'] else None)
         if c['num_dense_layers'] < c['num_hidden_layers']:
-            options |= dict(attention='mla', q_latent=c['q_latent_dim'], kv_latent=c['kv_latent_dim'],
+            options |= dict(attention='mla',
+                            q_latent=c['q_latent_dim'], kv_latent=c['kv_latent_dim'],
                             o_latent=c['o_latent_dim'] if c['output_subspace'] else None)
     model = make_model('transformer', **options)
     parameters = dict(model.named_parameters())
@@ -124,8 +136,8 @@ def close(ours, golden):
     assert error <= 1e-5 * largest, f'differs by {error / largest:.1e} of the largest entry'
 
 
-@pytest.mark.parametrize('name', ['encoder_mha', 'encoder_mla', 'encoder_mla_o', 'encoder_mla_o_subspaces',
-                                  'decoder_baseline'])
+@pytest.mark.parametrize('name', [
+    'encoder_mha', 'encoder_mla', 'encoder_mla_o', 'encoder_mla_o_subspaces', 'decoder_baseline'])
 def test_reference_outputs(name):
     model, arrays, grads = load_golden(name)
     idx = torch.from_numpy(arrays['input_ids'])
@@ -144,15 +156,22 @@ def test_reference_outputs(name):
         close(model.get_parameter(parameter).grad, grad)
 
 
-ENCDEC_NAMES = [('encoder_transformer_blocks.', 'encoder.'), ('decoder_transformer_blocks.', 'decoder.'),
-                ('decoder_multi_attn_head.', 'attn.'), ('cross_multi_attn_head.residual_proj', 'cross.o_proj'),
-                ('cross_multi_attn_head.q_weights', 'cross.q_proj'), ('cross_multi_attn_head.k_v_weights', 'cross.kv_proj'),
-                ('multi_attn_head.', 'attn.'), ('batch_attn_weights', 'qkv_proj'), ('attn.residual_proj', 'attn.o_proj'),
-                ('decoder_feed_forward.weight', 'decoder_proj.weight'), ('decoder_feed_forward', 'feed_forward'),
-                ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
-                ('encoder_cross_ln', 'source_norm'), ('decoder_cross_ln', 'cross_norm'), ('decoder_ln', 'ln'),
-                ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'), ('encoder_out_ln', 'encoder_loss_norm'),
-                ('embeddings_ln', 'embedding_loss_norm'), ('token_embedding', 'tok_emb'), ('positional_embedding', 'pos_emb')]
+ENCDEC_NAMES = [
+    ('encoder_transformer_blocks.', 'encoder.'), ('decoder_transformer_blocks.', 'decoder.'),
+    ('decoder_multi_attn_head.', 'attn.'),
+    ('cross_multi_attn_head.residual_proj', 'cross.o_proj'),
+    ('cross_multi_attn_head.q_weights', 'cross.q_proj'),
+    ('cross_multi_attn_head.k_v_weights', 'cross.kv_proj'),
+    ('multi_attn_head.', 'attn.'), ('batch_attn_weights', 'qkv_proj'),
+    ('attn.residual_proj', 'attn.o_proj'),
+    ('decoder_feed_forward.weight', 'decoder_proj.weight'),
+    ('decoder_feed_forward', 'feed_forward'),
+    ('feed_forward.linear', 'mlp.in_proj'), ('feed_forward.residual_proj', 'mlp.out_proj'),
+    ('encoder_cross_ln', 'source_norm'), ('decoder_cross_ln', 'cross_norm'), ('decoder_ln', 'ln'),
+    ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'),
+    ('encoder_out_ln', 'encoder_loss_norm'), ('embeddings_ln', 'embedding_loss_norm'),
+    ('token_embedding', 'tok_emb'), ('positional_embedding', 'pos_emb'),
+]
 
 
 def our_encdec_arrays(arrays, kind):
@@ -180,7 +199,8 @@ def test_reference_outputs_of_the_encoder_decoder(name):
     close(out['loss'], arrays['train_loss'])
     if 'embedding_loss' in arrays:
         close(out['embedding_loss'], arrays['embedding_loss'])
-        close(out['cross_entropy'] + options['embedding_loss_coeff'] * out['embedding_loss'], arrays['train_loss'])
+        loss = out['cross_entropy'] + options['embedding_loss_coeff'] * out['embedding_loss']
+        close(loss, arrays['train_loss'])
     out['loss'].backward()
     grads = split_fused(as_tensors(our_encdec_arrays(arrays, 'grad')), model)
     assert len(grads) >= 19
@@ -191,10 +211,11 @@ def test_reference_outputs_of_the_encoder_decoder(name):
     close(model(idx, targets)['loss'], arrays['eval_loss'])
 
 
-# -- parameter counts of the published configurations ------------------------------------------------------------
+# -- parameter counts of the published configurations ----------------------------------------------
 
-ENCODER = dict(vocab_size=30522, block_size=128, n_layer=6, n_head=8, n_embd=256, causal=False, mlp='swiglu',
-               mlp_hidden=1024, mlp_bias=True, norm='rms', final_norm=False, learned_positions=False, rope_dims=32)
+ENCODER = dict(vocab_size=30522, block_size=128, n_layer=6, n_head=8, n_embd=256, causal=False,
+               mlp='swiglu', mlp_hidden=1024, mlp_bias=True, norm='rms', final_norm=False,
+               learned_positions=False, rope_dims=32)
 
 
 ENCDEC = dict(vocab_size=50257, block_size=200, n_layer=13, n_head=5, n_embd=150, cross_n_head=10)
@@ -225,7 +246,7 @@ def test_parameter_counts_of_the_encoder_decoder(options, count):
     assert model.n_params() - count == (201 if 'subtract_next_position' in options else 200) * 150
 
 
-# -- plain formulas, written out head by head --------------------------------------------------------------------
+# -- plain formulas, written out head by head ------------------------------------------------------
 
 
 def rms(x, gain=1.0):
@@ -233,7 +254,8 @@ def rms(x, gain=1.0):
 
 
 def rope_plain(x, rope_dims, theta=10000.0):
-    """x (T, d): rotates pairs (i, i + rope_dims/2) of the first rope_dims dimensions by position * theta^(-2i/rope_dims)."""
+    """Rotates the first rope_dims dimensions of x (T, d): in row t the pair (i, i + rope_dims/2) by
+    the angle t * theta^(-2i/rope_dims)."""
     y = x.clone()
     for t in range(x.size(0)):
         for i in range(rope_dims // 2):
@@ -264,7 +286,8 @@ def attention_plain(attn, x, c):
             qh, kh, vh = q[:, h * d:(h + 1) * d], k[:, g * d:(g + 1) * d], v[:, g * d:(g + 1) * d]
             if c.qk_norm:
                 qh, kh = rms(qh, attn.q_norm.weight), rms(kh, attn.k_norm.weight)
-            heads.append(softmax_attention(rope_plain(qh, c.rope_dims), rope_plain(kh, c.rope_dims), vh, c.causal))
+            qh, kh = rope_plain(qh, c.rope_dims), rope_plain(kh, c.rope_dims)
+            heads.append(softmax_attention(qh, kh, vh, c.causal))
         out = torch.cat(heads, -1) @ attn.o_proj.weight.T
         return out + attn.o_proj.bias if c.bias else out
 
@@ -279,8 +302,9 @@ def attention_plain(attn, x, c):
     heads = []
     for h in range(H):
         kh = torch.cat([k_shared, k[:, h * (d - r):(h + 1) * (d - r)]], -1)
-        heads.append(softmax_attention(rope_plain(q[:, h * d:(h + 1) * d], c.rope_dims), rope_plain(kh, c.rope_dims),
-                                       v[:, h * dv:(h + 1) * dv], c.causal))
+        qh, vh = q[:, h * d:(h + 1) * d], v[:, h * dv:(h + 1) * dv]
+        qh, kh = rope_plain(qh, c.rope_dims), rope_plain(kh, c.rope_dims)
+        heads.append(softmax_attention(qh, kh, vh, c.causal))
     if not c.o_latent:
         return torch.cat(heads, -1) @ attn.o_proj.weight.T
     o_a, o_b = attn.o_proj.o_a_proj.weight, attn.o_proj.o_b_proj.weight
@@ -331,8 +355,9 @@ def test_feed_forward_is_its_formula(kind, rank):
 
 
 def test_norms_have_their_eps():
-    assert {n.eps for n in tiny(norm='layer').modules() if isinstance(n, torch.nn.LayerNorm)} == {1e-5}
-    assert {n.eps for n in tiny(**VARIANTS['subspaces']).modules() if isinstance(n, torch.nn.RMSNorm)} == {1e-6}
+    layer_model, rms_model = tiny(norm='layer'), tiny(**VARIANTS['subspaces'])
+    assert {n.eps for n in layer_model.modules() if isinstance(n, torch.nn.LayerNorm)} == {1e-5}
+    assert {n.eps for n in rms_model.modules() if isinstance(n, torch.nn.RMSNorm)} == {1e-6}
 
 
 @pytest.mark.parametrize('name', EVERY)
@@ -343,13 +368,13 @@ def test_initial_loss_is_that_of_guessing(name):
     assert abs(model(idx, targets)['loss'].item() - math.log(61)) < 0.05
 
 
-# -- causality and masks -----------------------------------------------------------------------------------------
+# -- causality and masks ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('train', [True, False])
 @pytest.mark.parametrize('name', EVERY)
 def test_causal(name, train):
-    """The suffix from every position on is replaced: nothing before it may change, and what follows must."""
+    """When the tokens from t on are replaced, no logit before t may change, and those at t must."""
     model = tiny(**EVERY[name]).train(train)
     idx = tokens(1, 11)
     logits = model(idx)
@@ -360,7 +385,8 @@ def test_causal(name, train):
         assert torch.allclose(changed[:, :t], logits[:, :t], atol=1e-12)
         assert not torch.allclose(changed[:, t], logits[:, t], atol=1e-3)
     embedded = []
-    model.tok_emb.register_forward_hook(lambda module, args, out: embedded.append(out) or out.retain_grad())
+    model.tok_emb.register_forward_hook(
+        lambda module, args, out: embedded.append(out) or out.retain_grad())
     model(idx)[0, 5].sum().backward()
     reached = embedded[0].grad[0].abs().sum(-1) > 0
     assert reached.tolist() == [True] * 6 + [False] * 5
@@ -405,7 +431,7 @@ def test_dropout_is_for_training_only():
     assert not torch.equal(attention_only(idx), attention_only(idx))
 
 
-# -- loss --------------------------------------------------------------------------------------------------------
+# -- loss ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float64, 1e-12), (torch.float32, 5e-6)])
@@ -418,7 +444,8 @@ def test_loss_and_gradients_equal_the_plain_ones(n, vocab, dtype, tolerance):
     ours, plain = [[x.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2)]
     loss = m.linear_cross_entropy(*ours, targets)['loss']
     wanted = F.cross_entropy(plain[0] @ plain[1].T, targets, ignore_index=-1)
-    assert math.isclose(m.plain_cross_entropy(*plain, targets)['loss'].item(), wanted.item(), rel_tol=1e-6)
+    plain_loss = m.plain_cross_entropy(*plain, targets)['loss']
+    assert math.isclose(plain_loss.item(), wanted.item(), rel_tol=1e-6)
     assert math.isclose(loss.item(), wanted.item(), rel_tol=1e-6)
     (loss * 3).backward()
     (wanted * 3).backward()
@@ -464,20 +491,23 @@ def test_masked_rows_only(name):
     idx, positions = tokens(3, 10), torch.tensor([[0, 4], [9, 2], [5, 6]])
     targets = tokens(3, 2, seed=3)
     full = torch.full((3, 10), -1).scatter(1, positions, targets)
-    assert torch.allclose(model(idx, targets, positions)['loss'], model(idx, full)['loss'], rtol=1e-9)
+    loss = model(idx, targets, positions)['loss']
+    assert torch.allclose(loss, model(idx, full)['loss'], rtol=1e-9)
     plain = F.cross_entropy(model(idx).flatten(0, 1), full.flatten(), ignore_index=-1)
     assert torch.allclose(model(idx, full)['loss'], plain, rtol=1e-9)
 
 
-# -- the encoder-decoder -----------------------------------------------------------------------------------------
+# -- the encoder-decoder ---------------------------------------------------------------------------
 
 
 def test_encoder_decoder_is_its_formula():
-    """out = ln(decoder(linear(enc), enc)), with attention_plain in each place and cross-attention written out here."""
+    """out = ln(decoder(linear(enc), enc)): self-attention is attention_plain, cross-attention and
+    the rest are written out here."""
     model = tiny(**EVERY['encdec_subtract'], mlp='relu2')
     c, idx = model.config, tokens(1, 9)
     norm = lambda x, layer: F.layer_norm(x, x.shape[-1:], layer.weight, eps=1e-5)
-    mlp = lambda x, block: (norm(x, block.mlp_norm) @ block.mlp.in_proj.weight.T).relu() ** 2 @ block.mlp.out_proj.weight.T
+    mlp = lambda x, block: ((norm(x, block.mlp_norm) @ block.mlp.in_proj.weight.T).relu() ** 2
+                            @ block.mlp.out_proj.weight.T)
     x = model.tok_emb.weight[idx[0]] + model.pos_emb.weight[:9]
     for block in model.encoder:
         x = x + attention_plain(block.attn, norm(x, block.attn_norm), c.block)
@@ -488,12 +518,14 @@ def test_encoder_decoder_is_its_formula():
         source, d = norm(enc, block.source_norm), c.block.n_embd // c.cross_n_head
         q = norm(x, block.cross_norm) @ block.cross.q_proj.weight.T
         k, v = source @ block.cross.k_proj.weight.T, source @ block.cross.v_proj.weight.T
-        heads = [softmax_attention(*(part[:, h * d:(h + 1) * d] for part in (q, k, v)), True) for h in range(c.cross_n_head)]
+        heads = [softmax_attention(*(part[:, h * d:(h + 1) * d] for part in (q, k, v)), True)
+                 for h in range(c.cross_n_head)]
         x = x + torch.cat(heads, -1) @ block.cross.o_proj.weight.T
         x = x + mlp(x, block)
     x = norm(x, model.norm)
     assert torch.allclose(model.hidden(idx)[0], x, rtol=1e-9)
-    assert torch.allclose(model(idx)[0], (x - model.pos_emb.weight[1:10]) @ model.tok_emb.weight.T, rtol=1e-9)
+    logits = (x - model.pos_emb.weight[1:10]) @ model.tok_emb.weight.T
+    assert torch.allclose(model(idx)[0], logits, rtol=1e-9)
 
 
 @pytest.mark.parametrize('kind', ['mse', 'cosine'])
@@ -528,11 +560,11 @@ def test_embedding_loss_is_its_formula(kind, affine):
     assert torch.autograd.grad(out['embedding_loss'], last, allow_unused=True)[0] is None
 
 
-# -- closed formulas ---------------------------------------------------------------------------------------------
+# -- closed formulas -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name, causal', [(name, causal) for name in EVERY for causal in (True, False)
-                                          if causal or name in VARIANTS])
+@pytest.mark.parametrize('name, causal', [
+    (name, causal) for name in EVERY for causal in (True, False) if causal or name in VARIANTS])
 def test_flops_formula_is_what_happens(name, causal):
     options = EVERY[name] | ({} if name in ENCDEC_VARIANTS else dict(causal=causal))
     model, T, M = tiny(dtype=torch.float32, **options), 16, 4
@@ -541,7 +573,8 @@ def test_flops_formula_is_what_happens(name, causal):
         model(idx, tokens(2, M, seed=2), positions)['loss'].backward()
     c = model.config
     counted = counter.get_total_flops() / (2 * T)
-    # the kernels pad the narrower heads, and without the flash kernel causal attention forms all T*T scores
+    # the kernels pad the narrower heads, and without the flash kernel causal attention forms all
+    # T*T scores
     for attention in attentions_of(model):
         d, dv = attention.head_dim, attention.v_head_dim
         useful = (d + dv) * ((T + 1) / 2 if causal else T)
@@ -550,24 +583,28 @@ def test_flops_formula_is_what_happens(name, causal):
 
 
 def test_cache_formula():
-    assert tiny().cache_bytes_per_token() == 2 * (2 * 32) * 8  # layers x (keys and values) x float64
+    # layers x (keys and values) x float64
+    assert tiny().cache_bytes_per_token() == 2 * (2 * 32) * 8
     assert tiny(**VARIANTS['gqa']).cache_bytes_per_token() == 2 * (2 * 16) * 8
     assert tiny(**MLA).cache_bytes_per_token() == 2 * 8 * 8  # the latent alone
-    assert tiny(**VARIANTS['mla_shared']).cache_bytes_per_token() == 2 * (8 + 4) * 8  # and the shared rotated key
+    # the latent and the shared rotated key
+    assert tiny(**VARIANTS['mla_shared']).cache_bytes_per_token() == 2 * (8 + 4) * 8
     assert tiny(**MLA).cache_bytes_per_token(torch.bfloat16) == 2 * 8 * 2
 
 
-# -- initialisation, options -------------------------------------------------------------------------------------
+# -- initialisation, options -----------------------------------------------------------------------
 
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = make_model('transformer', **{**TINY, **VARIANTS['subspaces'], 'n_embd': 256, 'n_layer': 8})
+    options = {**TINY, **VARIANTS['subspaces'], 'n_embd': 256, 'n_layer': 8}
+    model = make_model('transformer', **options)
     for name, p in model.named_parameters():
         if p.dim() == 1:
             assert p.unique().item() == (0 if name.endswith('bias') else 1), name
         else:
-            out = name.endswith(('o_proj.weight', 'o_b_proj.weight', 'out_proj.1.weight', 'out_proj.weight'))
+            out = name.endswith(
+                ('o_proj.weight', 'o_b_proj.weight', 'out_proj.1.weight', 'out_proj.weight'))
             assert math.isclose(p.std().item(), 0.02 / 4 if out else 0.02, rel_tol=0.1), name
 
 
@@ -608,7 +645,8 @@ def test_contradictions_are_refused(options, message):
     (dict(embedding_loss_coeff=8.0), "belong to an embedding_loss: it is 'none'"),
     (dict(embedding_loss_affine=False), "belong to an embedding_loss: it is 'none'"),
     (dict(n_dense=2, n_decoder_layer=1), 'n_dense=2 is more than n_decoder_layer=1'),
-    (dict(MLA, rope_key='shared', rope_dims=4), "cross-attention, cross_n_head=8: rope_key='shared' needs rope_dims"),
+    (dict(MLA, rope_key='shared', rope_dims=4),
+     "cross-attention, cross_n_head=8: rope_key='shared' needs rope_dims"),
     (dict(subtract_next_position=True, learned_positions=False), 'needs learned_positions=True'),
 ])
 def test_contradictions_of_the_encoder_decoder_are_refused(options, message):
@@ -644,7 +682,8 @@ def test_compiled_without_graph_breaks_and_equal():
     model = tiny(dtype=torch.float32, **VARIANTS['mla_o'], n_layer=1, causal=False)
     other = copy.deepcopy(model)
     compiled = torch.compile(other, fullgraph=True)
-    idx, targets, positions = tokens(2, 16), tokens(2, 3, seed=2), torch.tensor([[0, 4, 5], [9, 2, 15]])
+    idx, targets = tokens(2, 16), tokens(2, 3, seed=2)
+    positions = torch.tensor([[0, 4, 5], [9, 2, 15]])
     a, b = model(idx, targets, positions)['loss'], compiled(idx, targets, positions)['loss']
     a.backward()
     b.backward()

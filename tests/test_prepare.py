@@ -124,8 +124,9 @@ def test_a_long_file_is_encoded_in_pieces(workspace, script, monkeypatch):
     assert train + val == text
 
 
-@pytest.mark.parametrize('name', ['a[1].txt', 'd[x]/a.txt', 'a*?{}.txt', 'Valérie.txt', 'déval.txt',
-                                  unicodedata.normalize('NFD', 'vaĺ.txt')])
+@pytest.mark.parametrize('name', [
+    'a[1].txt', 'd[x]/a.txt', 'a*?{}.txt', 'Valérie.txt', 'déval.txt',
+    unicodedata.normalize('NFD', 'vaĺ.txt')])
 def test_a_name_is_taken_as_it_is(workspace, script, name):
     """Neither a pattern, nor cut at an accent so that it seems to be named val."""
     path = workspace / name
@@ -295,7 +296,8 @@ def table_of(value):
     ('bad.parquet', b'PAR1 no more', 'bad.parquet cannot be read'),
     ('bad.txt.gz', TORN, 'bad.txt.gz cannot be read'),
     ('latin1.txt', 'café'.encode('latin-1') * 50, 'latin1.txt cannot be read (UnicodeDecodeError'),
-    ('bad.jsonl', '{"text": "a"}\n{"text": ', 'bad.jsonl cannot be read (ArrowInvalid: JSON parse error'),
+    ('bad.jsonl', '{"text": "a"}\n{"text": ',
+     'bad.jsonl cannot be read (ArrowInvalid: JSON parse error'),
     ('deep.json', '[' * 100_000, 'deep.json cannot be read (ValueError'),
     ('wide.csv', 'text\na, b\nc, d\n', 'wide.csv: its rows have more columns than its header'),
     ('a::b.txt', 'some text', "a::b.txt: the library that reads it takes '::'"),

@@ -1,4 +1,5 @@
-"""The README's commands, taken from it and run in a copy of the repository, and its walkthrough, followed."""
+"""The README's commands are taken from it and run in a copy of the repository, and its walkthrough
+is followed there."""
 
 import importlib
 import re
@@ -11,15 +12,17 @@ import pytest
 from conftest import REPOSITORY, corpus, shell, write_corpus
 
 README = (REPOSITORY / 'README.md').read_text()
-BLOCKS = {language: re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL) for language in ('bash', 'python')}
+BLOCKS = {language: re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
+          for language in ('bash', 'python')}
 COMMANDS = [line.split('  #')[0].strip() for block in BLOCKS['bash'] for line in block.splitlines()]
 CUT_SHORT = ['--max_iters=2', '--eval_iters=1', '--batch_size=4']
-NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_layer=2']  # the README's data is on the hub
+# a local corpus in place of the README's data, which is on the hub
+NO_HUB = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_layer=2']
 
 
 @pytest.fixture
 def copy(workspace):
-    """A copy of the repository, as a clone would be, with a small corpus in place of what the hub holds."""
+    """A copy of the repository, as a clone is, with a small corpus in place of the hub's data."""
     for source in REPOSITORY.glob('*.py'):
         shutil.copy(source, workspace)
     shutil.copytree(REPOSITORY / 'config', workspace / 'config')
@@ -30,7 +33,7 @@ def copy(workspace):
 
 @pytest.fixture
 def here(copy, script, capsys):
-    """here(command): runs `python SCRIPT ...` in this process, which saves the seconds that starting another takes."""
+    """here(command) runs `python SCRIPT ...` in this process: starting another takes seconds."""
     def call(command, *more):
         python, name, *arguments = shlex.split(command)
         assert python == 'python' and (copy / name).is_file()
@@ -44,8 +47,8 @@ def run(command, *more):
     """Runs a command as a process of its own, on the copy's code."""
     words = shlex.split(command)
     if words[0] == 'torchrun':
-        words = ['-m', 'torch.distributed.run', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0',
-                 '--nproc_per_node=2', *words[2:]]
+        words = ['-m', 'torch.distributed.run', '--rdzv_backend=c10d',
+                 '--rdzv_endpoint=localhost:0', '--nproc_per_node=2', *words[2:]]
     else:
         assert words[0] == 'python'
         words = words[1:]
@@ -62,7 +65,8 @@ def test_the_first_command(copy):
     out = run(quick, '--max_iters=2', '--eval_iters=1')
     assert 'data/wiki10k-bpe4096 is absent: preparing it' in out and '[right guess]' in out
     loading = BLOCKS['python'][0]
-    (copy / 'load.py').write_text(loading + 'print(tokenizer.decode(tokenizer.encode("The river flows into")[3:4]))\n')
+    fourth = 'print(tokenizer.decode(tokenizer.encode("The river flows into")[3:4]))\n'
+    (copy / 'load.py').write_text(loading + fourth)
     assert run('python load.py').splitlines()[-1] == ' into'  # the position that the README hides
 
 
@@ -103,9 +107,11 @@ def test_the_commands_of_deepseek(here, copy):
     commands = [c for c in COMMANDS if 'decoder_mla' in c and 'bench' not in c]
     assert len(commands) == 4
     for command in commands[:3]:
-        here(command, *NO_HUB, *CUT_SHORT, '--tokenizer=bpe', '--block_size=64', *([] if 'init_from' in command else ['--micro_batch_size=4']))
+        micro = [] if 'init_from' in command else ['--micro_batch_size=4']
+        here(command, *NO_HUB, *CUT_SHORT, '--tokenizer=bpe', '--block_size=64', *micro)
     assert 'between heads' in here(commands[3], '--layers=0')
-    (copy / 'snippet.py').write_text(BLOCKS['python'][1] + 'print(sum(p.numel() for p in again.parameters()))\n')
+    n_parameters = 'print(sum(p.numel() for p in again.parameters()))\n'
+    (copy / 'snippet.py').write_text(BLOCKS['python'][1] + n_parameters)
     assert int(run('python snippet.py').split()[-1]) > 1000
 
 
@@ -114,13 +120,15 @@ def test_the_commands_of_speed(here, monkeypatch):
     import bench
     commands = [c for c in COMMANDS if 'bench.py' in c]
     assert len(commands) == 4
-    monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)  # a process of its own takes seconds to start
+    # memory_of measures in a process of its own, which takes seconds to start
+    monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)
     assert 'decoder_mla_o' in here(commands[0], '--n_layer=1', '--vocab_size=300', '--rounds=1')
     for name, value in dict(WIDTHS=(64,), MORE_WIDTHS=(), LENGTHS=(16,), HEADS=(32,)).items():
         monkeypatch.setattr(bench, name, value)
     assert 'cheaper from width' in here(commands[1], '--rounds=1')
     config, *grid = commands[2].split()[3:]  # the grid is run in tests/test_bench.py
-    assert Path(config).exists() and [bench.values_of(values)[0] for values in grid] == ['learning_rate', 'seed']
+    names = [bench.values_of(values)[0] for values in grid]
+    assert Path(config).exists() and names == ['learning_rate', 'seed']
 
 
 def test_the_commands_of_fine_tuning(here, copy):
@@ -133,7 +141,8 @@ def test_the_commands_of_fine_tuning(here, copy):
         (copy / f'sst2/{name}.tsv').write_text('sentence\tlabel\n' + rows)
     for command in commands:
         predicting = '--predict' in command
-        out = here(command, *([] if predicting else ['--data_dir=sst2', '--epochs=1', '--train_examples=64']))
+        more = [] if predicting else ['--data_dir=sst2', '--epochs=1', '--train_examples=64']
+        out = here(command, *more)
         assert ('probability of positive' if predicting else 'test accuracy') in out
 
 
@@ -148,7 +157,8 @@ def test_the_commands_of_the_data(here, copy):
     for command in commands:
         here(command, *(['--source=wiki'] if 'wikitext103' in command else []),
              *(['--vocab_size=280'] if '--vocab_size' in command else []))
-    assert {path.name for path in (copy / 'data').iterdir()} == {'wikitext103-bpe280-lower', 'text-bpe280', 'text-byte'}
+    assert {path.name for path in (copy / 'data').iterdir()} == {
+        'wikitext103-bpe280-lower', 'text-bpe280', 'text-byte'}
 
 
 @pytest.mark.slow

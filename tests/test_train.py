@@ -1,4 +1,5 @@
-"""train.py: data order, masks, optimizers, schedules, runs that stop, resume, start over, and what it refuses."""
+"""train.py: data order, masks, optimizers and schedules; runs that stop, resume or start over; what
+it refuses."""
 
 import contextlib
 import hashlib
@@ -25,11 +26,13 @@ from run import FUSED, load_checkpoint, load_run, save_checkpoint
 from train import Loader, TrainOptions, learning_rate
 
 BYTES = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
-SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32', '--n_layer=2', '--n_head=2',
-         '--n_embd=32', '--batch_size=8', '--eval_iters=2', '--log_interval=1', '--warmup_iters=2', '--device=cpu',
-         '--max_iters=6', '--eval_interval=3', '--out_dir=run']
-ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--attention=mla', '--kv_latent=8',
-           '--q_latent=16', '--o_latent=16', '--norm=rms', '--dropout=0.1', '--attention_dropout=0.1']
+SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
+         '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=8', '--eval_iters=2',
+         '--log_interval=1', '--warmup_iters=2', '--device=cpu', '--max_iters=6',
+         '--eval_interval=3', '--out_dir=run']
+ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--attention=mla',
+           '--kv_latent=8', '--q_latent=16', '--o_latent=16', '--norm=rms', '--dropout=0.1',
+           '--attention_dropout=0.1']
 
 
 def metrics(folder='run'):
@@ -37,15 +40,18 @@ def metrics(folder='run'):
 
 
 def timeless(lines):
-    return [{k: v for k, v in line.items() if k not in ('seconds', 'tokens_per_second')} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ('seconds', 'tokens_per_second')}
+            for line in lines]
 
 
 def same_state(a, b):
-    """Every weight and optimizer tensor of two checkpoints is equal to the last bit; learning rates too."""
+    """Asserts that two checkpoints have the same step, weights and optimizers, learning rates too,
+    to the last bit."""
     a, b = load_checkpoint(a), load_checkpoint(b)
 
     def leaves(node):
-        values = node.values() if isinstance(node, dict) else node if isinstance(node, (list, tuple)) else None
+        values = (node.values() if isinstance(node, dict)
+                  else node if isinstance(node, (list, tuple)) else None)
         return [node] if values is None else [leaf for value in values for leaf in leaves(value)]
 
     for part in ('model', 'optimizers', 'step'):
@@ -55,7 +61,7 @@ def same_state(a, b):
             assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y, part
 
 
-# -- data order --------------------------------------------------------------------------------------------------
+# -- data order ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -67,11 +73,13 @@ def test_each_epoch_takes_every_window_once_on_a_grid_of_its_own(n_tokens, causa
         starts = loader.starts(range(epoch * loader.n_windows, (epoch + 1) * loader.n_windows))
         assert sorted(starts) == list(range(min(starts), min(starts) + 16 * loader.n_windows, 16))
         assert min(starts) < 16 and max(starts) + 16 + causal <= n_tokens
-        assert n_tokens - (max(starts) + 16 + causal) < 2 * 16  # and leaves out less than two windows
+        # the tokens left out are fewer than those of two windows
+        assert n_tokens - (max(starts) + 16 + causal) < 2 * 16
         grids.append(list(starts))
     if n_tokens > 100:
         assert len({min(grid) for grid in grids}) > 3 and grids[0] != sorted(grids[0])
-    assert n_tokens < 100 or [g - min(grids[0]) for g in grids[0]] != [g - min(grids[1]) for g in grids[1]]
+    first, second = ([start - min(grid) for start in grid] for grid in grids[:2])
+    assert n_tokens < 100 or first != second
 
 
 def test_a_sequence_is_a_function_of_seed_and_number_alone():
@@ -83,14 +91,15 @@ def test_a_sequence_is_a_function_of_seed_and_number_alone():
     for whole, reverse in zip(together, shuffled):
         assert torch.equal(whole, reverse.flip(0))
     for i, number in enumerate(numbers):
-        assert all(torch.equal(part[i], single[0]) for part, single in zip(together, make().batch([number])))
+        alone = make().batch([number])
+        assert all(torch.equal(part[i], single[0]) for part, single in zip(together, alone))
     assert not torch.equal(together[0], make(seed=4).batch(numbers)[0])
     idx, targets = make(causal=True).batch(numbers)
     assert torch.equal(idx[:, 1:], targets[:, :-1])
 
 
 def test_processes_and_accumulation_share_one_global_order():
-    """Which sequences each step consumes, over 1, 2 and 4 processes and micro-batches of several sizes."""
+    """A step takes the same sequences over 1, 2 and 4 processes, in micro-batches of any size."""
     taken = {}
     for world in (1, 2, 4):
         for micro in {1: (1, 4, 12), 2: (1, 2, 6), 4: (1, 3)}[world]:
@@ -106,7 +115,8 @@ def test_processes_and_accumulation_share_one_global_order():
                 assert len(set(numbers)) == 12
                 seen.append(sorted(numbers))
             taken[world, micro] = seen
-    assert all(seen == [list(range(s * 12, s * 12 + 12)) for s in range(3)] for seen in taken.values())
+    in_order = [list(range(s * 12, s * 12 + 12)) for s in range(3)]
+    assert all(seen == in_order for seen in taken.values())
 
 
 def test_masking_statistics():
@@ -122,7 +132,8 @@ def test_masking_statistics():
     seen = idx.gather(1, positions)
     masked, kept = (seen == BYTES.mask).float().mean(), (seen == targets).float().mean()
     noise = seen[(seen != BYTES.mask) & (seen != targets)]
-    for share, wanted in ((masked, 0.8), (kept, 0.1 + 0.1 / 256), (len(noise) / 7500, 0.1 * 255 / 256)):
+    shares = (masked, 0.8), (kept, 0.1 + 0.1 / 256), (len(noise) / 7500, 0.1 * 255 / 256)
+    for share, wanted in shares:
         assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 7500)
     assert noise.max() < 256 and len(noise.unique()) > 200  # any real token, no special one
     counts = torch.bincount(positions.flatten(), minlength=100)
@@ -132,16 +143,20 @@ def test_masking_statistics():
 def test_evaluation_is_the_mean_over_all_windows_whatever_the_batch():
     tokens = np.random.default_rng(0).integers(0, 256, 1200)
     torch.manual_seed(0)
-    model = make_model('transformer', vocab_size=259, block_size=32, n_layer=1, n_head=2, n_embd=16, causal=False)
+    model = make_model('transformer', vocab_size=259, block_size=32, n_layer=1, n_head=2,
+                       n_embd=16, causal=False)
     for fixed in (0, 5):
         loader = Loader(tokens, 32, 259, BYTES, causal=False, fixed=fixed)
         scores = []
         for world, batch_size in ((1, 1), (1, 4), (2, 3), (7, 2)):
             parts = []
             for rank in range(world):
-                machine = SimpleNamespace(rank=rank, world=world, put=lambda batch: batch,
-                                          autocast=contextlib.nullcontext, total=lambda *values: parts.append(values) or (0, 0, 1))
-                train.evaluate(model, model, SimpleNamespace(val=loader, meta={}), batch_size, machine)
+                machine = SimpleNamespace(
+                    rank=rank, world=world, put=lambda batch: batch,
+                    autocast=contextlib.nullcontext,
+                    total=lambda *values: parts.append(values) or (0, 0, 1))
+                data = SimpleNamespace(val=loader, meta={})
+                train.evaluate(model, model, data, batch_size, machine)
             loss, correct, count = np.sum(parts, axis=0)
             assert count == loader.fixed
             scores.append((loss / count, correct / count))
@@ -157,22 +172,28 @@ def test_the_test_set_is_fixed_and_spread_over_the_file():
     assert whole.fixed == (10_000 - 1) // 32 == len(set(whole.starts(np.arange(whole.fixed))))
 
 
-# -- optimizers, schedules ---------------------------------------------------------------------------------------
+# -- optimizers, schedules -------------------------------------------------------------------------
 
 
 def test_every_parameter_is_in_exactly_one_group():
-    for options in (dict(attention='mla', kv_latent=8, q_latent=8, o_latent=8, o_norm='head', mlp_rank=4, vocab_rank=8),
+    for options in (dict(attention='mla', kv_latent=8, q_latent=8, o_latent=8, o_norm='head',
+                         mlp_rank=4, vocab_rank=8),
                     dict(tie_embeddings=False, bias=True, mlp_bias=True, qk_norm=True)):
-        model = make_model('transformer', vocab_size=50, block_size=8, n_layer=2, n_head=2, n_embd=16, **options)
+        model = make_model('transformer', vocab_size=50, block_size=8, n_layer=2, n_head=2,
+                           n_embd=16, **options)
         for kind in ('adamw', 'muon'):
-            optimizers = train.make_optimizers(model, TrainOptions(optimizer=kind, weight_decay=0.5))
+            recipe = TrainOptions(optimizer=kind, weight_decay=0.5)
+            optimizers = train.make_optimizers(model, recipe)
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             held = {p.data_ptr() for group in groups for p in group['params']}
             wanted = {p.data_ptr() for p in model.parameters()}
-            assert sum(p.numel() for group in groups for p in group['params']) == model.n_params() and wanted <= held
-            decayed = {p.data_ptr() for group in groups if group['weight_decay'] for p in group['params']}
+            n_held = sum(p.numel() for group in groups for p in group['params'])
+            assert n_held == model.n_params() and wanted <= held
+            decayed = {p.data_ptr() for group in groups if group['weight_decay']
+                       for p in group['params']}
             for name, p in model.named_parameters():
-                assert (p.data_ptr() in decayed) == (p.dim() == 2 and not name.endswith('gain')), name
+                decays = p.dim() == 2 and not name.endswith('gain')
+                assert (p.data_ptr() in decayed) == decays, name
 
 
 def test_muon_treats_the_matrix_of_each_channel_by_itself():
@@ -199,8 +220,10 @@ def test_schedules():
 
     for schedule in ('cosine', 'linear', 'wsd'):
         assert [at(step, schedule=schedule) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-        assert math.isclose(at(110, schedule=schedule), 0.1) and math.isclose(at(500, schedule=schedule), 0.1)
-    assert math.isclose(at(60), 0.1 + 0.9 * 0.5) and math.isclose(at(35), 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4)))
+        assert (math.isclose(at(110, schedule=schedule), 0.1)
+                and math.isclose(at(500, schedule=schedule), 0.1))
+    assert (math.isclose(at(60), 0.1 + 0.9 * 0.5)
+            and math.isclose(at(35), 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))))
     assert math.isclose(at(60, schedule='linear'), 0.55)
     assert at(70, schedule='wsd') == 1.0 and math.isclose(at(90, schedule='wsd'), 0.55)
     assert math.isclose(at(60, schedule='linear', lr_decay_iters=210), 0.1 + 0.9 * 0.75)
@@ -210,17 +233,19 @@ def test_schedules():
     assert math.isclose(at(4, 30.0, schedule='linear', max_seconds=60.0), 0.275)
 
 
-# -- runs --------------------------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('arguments', [[], ENCODER, ['--optimizer=muon', '--schedule=wsd', '--micro_batch_size=2']],
-                         ids=['decoder', 'encoder', 'muon'])
+@pytest.mark.parametrize(
+    'arguments', [[], ENCODER, ['--optimizer=muon', '--schedule=wsd', '--micro_batch_size=2']],
+    ids=['decoder', 'encoder', 'muon'])
 def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
-    script(train, *SMALL, '--max_iters=60', '--eval_interval=30', '--learning_rate=1e-2', *arguments)
+    script(train, *SMALL, '--max_iters=60', '--eval_interval=30', '--learning_rate=1e-2',
+           *arguments)
     out = capsys.readouterr().out
     assert 'data/text-byte is absent: preparing it' in out and '0:00:00 left' in out
-    assert {path.name for path in Path('run').iterdir()} == {'ckpt.pt', 'ckpt_best.pt', 'config.json', 'metrics.jsonl',
-                                                             'tokenizer.json', 'loss.png'}
+    assert {path.name for path in Path('run').iterdir()} == {
+        'ckpt.pt', 'ckpt_best.pt', 'config.json', 'metrics.jsonl', 'tokenizer.json', 'loss.png'}
     lines = metrics()
     evaluations = [line for line in lines if 'val_loss' in line]
     assert [line['step'] for line in evaluations] == [0, 30, 60]
@@ -228,15 +253,19 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     assert abs(evaluations[0]['val_loss'] - math.log(259)) < 0.2
     assert evaluations[-1]['val_loss'] < evaluations[0]['val_loss'] - 1.5
     last = evaluations[-1]
-    assert last['tokens'] == 60 * 8 * 32 and math.isclose(last['val_perplexity'], math.exp(last['val_loss']))
+    assert (last['tokens'] == 60 * 8 * 32
+            and math.isclose(last['val_perplexity'], math.exp(last['val_loss'])))
     if '--causal=False' in arguments:
-        assert last['val_masked_accuracy'] > 0.15 and '[right guess]' in out and 'val_bits_per_byte' not in last
+        assert (last['val_masked_accuracy'] > 0.15 and '[right guess]' in out
+                and 'val_bits_per_byte' not in last)
     else:
         val = prepare.read_tokens('data/text-byte', 'val')
         bytes_per_token = (val < 256).sum() / len(val)  # all but <|endoftext|>
-        assert math.isclose(last['val_bits_per_byte'], last['val_loss'] / math.log(2) / bytes_per_token)
+        bits_per_token = last['val_loss'] / math.log(2)
+        assert math.isclose(last['val_bits_per_byte'], bits_per_token / bytes_per_token)
     state = load_checkpoint('run/ckpt.pt')
-    assert state['provenance']['torch'] == torch.__version__ and 'train.py' in state['provenance']['command']
+    provenance = state['provenance']
+    assert provenance['torch'] == torch.__version__ and 'train.py' in provenance['command']
     assert state['options'] == json.loads(Path('run/config.json').read_text())
 
     model, tokenizer, options = load_run('run')
@@ -246,12 +275,14 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     capsys.readouterr()
     script(train, '--init_from=run', '--eval_only=True')
     best = min(line['val_loss'] for line in evaluations)
-    assert f'of run on 16 validation sequences of data/text-byte: loss {best:.4f}, perplexity' in capsys.readouterr().out
+    score = f'of run on 16 validation sequences of data/text-byte: loss {best:.4f}, perplexity'
+    assert score in capsys.readouterr().out
 
 
-ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True', '--n_layer=1', '--dropout=0.1']
-GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=4,1', '--widths=32,32,32', '--head_dim=16', '--dropout=0.1',
-           '--latent_loss=True', '--n_channels=2']
+ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True',
+          '--n_layer=1', '--dropout=0.1']
+GROUPED = ['--arch=grouped_latent', '--group_size=8', '--latents=4,1', '--widths=32,32,32',
+           '--head_dim=16', '--dropout=0.1', '--latent_loss=True', '--n_channels=2']
 
 
 def small(arguments):
@@ -260,21 +291,30 @@ def small(arguments):
     return [argument for argument in SMALL if argument not in foreign] + list(arguments)
 
 
-RESUMED = {'encoder': ENCODER, 'accumulation': ['--micro_batch_size=2', '--dropout=0.1'],
-           'muon': ['--optimizer=muon', '--dropout=0.1'], 'encoder_decoder': ENCDEC, 'grouped': GROUPED,
-           'grouped_muon': [*GROUPED, '--optimizer=muon'], 'compiled': ['--compile=True', '--dropout=0.1']}
+RESUMED = {
+    'encoder': ENCODER,
+    'accumulation': ['--micro_batch_size=2', '--dropout=0.1'],
+    'muon': ['--optimizer=muon', '--dropout=0.1'],
+    'encoder_decoder': ENCDEC,
+    'grouped': GROUPED,
+    'grouped_muon': [*GROUPED, '--optimizer=muon'],
+    'compiled': ['--compile=True', '--dropout=0.1'],
+}
 
 
-@pytest.mark.parametrize('arguments', [pytest.param(value, id=name, marks=() if name == 'encoder' else pytest.mark.slow)
-                                       for name, value in RESUMED.items()])
+@pytest.mark.parametrize('arguments', [
+    pytest.param(value, id=name, marks=() if name == 'encoder' else pytest.mark.slow)
+    for name, value in RESUMED.items()])
 def test_a_resumed_run_is_bit_identical(data, script, arguments):
     def run(*more):
-        torch._dynamo.reset()  # as in a process of its own: after many models in one, torch.compile gives up
+        # each run as in a process of its own: after many models in one, torch.compile gives up
+        torch._dynamo.reset()
         script(train, *small(arguments), *more)
 
     run('--out_dir=straight')
     for stop in (3, 5):  # at an evaluation, and between two
-        run(f'--max_iters={stop}', '--lr_decay_iters=6', f'--out_dir=run{stop}', '--eval_interval=100')
+        run(f'--max_iters={stop}', '--lr_decay_iters=6', f'--out_dir=run{stop}',
+            '--eval_interval=100')
         run(f'--out_dir=run{stop}', '--init_from=resume', '--eval_interval=100')
         same_state('straight/ckpt.pt', f'run{stop}/ckpt.pt')
         train_lines = [[line for line in timeless(metrics(name)) if 'train_loss' in line]
@@ -284,12 +324,15 @@ def test_a_resumed_run_is_bit_identical(data, script, arguments):
 
 @pytest.mark.slow
 def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
-    script(train, *SMALL, '--out_dir=straight', '--max_iters=250', '--eval_interval=1000', '--dropout=0.1')
+    script(train, *SMALL, '--out_dir=straight', '--max_iters=250', '--eval_interval=1000',
+           '--dropout=0.1')
     for kind in (signal.SIGTERM, signal.SIGINT):
-        command = [*SMALL, f'--out_dir={kind.name}', '--max_iters=250', '--eval_interval=1000', '--dropout=0.1',
-                   '--init_from=auto']
-        run = subprocess.Popen([sys.executable, str(REPOSITORY / 'train.py'), *command], stdout=subprocess.PIPE, text=True)
-        while not any('step 20/' in line for line in iter(run.stdout.readline, '')) and run.poll() is None:
+        command = [*SMALL, f'--out_dir={kind.name}', '--max_iters=250', '--eval_interval=1000',
+                   '--dropout=0.1', '--init_from=auto']
+        run = subprocess.Popen([sys.executable, str(REPOSITORY / 'train.py'), *command],
+                               stdout=subprocess.PIPE, text=True)
+        while (not any('step 20/' in line for line in iter(run.stdout.readline, ''))
+               and run.poll() is None):
             pass
         run.send_signal(kind)
         out = run.communicate(timeout=60)[0]
@@ -302,9 +345,10 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
 
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data, script):
-    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', '--rdzv_backend=c10d',
-                '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py')]
-    for name, arguments in (('encoder', [a for a in ENCODER if 'dropout' not in a]), ('decoder', [])):
+    torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
+                '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py')]
+    encoder = [a for a in ENCODER if 'dropout' not in a]
+    for name, arguments in (('encoder', encoder), ('decoder', [])):
         script(train, *SMALL, *arguments, f'--out_dir={name}1')
         run = shell(*torchrun, *SMALL, *arguments, '--micro_batch_size=2', f'--out_dir={name}2')
         assert run.returncode == 0, run.stderr
@@ -318,9 +362,10 @@ def test_two_processes_give_the_losses_of_one(data, script):
 
 @pytest.mark.slow
 def test_compiled_gives_the_same_losses(data, script):
+    encoder = [a for a in ENCODER if 'dropout' not in a]
     for name, compile in (('plain', False), ('compiled', True)):
-        script(train, *SMALL, *[a for a in ENCODER if 'dropout' not in a], f'--compile={compile}', f'--out_dir={name}',
-               '--n_layer=1', '--eval_iters=1', '--max_iters=2')
+        script(train, *SMALL, *encoder, f'--compile={compile}', f'--out_dir={name}', '--n_layer=1',
+               '--eval_iters=1', '--max_iters=2')
     for a, b in zip(metrics('plain'), metrics('compiled')):
         for key in a.keys() - {'seconds', 'tokens_per_second'}:
             assert math.isclose(a[key], b[key], rel_tol=1e-4), key
@@ -334,24 +379,34 @@ def fused(weights):
             names = [f'{layer}.{part}.weight' for part in parts]
             names = [name for name in names if name in weights]
             if len(names) > 1:
-                result[f'{layer}.{shared}.weight'] = torch.cat([weights.pop(name) for name in names], dim=-2)
+                matrix = torch.cat([weights.pop(name) for name in names], dim=-2)
+                result[f'{layer}.{shared}.weight'] = matrix
     return weights | result
 
 
 @pytest.mark.parametrize('name, arguments', [
-    ('gqa', ['--n_kv_head=1']), ('mla', ENCODER), ('shared', [*ENCODER[1:], '--rope_key=shared']), ('grouped', GROUPED), ('encoder_decoder', ENCDEC)])
+    ('gqa', ['--n_kv_head=1']),
+    ('mla', ENCODER),
+    ('shared', [*ENCODER[1:], '--rope_key=shared']),
+    ('grouped', GROUPED),
+    ('encoder_decoder', ENCDEC),
+])
 def test_a_run_of_an_earlier_version_is_read_but_not_resumed(data, script, name, arguments):
     script(train, *small(arguments), '--max_iters=1')
     model, _, options = load_run('run')
     for path in (Path('run/ckpt.pt'), Path('run/ckpt_best.pt')):
         state = load_checkpoint(path)
         state['model'] = fused(state['model'])
-        assert not state['model'].keys() & {n for n in model.state_dict() if 'k_proj' in n or 'v_b_proj' in n}
-        state['options'] |= dict(n_dense=0, learned_positions=False, n_head=2) if name == 'grouped' else {}
+        apart = {n for n in model.state_dict() if 'k_proj' in n or 'v_b_proj' in n}
+        assert not state['model'].keys() & apart
+        earlier = dict(n_dense=0, learned_positions=False, n_head=2) if name == 'grouped' else {}
+        state['options'] |= earlier
         save_checkpoint(path, state)
     again = load_run('run')[0]
-    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-    with pytest.raises(UserError, match='run: was made by an earlier version.* use --init_from=RUN --out_dir=NEW'):
+    both = zip(model.state_dict().values(), again.state_dict().values())
+    assert all(torch.equal(a, b) for a, b in both)
+    message = 'run: was made by an earlier version.* use --init_from=RUN --out_dir=NEW'
+    with pytest.raises(UserError, match=message):
         script(train, *small(arguments), '--init_from=resume')
     script(train, *small(arguments), '--init_from=run', '--out_dir=on', '--max_iters=1')
 
@@ -361,15 +416,18 @@ def test_scratch_moves_an_earlier_run_aside(data, script, capsys):
     script(train, *SMALL, '--max_iters=2')
     moved = [path for path in Path().iterdir() if path.name.startswith('run-2')]
     assert len(moved) == 1 and load_checkpoint(moved[0] / 'ckpt.pt')['step'] == 1
-    assert load_checkpoint('run/ckpt.pt')['step'] == 2 and f'renamed to {moved[0].name}' in capsys.readouterr().out
+    assert (load_checkpoint('run/ckpt.pt')['step'] == 2
+            and f'renamed to {moved[0].name}' in capsys.readouterr().out)
 
 
 def test_starting_from_another_run(data, script):
     script(train, *SMALL, '--out_dir=first', '--learning_rate=1e-2', '--max_iters=20')
-    script(train, '--init_from=first', '--out_dir=second', '--eval_iters=2', '--batch_size=8', '--max_iters=1')
+    script(train, '--init_from=first', '--out_dir=second', '--eval_iters=2', '--batch_size=8',
+           '--max_iters=1')
     best = min(line['val_loss'] for line in metrics('first') if 'val_loss' in line)
-    assert math.isclose(metrics('second')[0]['val_loss'], best, rel_tol=1e-5)  # its model, its data, its weights
-    assert json.loads(Path('second/config.json').read_text())['learning_rate'] == 1e-3  # but not its recipe
+    # the second run takes the model, the data and the weights of the first, but not its recipe
+    assert math.isclose(metrics('second')[0]['val_loss'], best, rel_tol=1e-5)
+    assert json.loads(Path('second/config.json').read_text())['learning_rate'] == 1e-3
 
 
 @pytest.mark.slow
@@ -378,13 +436,17 @@ def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
     script(train, *SMALL, *mla, '--out_dir=dense')
     before = metrics('dense')[-1]['val_loss']
     for rank, worse in ((32, 1e-4), (2, 1.0)):
-        script(train, '--init_from=dense', f'--o_latent={rank}', f'--out_dir=rank{rank}', '--eval_iters=2', '--batch_size=8',
-               '--max_iters=1')
+        script(train, '--init_from=dense', f'--o_latent={rank}', f'--out_dir=rank{rank}',
+               '--eval_iters=2', '--batch_size=8', '--max_iters=1')
         assert before - 1e-4 < metrics(f'rank{rank}')[0]['val_loss'] < before + worse
         assert load_checkpoint(f'rank{rank}/ckpt.pt')['options']['o_latent'] == rank
     script(train, '--init_from=rank2', '--eval_only=True')  # is a run like any other
-    for arguments, message in ((['--init_from=dense', '--o_latent=33'], 'an output latent of 33: blocks.0.attn.o_proj takes 1 to 32'),
-                               (['--init_from=resume', '--out_dir=dense', '--o_latent=8'], 'another architecture')):
+    refused = (
+        (['--init_from=dense', '--o_latent=33'],
+         'an output latent of 33: blocks.0.attn.o_proj takes 1 to 32'),
+        (['--init_from=resume', '--out_dir=dense', '--o_latent=8'], 'another architecture'),
+    )
+    for arguments, message in refused:
         with pytest.raises(UserError, match=message):
             script(train, *arguments)
 
@@ -396,9 +458,11 @@ def test_runs_of_the_same_second_are_all_kept(data, script):
 
 
 def test_max_seconds_ends_the_run_and_its_schedule(data, script):
-    script(train, *SMALL, '--max_iters=100000', '--max_seconds=1.5', '--eval_interval=100000', '--schedule=linear')
+    script(train, *SMALL, '--max_iters=100000', '--max_seconds=1.5', '--eval_interval=100000',
+           '--schedule=linear')
     lines = [line for line in metrics() if 'lr' in line]
-    assert 1.2 < lines[-1]['seconds'] < 3 and lines[-1]['lr'] < 0.2 * max(line['lr'] for line in lines)
+    highest = max(line['lr'] for line in lines)
+    assert 1.2 < lines[-1]['seconds'] < 3 and lines[-1]['lr'] < 0.2 * highest
     assert metrics()[-1]['step'] == lines[-1]['step']
 
 
@@ -416,13 +480,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, script, capsys, monkeypat
         script(train, *SMALL, '--init_from=resume', '--log_interval=1000')
     assert exit.value.code == 1 and 'not finite' in capsys.readouterr().err
     assert load_checkpoint('run/ckpt.pt')['step'] == 3
-    assert all(torch.equal(a, b) for a, b in zip(before['model'].values(), load_checkpoint('run/ckpt.pt')['model'].values()))
+    both = zip(before['model'].values(), load_checkpoint('run/ckpt.pt')['model'].values())
+    assert all(torch.equal(a, b) for a, b in both)
 
 
 def test_a_run_scores_other_data_in_its_own_tokens(data, script, capsys):
-    bpe = [word for word in SMALL if 'tokenizer' not in word] + ['--vocab_size=300', '--max_iters=20']
+    bpe = ([word for word in SMALL if 'tokenizer' not in word]
+           + ['--vocab_size=300', '--max_iters=20'])
     script(train, *bpe, '--learning_rate=1e-2')
-    (data / 'other.csv').write_text('text\n' + '\n'.join(f'"{text.strip()}"' for text in corpus(99, seed=5)) + '\n')
+    rows = '\n'.join(f'"{text.strip()}"' for text in corpus(99, seed=5))
+    (data / 'other.csv').write_text('text\n' + rows + '\n')
     capsys.readouterr()
     script(train, '--init_from=run', '--eval_only=True', '--dataset=text', '--source=corpus.csv')
     own = capsys.readouterr().out
@@ -434,14 +501,16 @@ def test_a_run_scores_other_data_in_its_own_tokens(data, script, capsys):
     assert f'sequences of {folder}: loss' in other
     tokenizer = Tokenizer.load('run/tokenizer.json')
     text = tokenizer.decode(prepare.read_tokens(folder, 'train'))
-    assert all(part in ''.join(corpus(99, seed=5)).replace('\n', '') for part in text.split('<|endoftext|>')[1:5])
+    written = ''.join(corpus(99, seed=5)).replace('\n', '')
+    assert all(part in written for part in text.split('<|endoftext|>')[1:5])
     losses = [float(out.split('loss ')[1].split(',')[0]) for out in (own, other)]
     assert abs(losses[0] - losses[1]) < 0.5  # the same language in the same tokens
 
 
 def test_what_may_change_on_resuming(data, script):
     script(train, *SMALL, '--max_iters=2', '--weight_decay=0.5')
-    script(train, *SMALL, '--init_from=resume', '--max_iters=3', '--weight_decay=0.25', '--beta2=0.5')
+    script(train, *SMALL, '--init_from=resume', '--max_iters=3', '--weight_decay=0.25',
+           '--beta2=0.5')
     group = load_checkpoint('run/ckpt.pt')['optimizers'][0]['param_groups'][0]
     assert group['weight_decay'] == 0.25 and group['betas'] == (0.9, 0.5)
     for change in ('--batch_size=4', '--seed=2', '--optimizer=muon'):
@@ -462,10 +531,12 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
                     drawn[seed, step, rank] = torch.rand(4)
                     return [torch.ones(1, 4)]
 
-                machine = SimpleNamespace(rank=rank, world=1, put=lambda batch: batch, autocast=contextlib.nullcontext)
+                machine = SimpleNamespace(rank=rank, world=1, put=lambda batch: batch,
+                                          autocast=contextlib.nullcontext)
                 for _ in range(2):
                     before = drawn.get((seed, step, rank))
-                    train.train_step(Runner(4, 1), [], SimpleNamespace(batch=batch), step, TrainOptions(seed=seed), machine, 1, 1)
+                    data, options = SimpleNamespace(batch=batch), TrainOptions(seed=seed)
+                    train.train_step(Runner(4, 1), [], data, step, options, machine, 1, 1)
                     assert before is None or torch.equal(before, drawn[seed, step, rank])
     assert len({tuple(values.tolist()) for values in drawn.values()}) == len(drawn) == 12
 
@@ -502,10 +573,14 @@ def test_wandb_offline(data, script):
     (['--source=absent.csv'], '--source=absent.csv: there is no such file'),
     (['--init_from=resume', '--out_dir=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
     (['--init_from=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
-    (['--init_from=run', '--n_embd=64'], 'another architecture: it was trained with n_embd=32, not 64'),
-    (['--init_from=resume', '--n_layer=3'], 'another architecture: it was trained with n_layer=2, not 3'),
-    (['--init_from=run', '--causal=False'], 'another architecture: it was trained with causal=True, not False'),
-    (['--init_from=run', '--block_size=16'], 'another architecture: size mismatch for pos_emb.weight'),
+    (['--init_from=run', '--n_embd=64'],
+     'another architecture: it was trained with n_embd=32, not 64'),
+    (['--init_from=resume', '--n_layer=3'],
+     'another architecture: it was trained with n_layer=2, not 3'),
+    (['--init_from=run', '--causal=False'],
+     'another architecture: it was trained with causal=True, not False'),
+    (['--init_from=run', '--block_size=16'],
+     'another architecture: size mismatch for pos_emb.weight'),
     (['--eval_only=True'], '--init_from=RUN'),
     (['--device=tpu'], '--device=tpu'),
     (['--out_dir=corpus.csv/run'], 'cannot be used as a run folder'),
@@ -516,7 +591,8 @@ def test_refusals(data, script, arguments, message):
     with pytest.raises(UserError) as error:
         script(train, *SMALL, *arguments)
     assert message in str(error.value)
-    assert {path: path.stat().st_mtime_ns for path in data.rglob('*')} == before  # nothing half-written
+    after = {path: path.stat().st_mtime_ns for path in data.rglob('*')}
+    assert after == before  # nothing half-written
 
 
 @pytest.mark.parametrize('damage, message', [
@@ -571,8 +647,9 @@ def test_a_source_that_has_changed_is_said(data, script, capsys):
 
 
 CONFIGS = sorted(path for path in (REPOSITORY / 'config').glob('*.py') if path.stem != '__init__')
-SHRUNK = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_layer=2', '--batch_size=2', '--block_size=24',
-          '--micro_batch_size=1', '--max_iters=1', '--eval_iters=1', '--tokenizer=bpe', '--wandb=False']
+SHRUNK = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_layer=2',
+          '--batch_size=2', '--block_size=24', '--micro_batch_size=1', '--max_iters=1',
+          '--eval_iters=1', '--tokenizer=bpe', '--wandb=False']
 
 
 @pytest.mark.slow
@@ -584,7 +661,9 @@ def test_every_config_takes_a_step(data, script, path):
 
 
 def test_count_table_is_its_definition(data, script):
-    """The baseline of the README, against dictionaries: (left, right), else left, else right, else the most frequent."""
+    """The baseline of the README, against counts in dictionaries. Its guess is the most frequent
+    token between the same two neighbours; if there is none, after the same left one, else before
+    the same right one, else of all tokens."""
     import collections
     from count_table import count_table_accuracy, unigram_loss
     script(prepare, *SMALL[:3])
@@ -600,12 +679,15 @@ def test_count_table_is_its_definition(data, script):
         row = [None, *row.tolist(), None]
         for answer, place in zip(answers.tolist(), places.tolist()):
             keys = (row[place], row[place + 2]), row[place], row[place + 2]
-            counts = next((table[key] for table, key in zip(tables, keys) if key in table), collections.Counter(tokens))
+            counts = next((table[key] for table, key in zip(tables, keys) if key in table),
+                          collections.Counter(tokens))
             best = max(counts.values())
-            right_guesses += answer == min(token for token, count in counts.items() if count == best)
+            guess = min(token for token, count in counts.items() if count == best)
+            right_guesses += answer == guess
             total += 1
     accuracy, _, n = count_table_accuracy(folder, 32)
     assert n == total and math.isclose(accuracy, right_guesses / total)
     frequency = collections.Counter(tokens)
-    plain = [-math.log((frequency[token] + 1) / (len(tokens) + 259)) for token in prepare.read_tokens(folder, 'val').tolist()]
+    val = prepare.read_tokens(folder, 'val').tolist()
+    plain = [-math.log((frequency[token] + 1) / (len(tokens) + 259)) for token in val]
     assert math.isclose(unigram_loss(folder, 259), sum(plain) / len(plain), rel_tol=1e-9)
