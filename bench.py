@@ -3,8 +3,9 @@
     python bench.py config/mla.py config/mla_o.py --micro_batch_size=32
     python bench.py                              # all configs; on a CPU this takes long
     python bench.py attention                    # one layer: from which width on do latents pay?
-    python bench.py sweep config/quick.py --learning_rate=3e-3,6e-3 --seed=1,2,3
-    python bench.py compare out/sweep-quick/*
+    python bench.py sweep config/mha.py config/mla.py --seed=1,2,3 --jobs=2
+    python bench.py sweep config/quick.py --learning_rate=3e-3,6e-3 --finetune="--seeds=3"
+    python bench.py compare out/sweep-mha/* out/sweep-mla/*
 
 With configs it measures training and decoding, in turns, and reports the median of several rounds.
 Weights and tokens are random.
@@ -21,26 +22,41 @@ attention: one layer of MHA, of grouped-query attention (GQA) that caches about 
 MLA and of MLA-o. It compares their times, forward and backward and in decoding, and their FLOPs,
 over widths, heads, latents and lengths.
 
-sweep: one run of train.py for each combination of the values, which are separated by commas. Runs
-that are done are skipped.
+sweep: one run of train.py for each config and each combination of the values, which are separated
+by commas. A run goes to out/sweep-CONFIG, into a folder that is named after the options on the
+command line. What is done is skipped, what was cut off goes on. --finetune tests each run on SST-2
+afterwards: it takes the options of finetune_sst2.py, in quotes. Runs side by side (--jobs) slow
+each other down: compare their losses at equal tokens, not at equal seconds.
 
-compare: runs that differ in their seed alone form a group. For each group it prints mean and 95%
-interval of the validation loss at the end, after equally many tokens and after equally many
-seconds, and of the tokens and seconds until the loss that all runs reach.
+compare: runs that differ in their seed alone form a group. The tables have a line for each group:
+mean and 95% interval over the seeds where there are three or more, else the values themselves. For
+two groups with three seeds in common it also prints the difference between runs of the same seed.
+compare.csv has all the numbers, compare.png the curves.
 """
 
+import concurrent.futures
+import contextlib
 import csv
+import dataclasses
 import difflib
+import hashlib
+import io
 import itertools
 import json
+import math
 import multiprocessing
+import os
+import queue
+import shlex
+import signal
 import statistics
 import subprocess
 import sys
 import textwrap
+import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -51,10 +67,11 @@ import torch.nn as nn
 import config
 import train
 from config import UserError
+from finetune_sst2 import FinetuneOptions, read_sst2
 from model import (ARCHITECTURES, BlockConfig, Cache, Count, ModelConfig, Range, block_flops,
-                   make_attention, make_rope, rope_table)
+                   flat_options, make_attention, rope_table)
 from run import (Machine, MachineOptions, best_checkpoint, build, load_checkpoint,
-                 mean_and_interval, pyplot, read_metrics)
+                 mean_and_interval, pyplot, save_text)
 from train import (TrainOptions, compiled, current_options, make_optimizers, predicted_share,
                    split_options, train_step)
 
@@ -80,8 +97,17 @@ class BenchOptions(MachineOptions):
                                 'that exists')
 
 
-KNOWN = (BenchOptions, TrainOptions, BlockConfig, ModelConfig,
-         *(config_class for _, config_class in ARCHITECTURES.values()))
+@dataclass
+class SweepOptions:
+    """Options of sweep, which takes those of training as well"""
+
+    jobs: Count = 1  # runs at a time; they share the cores, and of several GPUs each has its own
+    finetune: str | None = None  # fine-tune each run, with these options of finetune_sst2.py
+
+
+TRAINING = (TrainOptions, BlockConfig, ModelConfig,
+            *(config_class for _, config_class in ARCHITECTURES.values()))
+KNOWN = BenchOptions, *TRAINING
 
 
 def read_options(arguments, *known):
@@ -102,6 +128,15 @@ def clock(device, work, *arguments, repeat=1, **keywords):
     if device.type == 'cuda':
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
+
+
+def write_csv(path, lines):
+    """lines: dicts. The columns are those of the line that has most."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, max(lines, key=len), lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(lines)
+    save_text(path, text.getvalue())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -227,7 +262,8 @@ def matmul_peak(machine):
 def memory_of(path, overrides):
     """Peak memory in bytes, of its GPU if it has one, else in all, of a process of its own that
     trains a config."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context('spawn')) as fresh:
+    spawn = multiprocessing.get_context('spawn')
+    with concurrent.futures.ProcessPoolExecutor(1, spawn) as fresh:
         return fresh.submit(peak_memory, path, overrides).result()
 
 
@@ -347,7 +383,7 @@ class Layer:
         """x: (B, T, width), input and target of the gradient."""
         self.attention, self.x, self.machine = attention.to(machine.device), x, machine
         table = rope_table(x.size(1), attention.rope_dims, ModelConfig.rope_theta)
-        self.rope = make_rope(table.to(machine.device))
+        self.rope = table.to(machine.device)
         self.cache = Cache(1, x.size(1))
         self.decode(x[:1])
         self.cache.n_tokens = x.size(1) - 1
@@ -417,21 +453,14 @@ def attention(overrides):
                            for cost in COSTS)
         print(f'latents {latents:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}',
               flush=True)
-    write_csv(folder / 'attention.csv', table)
+    # what is not measured stays empty
+    write_csv(folder / 'attention.csv',
+              [line for size in sorted(table) for line in table[size].values()])
     print()
     for (a, b), (cost, what) in itertools.product(PAIRS, COSTS.items()):
         print(f'{a} against {b}, {what}: {crossover(table, a, b, cost)}')
     plot_attention(folder / 'attention.png', table)
     print(f'\n{folder}: attention.csv, attention.png')
-
-
-def write_csv(path, table):
-    """A line for each attention at each size. What is not measured stays empty."""
-    lines = [line for size in sorted(table) for line in table[size].values()]
-    with open(path, 'w', newline='') as file:
-        writer = csv.DictWriter(file, max(lines, key=len))  # the columns of a line with all of them
-        writer.writeheader()
-        writer.writerows(lines)
 
 
 def crossover(table, a, b, cost):
@@ -478,7 +507,94 @@ def plot_attention(path, table):
 
 
 # --------------------------------------------------------------------------------------------------
+# run folders: what sweep and compare read of them
+
+
+# what is read of a line of metrics.jsonl; a line without the first three is none
+NUMBERS = ('step', 'tokens', 'seconds', 'val_loss', 'train_eval_loss', 'val_masked_accuracy',
+           'val_bits_per_byte', 'train_loss', 'train_cross_entropy', 'train_embedding_loss',
+           'tokens_per_second', 'memory_gb')
+# options that leave the result of a run as it is
+INCIDENTAL = 'out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'init_from'
+
+
+def is_number(value):
+    return type(value) in (int, float) and abs(value) < sys.float_info.max
+
+
+def read_json(path):
+    """The dict that a json file holds; {} if there is no such file."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: cannot be read ({error})') from None
+    if not isinstance(content, dict):
+        raise UserError(f'{path}: holds {type(content).__name__}, not the names and values that '
+                        'train.py writes')
+    return content
+
+
+def read_run_options(folder):
+    """The options of a run as its config.json has them, but for those that no longer exist. One
+    that did not exist yet has its default value."""
+    saved = read_json(folder / 'config.json')
+    if saved.get('arch') not in list(ARCHITECTURES):
+        raise UserError(f'{folder}/config.json: missing, or without the options of a run: name the '
+                        'folder of a run of train.py')
+    _, model_class = ARCHITECTURES[saved['arch']]
+    known = config.options_of(TrainOptions, model_class, BlockConfig)
+    defaults = {name: option.default for name, option in known.items()}
+    return current_options(defaults | saved)
+
+
+def difference(saved, asked, ignored):
+    """The first option that is not as asked, in words; '' if there is none. An option that only one
+    of the two has is passed over."""
+    asked = json.loads(json.dumps(asked))  # has lists for tuples, as `saved` does
+    for name, value in asked.items():
+        if name not in ignored and saved.get(name, value) != value:
+            return f'{name}={saved[name]}, not {value}'
+    return ''
+
+
+def read_lines(folder):
+    """(evaluations, reports of training) of a run: lines of metrics.jsonl, of which the NUMBERS.
+    Raises UserError if one of them is missing or is no finite number."""
+    path = folder / 'metrics.jsonl'
+    try:
+        texts = path.read_text().splitlines() if path.exists() else []
+        lines = [json.loads(text) for text in texts[:-1]]
+    except (OSError, ValueError) as error:
+        raise UserError(f'{path}: cannot be read ({error})') from None
+    with contextlib.suppress(ValueError):  # a kill may have cut off the last line
+        lines += [json.loads(text) for text in texts[-1:]]
+    for line in lines:
+        if not isinstance(line, dict) or not {*NUMBERS[:3]} <= line.keys():
+            raise UserError(f'{path}: a line without step, tokens and seconds: {str(line)[:60]}')
+        for name in NUMBERS:
+            value = line.get(name, 0)
+            if not is_number(value):
+                raise UserError(f'{path}: {name} is {value!s:.40} at step {line["step"]!s:.40}')
+    numbers = [{name: line[name] for name in NUMBERS if name in line} for line in lines]
+    return ([line for line in numbers if 'val_loss' in line],
+            [line for line in numbers if 'train_loss' in line])
+
+
+def is_finished(options, evaluations):
+    """Whether a run has come to its last step, or to the end of its time."""
+    if not evaluations:
+        return False
+    last, max_seconds = evaluations[-1], options['max_seconds'] or math.inf
+    return last['step'] >= options['max_iters'] or last['seconds'] >= max_seconds
+
+
+# --------------------------------------------------------------------------------------------------
 # sweep: a grid of runs
+
+
+PART_LENGTH = 80  # of the name of a folder: bytes that the varied options take, and the fixed ones
 
 
 def values_of(argument):
@@ -494,137 +610,373 @@ def values_of(argument):
     return key, values
 
 
-def read_grid(arguments):
-    """(path of the config, {option: its values}) of a sweep's command line."""
+def read_sweep(arguments):
+    """(SweepOptions, paths of the configs, {option: its values}) of a sweep's command line."""
+    if {'--help', '-h'} & set(arguments):
+        config.load(['--help'], SweepOptions, *TRAINING, doc=__doc__)
+    names = {f'--{option.name}' for option in fields(SweepOptions)}
+    own = [argument for argument in arguments if argument.partition('=')[0] in names]
+    values, _ = config.load(own, SweepOptions, takes_config=False)
     paths = [argument for argument in arguments if not argument.startswith('--')]
-    if len(paths) != 1:
+    if not paths:
         raise UserError('which config? python bench.py sweep CONFIG --key=a,b,c')
-    grid = dict(values_of(argument) for argument in arguments if argument.startswith('--'))
-    for key, values in grid.items():
-        if len(set(values)) < len(values):
-            raise UserError(f'{key}={",".join(values)}: names a value twice')
+    if len({Path(path).stem for path in paths}) < len(paths):
+        raise UserError(f'{" ".join(paths)}: two configs of one name would share their folders')
+    grid = dict(values_of(argument) for argument in arguments
+                if argument.startswith('--') and argument not in own)
+    for key, chosen in grid.items():
+        if len(set(chosen)) < len(chosen):
+            raise UserError(f'{key}={",".join(chosen)}: names a value twice')
     for key in ('out_dir', 'init_from', 'dry_run', 'eval_only'):
         if key in grid:
             raise UserError(f'{key} is not for sweep, which trains each run in a folder of its '
                             'own: leave it out')
-    return paths[0], grid
+    return SweepOptions(**values), paths, grid
 
 
-def runs_of(path, grid):
-    """{folder: options} of the runs of a sweep. A folder is named after the options that vary."""
-    parent, runs = Path('out') / f'sweep-{Path(path).stem}', {}
+def flags(options):
+    return [f'--{key}={value}' for key, value in options.items()]
+
+
+def options_asked_for(path, options, folder):
+    """All options that a run with these will have, as config.json will hold them. Raises UserError
+    on options that train.py would refuse."""
+    recipe, model_options, _ = train.read_options([path, *flags(options)])
+    try:
+        with torch.device('meta'):
+            model = build(recipe.arch, model_options)
+    except UserError as error:
+        raise UserError(f'{folder}: {error}') from None
+    return dataclasses.asdict(recipe) | flat_options(model.config)
+
+
+def digest_of(text):
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def folder_name(options, varied):
+    """The name of a run's folder: its options, first those that vary in the sweep. Instead of what
+    is too long, or contains a slash, it has a digest."""
+    parts = []
+    for keys in (varied, [key for key in options if key not in varied]):
+        part = ','.join(f'{key}={options[key]}' for key in keys)
+        fits = len(part.encode()) <= PART_LENGTH and '/' not in part
+        parts += [part if fits else digest_of(part)] if part else []
+    return ','.join(parts) or 'run'
+
+
+def choose_folder(path, options, varied):
+    """The folder of a run: one that holds it already, whatever its name, or a new one."""
+    parent = Path('out') / f'sweep-{Path(path).stem}'
+    folder = parent / folder_name(options, varied)
+    asked, ignored = options_asked_for(path, options, folder), set(INCIDENTAL) - set(varied)
+    taken = sorted(file.parent for file in parent.glob('*/config.json'))
+    differences = {held: difference(read_run_options(held), asked, ignored) for held in taken}
+    agreeing = [held for held in taken if not differences[held]]
+    if agreeing:
+        return folder if folder in agreeing else agreeing[0]
+    if folder in taken:  # by a run of an earlier state of the config, or of this script
+        other = folder.with_name(f'{folder.name},{digest_of(json.dumps(asked))}')
+        print(f'{folder} holds a run with {differences[folder]}: this one goes to {other}')
+        return other
+    return folder
+
+
+def read_finetune(text, folder):
+    """The FinetuneOptions for a run. text: what stands behind --finetune=."""
+    try:
+        values, _ = config.load(shlex.split(text), FinetuneOptions, takes_config=False)
+        for name in ('out_dir', 'predict'):
+            if name in values:
+                raise UserError(f'{name} is not for sweep: leave it out')
+        return FinetuneOptions(**values | dict(out_dir=str(folder)))
+    except (UserError, ValueError) as error:
+        raise UserError(f'--finetune={text}: {error}') from None
+
+
+class SweepRun(NamedTuple):
+    """A run of a sweep."""
+
+    path: str  # of its config
+    folder: Path
+    options: dict  # {name: value, as it stands on the command line}
+    finetune: str | None  # options for finetune_sst2.py
+
+    def stages(self):
+        """[(what is still to be done, the command that does it)]"""
+        here, stages = Path(__file__).parent, []
+        if not self.is_trained():
+            stages.append(('training', [
+                str(here / 'train.py'), self.path, f'--out_dir={self.folder}', '--init_from=auto',
+                *flags(self.options)]))
+        if self.finetune is not None:
+            reason = self.untested()
+            if reason:
+                stages.append((reason, [str(here / 'finetune_sst2.py'), f'--out_dir={self.folder}',
+                                        *shlex.split(self.finetune)]))
+        return stages
+
+    def is_trained(self):
+        evaluations, _ = read_lines(self.folder)
+        return bool(evaluations) and is_finished(read_run_options(self.folder), evaluations)
+
+    def untested(self):
+        """Why the run has to be fine-tuned; '' if it has been, with these options."""
+        options = read_finetune(self.finetune, self.folder)
+        path = options.file('.json')
+        summary = read_json(path)
+        if not summary:
+            return 'fine-tuning'
+        differs = difference(summary['options'], dataclasses.asdict(options), INCIDENTAL)
+        if not differs and len(summary['seeds']) < options.seeds:  # it was interrupted
+            differs = f'{len(summary["seeds"])} of {options.seeds} seeds'
+        return differs and f'fine-tuning again, {path.name} has {differs}'
+
+
+def plan_runs(options, paths, grid):
+    """The SweepRuns of a sweep. All of them are checked before the first one starts."""
     varied = [key for key, values in grid.items() if len(values) > 1]
-    for values in itertools.product(*grid.values()):
-        options = dict(zip(grid, values))
-        name = ','.join(f'{key}={options[key]}' for key in varied)
-        runs[parent / (name or 'run')] = options
-    return runs
+    runs = {}
+    for path, values in itertools.product(paths, itertools.product(*grid.values())):
+        chosen = dict(zip(grid, values))
+        folder = choose_folder(path, chosen, varied)
+        runs[folder] = SweepRun(path, folder, chosen, options.finetune)
+    if options.finetune is not None:
+        read_sst2(read_finetune(options.finetune, next(iter(runs))))
+    return list(runs.values())
 
 
-def read_run_options(run):
-    """The options of a run as its config.json has them, but for those that no longer exist."""
-    try:
-        saved = json.loads((Path(run) / 'config.json').read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f'{run}/config.json: cannot be read ({error}): name the folder of a run '
-                        'of train.py') from None
-    return current_options(saved)
+def environments(jobs):
+    """For each of the jobs what its processes find in their environment: a share of the cores, and
+    of several GPUs one."""
+    if jobs == 1:
+        return [{}]
+    # unbuffered: else a log has what went to stderr before what was printed earlier
+    shared = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)), PYTHONUNBUFFERED='1')
+    visible = os.environ.get('CUDA_VISIBLE_DEVICES')
+    gpus = visible.split(',') if visible else list(map(str, range(torch.cuda.device_count())))
+    if len(gpus) < 2:
+        return [shared] * jobs
+    return [shared | dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) for i in range(jobs)]
 
 
-def is_done(folder):
-    """Whether a run has come to its last step, or to the end of its time."""
-    scored = [line for line in read_metrics(folder) if 'val_loss' in line]
-    if not scored:
-        return False
-    options, last = read_run_options(folder), scored[-1]
-    max_seconds = options['max_seconds'] or float('inf')
-    return last['step'] >= options['max_iters'] or last['seconds'] >= max_seconds
+class Sweep:
+    """Carries out runs, `jobs` of them at a time, in processes of their own."""
 
+    def __init__(self, runs, jobs):
+        self.runs, self.jobs = runs, jobs
+        self.lock, self.processes, self.stopped = threading.Lock(), set(), False
+        # the runs by number: which wait, and since when the others are under way
+        self.waiting = {number for number, run in enumerate(runs, 1) if run.stages()}
+        self.started, self.durations = {}, []
+        self.places = queue.SimpleQueue()
+        for environment in environments(jobs):
+            self.places.put(environment)
 
-def check_run(path, folder, options):
-    """Raises UserError on options that train.py would refuse, and on a folder that holds a run with
-    others."""
-    command = [path, *(f'--{key}={value}' for key, value in options.items())]
-    recipe, model_options, _ = train.read_options(command)
-    with torch.device('meta'):
-        build(recipe.arch, model_options)
-    if not (folder / 'config.json').exists():
-        return
-    saved = read_run_options(folder)
-    values, _ = config.load(command, *KNOWN[1:])
-    for key, value in values.items():
-        follows = value is None  # from other options
-        if key in saved and not follows and saved[key] != json.loads(json.dumps(value)):
-            raise UserError(f'{folder} holds a run with {key}={saved[key]}, not {value}: move it '
-                            'away')
+    def run_all(self):
+        """Returns {folder: why its run failed}."""
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            futures = {run.folder: pool.submit(self.perform, number, run)
+                       for number, run in enumerate(self.runs, 1)}
+            try:
+                concurrent.futures.wait(futures.values())
+            except KeyboardInterrupt:
+                self.stop()
+                raise
+        results = {folder: future.result() for folder, future in futures.items()}
+        return {folder: reason for folder, reason in results.items() if reason}
 
+    def stop(self):
+        """No more runs start. Those that are being trained finish their step and save."""
+        with self.lock:
+            self.stopped = True
+            for process in self.processes:
+                process.terminate()
 
-def train_run(path, folder, options):
-    """Trains a run of a sweep in a process of its own, or goes on with one that was cut off."""
-    process = subprocess.Popen([
-        sys.executable, str(Path(__file__).with_name('train.py')), path, f'--out_dir={folder}',
-        '--init_from=auto', *(f'--{key}={value}' for key, value in options.items())])
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the run has had it too: it finishes its step and saves
-        process.wait()
-        raise
-    if status or not is_done(folder):
-        raise UserError(f'{folder}: the run did not finish (status {status}); the same command '
-                        'goes on from here')
+    def perform(self, number, run):
+        """Carries out what is left of a run, when it is its turn. Returns why it failed, or ''."""
+        stages = run.stages()
+        if not stages:
+            self.say(number, run, 'is done')
+        if not stages or self.stopped:
+            return ''
+        environment, start = self.places.get(), time.perf_counter()
+        with self.lock:
+            self.waiting.remove(number)
+            self.started[number] = start
+        reason = self.carry_out(number, run, stages, environment)
+        seconds = time.perf_counter() - start
+        with self.lock:
+            del self.started[number]
+            self.durations += [] if reason else [seconds]
+        self.places.put(environment)
+        if not reason:
+            self.say(number, run, f'finished after {timedelta(seconds=round(seconds))}')
+        else:
+            self.say(number, run, 'is stopped' if self.stopped else f'failed: {reason}')
+        return reason
+
+    def carry_out(self, number, run, stages, environment):
+        """Returns why one of the stages of a run failed, or ''."""
+        try:
+            for state, command in stages:
+                self.say(number, run, state + (', log in its sweep.log' if self.jobs > 1 else ''))
+                reason = self.execute(run.folder, command, environment)
+                if reason:
+                    return reason
+            return 'it ended before it was done' if run.stages() else ''
+        except (OSError, UserError) as error:  # a folder or a file of the run
+            return str(error)
+
+    def execute(self, folder, command, environment):
+        """Runs a python process to its end. Returns '', or if it failed the last line that it wrote
+        to stderr."""
+        with contextlib.ExitStack() as stack:
+            log = None  # what is printed goes where this process prints
+            if self.jobs > 1:
+                folder.mkdir(parents=True, exist_ok=True)
+                log = stack.enter_context(open(folder / 'sweep.log', 'a'))
+            with self.lock:
+                if self.stopped:
+                    return 'stopped'
+                process = subprocess.Popen([sys.executable, *command], stdout=log,
+                                           stderr=subprocess.PIPE, env=os.environ | environment)
+                self.processes.add(process)
+            # newline='' keeps the \r of a progress bar
+            last, errors = '', io.TextIOWrapper(process.stderr, errors='replace', newline='')
+            for line in errors:
+                print(line, end='', file=log or sys.stderr, flush=True)
+                last = line.strip() or last
+            status = process.wait()
+            with self.lock:
+                self.processes.remove(process)
+        if status < 0:
+            return f'killed by signal {-status}'
+        return last or f'status {status}' if status else ''
+
+    def say(self, number, run, state):
+        with self.lock:
+            print(f'{number} of {len(self.runs)}: {run.folder} {state}{self.time_left()}',
+                  flush=True)
+
+    def time_left(self):
+        """In words, from the mean of the runs that are finished."""
+        n_left = len(self.waiting) + len(self.started)
+        if not self.durations or not n_left:
+            return ''
+        mean, now = statistics.mean(self.durations), time.perf_counter()
+        under_way = [max(0.0, mean - (now - start)) for start in self.started.values()]
+        seconds = max([(len(self.waiting) * mean + sum(under_way)) / self.jobs, *under_way])
+        return f'; {n_left} to go, about {timedelta(seconds=round(seconds))}'
 
 
 def sweep(arguments):
-    """Runs train.py for every combination of values, one after the other."""
-    if '--help' in arguments:
-        return read_options(['--help'])
-    path, grid = read_grid(arguments)
-    runs = runs_of(path, grid)
-    for folder, options in runs.items():  # all of them are checked before the first one runs
-        check_run(path, folder, options)
-    for i, (folder, options) in enumerate(runs.items(), 1):
-        done = is_done(folder)
-        print(f'{i} of {len(runs)}: {folder}{" is done" if done else ""}', flush=True)
-        if not done:
-            train_run(path, folder, options)
-    print('\npython bench.py compare ' + ' '.join(map(str, runs)))
+    """Trains, and fine-tunes if asked, a run for every config and combination of values."""
+    options, paths, grid = read_sweep(arguments)
+    runs = plan_runs(options, paths, grid)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a sweep as Ctrl-C does
+    failures = Sweep(runs, options.jobs).run_all()
+    done = [str(run.folder) for run in runs if run.folder not in failures]
+    if len(done) > 1:
+        print('\n' + shlex.join(['python', 'bench.py', 'compare', *done]))
+    for folder, reason in failures.items():
+        print(f'{folder} failed: {reason}', file=sys.stderr)
+    if failures:
+        raise UserError(f'{len(failures)} of {len(runs)} runs failed; the same command goes on '
+                        'from here')
 
 
 # --------------------------------------------------------------------------------------------------
 # compare: groups of runs
 
 
+# {measure: (title of its column, format)}, of the two tables
+RESULTS = dict(
+    train_eval_loss=('training\nloss', '.4f'),
+    val_loss=('validation\nloss', '.4f'),
+    val_masked_accuracy=('masked\naccuracy', '.4f'),
+    val_bits_per_byte=('bits\nper byte', '.4f'),
+    sst2_accuracy=('SST-2\naccuracy', '.2%'))
+SPENT = dict(
+    val_loss_at_equal_tokens=('validation loss at\n{equal_tokens:,} tokens', '.4f'),
+    val_loss_at_equal_seconds=('validation loss at\n{equal_seconds:,.0f} seconds', '.4f'),
+    tokens_to_common_loss=('tokens to\nloss {common_loss:.4f}', ',.0f'),
+    seconds_to_common_loss=('seconds to\nloss {common_loss:.4f}', ',.0f'),
+    tokens_per_second=('tokens/s', ',.0f'),
+    memory_gb=('memory,\nGB', '.2f'))
+FEWEST = 3  # values that make an interval: of two it is 13 times their standard error
+
+
 class FinishedRun(NamedTuple):
     """A run to compare."""
 
+    folder: Path
+    seed: int
     options: dict  # those that tell one group from another
-    lines: list  # of metrics.jsonl, those with a validation loss
+    evaluations: list  # lines of metrics.jsonl
+    reports: list
+    parameters: int | None
+    sst2: float | None  # accuracy, the mean if it was fine-tuned with several seeds
     losses_of: tuple  # what has to be the same if losses are to be compared
 
 
 def read_run(folder):
-    origin = load_checkpoint(best_checkpoint(folder)).get('provenance', {})
-    lines = [line for line in read_metrics(folder) if 'val_loss' in line]
-    if not lines:
+    facts = read_json(folder / 'run.json')
+    origin = facts
+    if 'data_sha256' not in facts:  # a run of an earlier version
+        origin = load_checkpoint(best_checkpoint(folder)).get('provenance', {})
+    evaluations, reports = read_lines(folder)
+    if not evaluations:
         raise UserError(f'{folder}: metrics.jsonl has no validation loss')
-    options = read_run_options(folder) | dict(init_from=origin.get('started_from', 'scratch'))
+    options = read_run_options(folder)
     losses_of = origin.get('data_sha256'), origin.get('tokenizer'), options.get('causal', True)
-    own = 'seed', 'out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only'
-    shared = {name: value for name, value in options.items() if name not in own}
-    return FinishedRun(shared, lines, losses_of)
+    own = {name: value for name, value in options.items() if name not in (*INCIDENTAL, 'seed')}
+    own['init_from'] = origin.get('started_from', 'scratch')
+    parameters, sst2 = facts.get('parameters'), read_json(folder / 'sst2.json').get('mean')
+    return FinishedRun(folder, options['seed'], own, evaluations, reports,
+                       parameters if is_number(parameters) else None,
+                       sst2 if is_number(sst2) else None, losses_of)
+
+
+def read_runs(folders):
+    """The runs that can be compared. What is wrong with one is said on stderr. Raises UserError on
+    a name that is no folder, and if fewer than two are left."""
+    runs = []
+    for folder in map(Path, folders):
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            if not folder.is_dir():
+                raise
+            print(f'{folder} is left out: {error}', file=sys.stderr)
+    if len(runs) < 2:
+        raise UserError('fewer than two of these runs can be compared')
+    for run in runs:
+        if run.losses_of != runs[0].losses_of:
+            raise UserError(f'{run.folder} and {runs[0].folder} were trained on different data, '
+                            'with different tokenizers, or are an encoder and a causal model: '
+                            'their losses are not of the same thing')
+        if not is_finished(run.options, run.evaluations):
+            print(f'{run.folder} is not finished: it was last evaluated at step '
+                  f'{run.evaluations[-1]["step"]:,}', file=sys.stderr)
+    return runs
 
 
 def group_runs(runs):
-    """{label: metrics of the runs}, a group for each combination of options. Its label names the
-    options in which the groups differ."""
+    """{label: runs}, a group for each combination of options, the one with the lowest loss first.
+    Its label names the options in which the groups differ."""
     names = {name for run in runs for name in run.options}
     differ = sorted(name for name in names
                     if any(run.options.get(name) != runs[0].options.get(name) for run in runs))
     groups = {}
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.seed):
         label = ', '.join(f'{name}={run.options.get(name)}' for name in differ)
-        groups.setdefault(label or 'all options the same', []).append(run.lines)
-    return groups
+        groups.setdefault(label or 'all options the same', []).append(run)
+    return dict(sorted(groups.items(), key=lambda item: statistics.mean(map(final_loss, item[1]))))
+
+
+def final_loss(run):
+    return run.evaluations[-1]['val_loss']
 
 
 def loss_at(lines, key, x):
@@ -642,86 +994,195 @@ def spent_until(lines, key, loss):
     return float(np.interp(-loss, falling, [before[key], after[key]]))
 
 
+def common_ground(runs):
+    """The tokens and seconds that every run has spent, and the loss that every run has reached."""
+    ends = [run.evaluations[-1] for run in runs]
+    lowest = [min(line['val_loss'] for line in run.evaluations) for run in runs]
+    return dict(equal_tokens=min(line['tokens'] for line in ends),
+                equal_seconds=min(line['seconds'] for line in ends), common_loss=max(lowest))
+
+
+def measure_run(run, common):
+    """{measure: its value} of a run; measures that it lacks are None."""
+    lines, last = run.evaluations, run.evaluations[-1]
+    rates = [line['tokens_per_second'] for line in run.reports if 'tokens_per_second' in line]
+    memory = [line['memory_gb'] for line in run.reports if 'memory_gb' in line]
+    loss = common['common_loss']
+    return {name: last.get(name) for name in RESULTS} | dict(
+        sst2_accuracy=run.sst2,
+        val_loss_at_equal_tokens=loss_at(lines, 'tokens', common['equal_tokens']),
+        val_loss_at_equal_seconds=loss_at(lines, 'seconds', common['equal_seconds']),
+        tokens_to_common_loss=spent_until(lines, 'tokens', loss),
+        seconds_to_common_loss=spent_until(lines, 'seconds', loss),
+        tokens_per_second=statistics.median(rates) if rates else None,
+        memory_gb=max(memory, default=None))
+
+
+def summarize(values):
+    """Mean and half the 95% interval of values that are not None, and the values."""
+    values = [value for value in values if value is not None]
+    mean, interval = mean_and_interval(values) if values else (None, None)
+    return dict(n=len(values), mean=mean, interval=interval if len(values) >= FEWEST else None,
+                values=values)
+
+
+def compare_group(label, group, common):
+    """What --json=True prints of a group."""
+    measured = [measure_run(run, common) for run in group]
+    return dict(options=label, runs=len(group), seeds=[run.seed for run in group],
+                parameters=next((run.parameters for run in group if run.parameters), None),
+                **common,
+                **{name: summarize([values[name] for values in measured])
+                   for name in RESULTS | SPENT})
+
+
+def flat_line(line):
+    """A group for the csv: a column for each number, and for each list of numbers."""
+    flat = {}
+    for name, value in line.items():
+        parts = value.items() if isinstance(value, dict) else [('', value)]
+        for part, content in parts:
+            content = ' '.join(map(str, content)) if isinstance(content, list) else content
+            flat[f'{name}_{part}'.rstrip('_')] = content
+    return flat
+
+
+def shown(summary, form):
+    """A cell of a table."""
+    if summary['interval'] is None:
+        return ', '.join(format(value, form) for value in summary['values'])
+    return f'{format(summary["mean"], form)} +- {format(summary["interval"], form)}'
+
+
+def print_table(titles, rows):
+    """Prints columns under their titles, which may take several lines. Columns without entries are
+    left out."""
+    height, columns = max(title.count('\n') for title in titles) + 1, []
+    for title, *cells in zip(titles, *rows):
+        if any(cells):
+            head = title.split('\n')
+            column = [''] * (height - len(head)) + head + cells
+            width = max(map(len, column))
+            columns.append([text.rjust(width) for text in column])
+    print()
+    for line in zip(*columns):
+        print('   '.join(line).rstrip())
+
+
+def show_groups(table):
+    """Prints the groups and the tables of their measures."""
+    print(f'mean +- half the 95% interval over seeds, for fewer than {FEWEST} runs their values; '
+          'losses in nats\n')
+    for i, line in enumerate(table, 1):
+        n = line['runs']
+        print(textwrap.fill(f'#{i:<3} {n} run{"s" * (n > 1)}: {line["options"]}', 100,
+                            subsequent_indent=' ' * 5, break_long_words=False))
+    for measures in (RESULTS, SPENT):
+        titles = [title.format(**table[0]) for title, _ in measures.values()]
+        rows = [[shown(line[name], form) for name, (_, form) in measures.items()]
+                for line in table]
+        names = [[f'#{i}'] for i in range(1, len(table) + 1)]
+        if measures is RESULTS:
+            titles = ['parameters', *titles]
+            names = [[*name, f'{line["parameters"]:,}' if line['parameters'] else '']
+                     for name, line in zip(names, table)]
+        print_table(['', *titles], [name + row for name, row in zip(names, rows)])
+
+
+def show_pairs(groups):
+    """Prints how much higher the final validation loss of one group is than that of another, seed
+    by seed, for groups with enough seeds in common."""
+    losses = [{run.seed: final_loss(run) for run in group} for group in groups]
+    rows = []
+    for (i, lower), (j, higher) in itertools.combinations(enumerate(losses, 1), 2):
+        seeds = lower.keys() & higher.keys()
+        if len(seeds) >= FEWEST:
+            differences = summarize([higher[seed] - lower[seed] for seed in seeds])
+            rows.append([f'#{j} - #{i}', str(len(seeds)), shown(differences, '.4f')])
+    if rows:
+        print_table(['', 'seeds', 'validation loss, difference\nbetween runs of one seed'], rows)
+
+
+def plot_groups(path, groups):
+    """Losses over tokens and over seconds, a colour for each group and a line for each run; and
+    the embedding loss, if there is one."""
+    plt = pyplot()
+    runs = [run for group in groups.values() for run in group]
+    embedding = any('train_embedding_loss' in line for run in runs for line in run.reports)
+    n = 3 if embedding else 2
+    figure, panels = plt.subplots(1, n, figsize=(6 * n, 5), layout='constrained')
+    for i, (label, group) in enumerate(groups.items()):
+        label = '\n'.join(textwrap.wrap(f'#{i + 1}: {label}', 60 * n))
+        for k, run in enumerate(group):
+            style = dict(color=f'C{i % 10}', alpha=0.8)
+            for axes, key in zip(panels, ('tokens', 'seconds')):
+                plot_line(axes, run.evaluations, key, 'val_loss', marker='.', markersize=4, **style,
+                          label=label if k == 0 else None)
+                plot_line(axes, *training_curve(run, key), linewidth=0.6, **style)
+            if embedding:
+                plot_line(panels[2], run.reports, 'tokens', 'train_embedding_loss', linewidth=0.6,
+                          **style)
+    for axes, key in zip(panels, ('tokens', 'seconds', 'tokens')):
+        axes.set(xlabel=key, xlim=(0, None), ylabel='validation loss (nats), thin: training loss')
+        axes.grid(alpha=0.3)
+        cut_to_later(axes)
+    if embedding:
+        panels[2].set_ylabel('embedding loss in training')
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc='outside lower center')
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def training_curve(run, key):
+    """What plot_line takes of a run's loss on its training split: that in evaluation mode, or in a
+    run of an earlier version that of the batches."""
+    if 'train_eval_loss' in run.evaluations[-1]:
+        return run.evaluations, key, 'train_eval_loss'
+    terms = any('train_cross_entropy' in line for line in run.reports)
+    return run.reports, key, 'train_cross_entropy' if terms else 'train_loss'
+
+
+def plot_line(axes, lines, x, y, **style):
+    points = [(line[x], line[y]) for line in lines if y in line]
+    if points:
+        axes.plot(*zip(*points), **style)
+
+
+def cut_to_later(axes):
+    """Cuts the axis of losses to what follows the first tenth of training: what comes before is
+    many times as high."""
+    later = []
+    for line in axes.lines:
+        x, y = map(np.asarray, line.get_data())
+        later += y[x >= x.max() / 10].tolist()
+    margin = 0.05 * (max(later) - min(later)) + 0.01
+    axes.set_ylim(min(later) - margin, max(later) + margin)
+
+
 def compare(arguments):
-    """Prints a table of groups of runs, and plots them."""
+    """Prints tables of groups of runs, and writes them and a plot."""
     folders = [argument for argument in arguments if not argument.startswith('--')]
     overrides = [argument for argument in arguments if argument.startswith('--')]
     options = read_options(overrides, BenchOptions)
     if len(set(folders)) < max(len(folders), 2):
         raise UserError('compares two runs or more, each named once: '
                         'python bench.py compare RUN RUN ...')
-    runs = [read_run(folder) for folder in folders]
-    for folder, run in zip(folders, runs):
-        if run.losses_of != runs[0].losses_of:
-            raise UserError(f'{folder} and {folders[0]} were trained on different data, with '
-                            'different tokenizers, or are an encoder and a causal model: their '
-                            'losses are not of the same thing')
-    groups, all_lines = group_runs(runs), [run.lines for run in runs]
-    # what every run has spent, and the loss that every run has reached
-    spent = {key: min(lines[-1][key] for lines in all_lines) for key in ('tokens', 'seconds')}
-    reached = max(min(line['val_loss'] for line in lines) for lines in all_lines)
-    table = [compare_group(label, group, spent, reached) for label, group in groups.items()]
+    runs = read_runs(folders)
+    groups, common = group_runs(runs), common_ground(runs)
+    table = [compare_group(label, group, common) for label, group in groups.items()]
     folder = config.make_folder(options.results, 'results')
+    write_csv(folder / 'compare.csv', list(map(flat_line, table)))
     plot_groups(folder / 'compare.png', groups)
     if options.json:
         print(json.dumps(table, indent=2))
         return
-    show_groups(table, spent, reached)
+    show_groups(table)
+    show_pairs(groups.values())
     evaluated = {run.options['eval_iters'] * run.options['batch_size'] for run in runs}
     if len(evaluated) > 1:
         print('\nthese runs were evaluated on different numbers of sequences '
               '(eval_iters x batch_size)')
-    print(f'\n{folder / "compare.png"}')
-
-
-def compare_group(label, group, spent, reached):
-    """A line of the table: each entry is the mean over the runs and half its 95% interval."""
-    values = {'end': [lines[-1]['val_loss'] for lines in group]}
-    for key, x in spent.items():
-        values[key] = [loss_at(lines, key, x) for lines in group]
-    for key in spent:
-        values[f'{key}_to_loss'] = [spent_until(lines, key, reached) for lines in group]
-    means = {key: mean_and_interval(of_runs) for key, of_runs in values.items()}
-    return dict(options=label, runs=len(group), **means)
-
-
-def show_groups(table, spent, reached):
-    """Prints the table, the group with the lowest loss at the end first."""
-    columns = (('end', 'at the end', '.4f'),
-               ('tokens', f'at {spent["tokens"]:,} tokens', '.4f'),
-               ('seconds', f'at {spent["seconds"]:,.0f} seconds', '.4f'),
-               ('tokens_to_loss', f'tokens to {reached:.4f}', ',.0f'),
-               ('seconds_to_loss', f'seconds to {reached:.4f}', ',.0f'))
-    print('validation loss, nats, and what it takes to reach the one that all do; mean and 95% '
-          'interval over seeds\n')
-    print(' runs' + ''.join(title.rjust(24) for _, title, _ in columns))
-    for line in sorted(table, key=lambda line: line['end'][0]):
-        cells = []
-        for key, _, form in columns:
-            mean, interval = line[key]
-            cell = format(mean, form)
-            cells.append(cell if interval is None else f'{cell} +- {format(interval, form)}')
-        print(f'{line["runs"]:5}' + ''.join(cell.rjust(24) for cell in cells)
-              + f'   {line["options"]}')
-
-
-def plot_groups(path, groups):
-    """Validation loss over tokens and over seconds, a colour for each group and a line for each
-    run."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True, layout='constrained')
-    for axes, key in zip(panels, ('tokens', 'seconds')):
-        for i, (label, group) in enumerate(groups.items()):
-            for n, lines in enumerate(group):
-                axes.plot([line[key] for line in lines], [line['val_loss'] for line in lines],
-                          color=f'C{i % 10}', alpha=0.7, marker='.', label=None if n else label)
-        axes.set(xlabel=key, ylabel='validation loss (nats)')
-        axes.grid(alpha=0.3)
-    labels = ['\n'.join(textwrap.wrap(label, 140)) for label in groups]
-    handles, _ = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, fontsize=7, loc='outside lower center')
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    print(f'\n{folder}: compare.csv, compare.png')
 
 
 def main():
@@ -729,6 +1190,8 @@ def main():
     arguments = sys.argv[1:]
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
+    if {'--help', '-h'} & set(arguments):
+        config.load(['--help'], BenchOptions, SweepOptions, *TRAINING, doc=__doc__)
     paths = [argument for argument in arguments if not argument.startswith('--')]
     overrides = [argument for argument in arguments if argument.startswith('--')]
     options = read_options(overrides)

@@ -69,13 +69,13 @@ class Linear(nn.Linear):
     """A matrix that says what it serves, for what has to treat matrices differently.
 
     writes: its output is added to the residual stream, so it starts smaller (see init_weights).
-    keys: it is applied to the tokens that are attended to. In cross-attention those are others than
-    the tokens that ask, and FLOPs are counted for as many.
+    on_source: it is applied to the tokens that are attended to, to make keys or values. In
+    cross-attention those are other tokens than those that ask, and so its FLOPs count for others.
     """
 
-    def __init__(self, n_in, n_out, bias=False, writes=False, keys=False):
+    def __init__(self, n_in, n_out, bias=False, writes=False, on_source=False):
         super().__init__(n_in, n_out, bias=bias)
-        self.writes, self.keys = writes, keys
+        self.writes, self.on_source = writes, on_source
 
 
 def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
@@ -85,13 +85,6 @@ def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
         return Linear(n_in, n_out, bias, writes=writes)
     norm = [RMSNorm(rank)] if inner_norm else []
     return nn.Sequential(Linear(n_in, rank), *norm, Linear(rank, n_out, bias, writes=writes))
-
-
-class Rope(NamedTuple):
-    """Rotary tables of the tokens that ask and of the tokens attended to, each from rope_table."""
-
-    q: torch.Tensor
-    k: torch.Tensor
 
 
 def rope_table(length, rope_dims, theta):
@@ -104,14 +97,9 @@ def rope_table(length, rope_dims, theta):
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def make_rope(q, k=None):
-    """The Rope of two tables; without k, of tokens that attend to each other; None without q."""
-    return None if q is None else Rope(q, q if k is None else k)
-
-
 def rope_until(table, end):
-    """The Rope of tokens that attend to each other, up to position end - 1, or None."""
-    return None if table is None else make_rope(table[:, :end])
+    """The rotary table up to position end - 1; None if there is none."""
+    return None if table is None else table[:, :end]
 
 
 def rotate(x, table):
@@ -203,9 +191,10 @@ class Attention(nn.Module):
 
     options      names of the fields of BlockConfig that this attention has and others may not have
     check        raises ConfigError on options that contradict each other
-    __init__     builds the projections. The last one is `o_proj`; whatever writes into the residual
-                 stream says writes=True, whatever is applied to the tokens attended to keys=True
-    heads        what the heads have read
+    __init__     builds the projections. The last one is `o_proj`. A Linear that writes into the
+                 residual stream says writes=True, one for keys or values says on_source=True
+    heads        what the heads have read. It gives queries, keys and values to self.attend; if it
+                 computes attention in another way, it has to obey causal, window and n_channels
     cache_width  how many numbers `heads` gives to the cache for each token
     matrices     what each head does to a token; only svd.py asks for it
 
@@ -221,6 +210,7 @@ class Attention(nn.Module):
         """config: a BlockConfig. source_width: width of the sequence that is attended to, if that
         is another than the one that asks."""
         super().__init__()
+        self.source_width = source_width or config.n_embd
         self.n_head, self.head_dim = config.n_head, config.head_dim
         self.v_head_dim, self.rope_dims = config.head_dim, config.rope_dims
         self.causal, self.dropout = config.causal, config.attention_dropout
@@ -229,12 +219,13 @@ class Attention(nn.Module):
     def check(cls, config):
         """Raises ConfigError if options of this attention contradict each other."""
 
-    def heads(self, x, *, rope=None, key_mask=None, source=None, cache=None):
+    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
         """What the heads have read, side by side: x (B, T, D) -> (B, T, H*dv).
 
-        rope: a Rope up to the last position, or None. key_mask: see `attend`. source: another
-        sequence to attend to instead of x, (B, S, width). cache: x and source hold the new tokens
-        alone; cache.extend(self, ...) stores what they add and returns it behind what came before.
+        source: the tokens to attend to, (B, S, width), often x itself. rope: the rotary table up to
+        the last position of x, or None; source_rope: that of the source. key_mask: see `attend`.
+        cache: x and source hold the new tokens alone; cache.extend(self, ...) stores what they add,
+        rotated or not, and returns it behind what came before.
         """
         raise NotImplementedError
 
@@ -258,8 +249,12 @@ class Attention(nn.Module):
             return self.o_proj.matrices()
         return self.o_proj.weight.t().unflatten(0, (self.n_head, -1)), None  # (H, dv, D)
 
-    def forward(self, x, **context):
-        return self.o_proj(self.heads(x, **context))
+    def forward(self, x, *, source=None, rope=None, source_rope=None, **context):
+        """`heads` and o_proj. Without a source x attends to itself, without a source_rope the
+        source stands at the positions of x."""
+        source = x if source is None else source
+        source_rope = rope if source_rope is None else source_rope
+        return self.o_proj(self.heads(x, source, rope=rope, source_rope=source_rope, **context))
 
     def attend(self, q, k, v, key_mask=None):
         dropout = self.dropout if self.training else 0.0
@@ -276,13 +271,12 @@ class MHA(Attention):
     options = ('n_kv_head', 'qk_norm', 'bias')
 
     def __init__(self, config, source_width=None):
-        super().__init__(config)
+        super().__init__(config, source_width)
         self.n_kv_head = config.n_kv_head or config.n_head
         q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        source_width = source_width or config.n_embd
         self.q_proj = Linear(config.n_embd, q_width, config.bias)
-        self.k_proj = Linear(source_width, kv_width, config.bias, keys=True)
-        self.v_proj = Linear(source_width, kv_width, config.bias, keys=True)
+        self.k_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
+        self.v_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
         self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.o_proj = Linear(q_width, config.n_embd, config.bias, writes=True)
@@ -293,13 +287,12 @@ class MHA(Attention):
             raise ConfigError(f'n_head={config.n_head} is not divisible by '
                               f'n_kv_head={config.n_kv_head}')
 
-    def heads(self, x, *, rope=None, key_mask=None, source=None, cache=None):
-        source = x if source is None else source
+    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
         q = self.q_norm(split_heads(self.q_proj(x), self.n_head))  # (B, H, T, d)
         k = self.k_norm(split_heads(self.k_proj(source), self.n_kv_head))  # (B, Hkv, S, d)
         v = split_heads(self.v_proj(source), self.n_kv_head)
         if rope is not None:
-            q, k = rotate(q, rope.q), rotate(k, rope.k)
+            q, k = rotate(q, rope), rotate(k, source_rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)
         return self.attend(q, k, v, key_mask)
@@ -335,32 +328,32 @@ class MLA(Attention):
 
     The cache holds the latent and the shared key, nothing a head. But with 'per_head', generation
     has to make the rotated keys of all cached tokens again at each step, S*H*r*L multiply-adds a
-    layer: at 8 heads of 32 and a latent of 32 about 17 times the arithmetic of MHA, where the
-    shared key costs 1.25 times.
+    layer. At 8 heads of 32 and a latent of 32 the scores and weighted sums of a token then take
+    about 17 times the arithmetic of MHA if 32 dimensions rotate (9 times if 16 do), where with a
+    shared key of 16 they take 1.25 times.
     """
 
     options = ('q_latent', 'kv_latent', 'o_latent', 'rope_key', 'v_head_dim', 'o_norm')
 
     def __init__(self, config, source_width=None):
-        super().__init__(config)
+        super().__init__(config, source_width)
         self.v_head_dim = config.v_head_dim or config.head_dim
         self.q_latent, self.shared_key = config.q_latent, config.rope_key == 'shared'
         self.kv_latent = config.kv_latent
         q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
         k_width = q_width - self.n_head * self.rope_dims if self.shared_key else q_width
-        source_width = source_width or config.n_embd
         if self.q_latent:
             self.q_a_proj = Linear(config.n_embd, self.q_latent)
             self.q_a_norm = RMSNorm(self.q_latent)
             self.q_b_proj = Linear(self.q_latent, q_width)
         else:
             self.q_proj = Linear(config.n_embd, q_width)
-        self.kv_a_proj = Linear(source_width, self.kv_latent, keys=True)
+        self.kv_a_proj = Linear(self.source_width, self.kv_latent, on_source=True)
         self.kv_a_norm = RMSNorm(self.kv_latent)
-        self.k_b_proj = Linear(self.kv_latent, k_width, keys=True)
-        self.v_b_proj = Linear(self.kv_latent, v_width, keys=True)
+        self.k_b_proj = Linear(self.kv_latent, k_width, on_source=True)
+        self.v_b_proj = Linear(self.kv_latent, v_width, on_source=True)
         if self.shared_key:
-            self.k_rope_proj = Linear(source_width, self.rope_dims, keys=True)
+            self.k_rope_proj = Linear(self.source_width, self.rope_dims, on_source=True)
         if config.o_latent:
             self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd,
                                        config.o_norm)
@@ -380,32 +373,31 @@ class MLA(Attention):
                               f'head_dim-1={config.head_dim - 1}: the other dimensions of a key '
                               'belong to its head')
 
-    def heads(self, x, *, rope=None, key_mask=None, source=None, cache=None):
-        source = x if source is None else source
+    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_latent else self.q_proj(x)
         q = split_heads(q, self.n_head)  # (B, H, T, d)
+        q = q if rope is None else rotate(q, rope)
         latent = self.kv_a_norm(self.kv_a_proj(source))  # (B, S, L)
-        k_rope = self.k_rope_proj(source) if self.shared_key else latent[..., :0]  # (B, S, r or 0)
-        if rope is not None:
-            q = rotate(q, rope.q)
-            k_rope = rotate(k_rope, rope.k) if self.shared_key else k_rope
+        k_rope = latent[..., :0]  # (B, S, r or 0)
+        if self.shared_key:
+            k_rope = rotate(self.k_rope_proj(source), source_rope)
         if cache is not None:
             latent, k_rope = cache.extend(self, latent, k_rope)
             if x.size(1) == 1 and self.causal and self.n_channels == 1:
                 if self.window is not None:
                     latent, k_rope = latent[:, -self.window:], k_rope[:, -self.window:]
-                return self.absorbed(q[:, :, 0], latent, k_rope, rope)
+                return self.absorbed(q[:, :, 0], latent, k_rope, source_rope)
 
         k = split_heads(self.k_b_proj(latent), self.n_head)
         v = split_heads(self.v_b_proj(latent), self.n_head)
         if self.shared_key:
             k_rope = k_rope[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
             k = torch.cat((k_rope, k), dim=-1)
-        elif rope is not None:
-            k = rotate(k, rope.k)
+        elif source_rope is not None:
+            k = rotate(k, source_rope)
         return self.attend(q, k, v, key_mask)
 
-    def absorbed(self, q, latent, k_rope, rope):
+    def absorbed(self, q, latent, k_rope, source_rope):
         """`heads` for one token of generation: q (B, H, d), latent (B, S, L), k_rope (B, S, r) ->
         (B, 1, H*dv). k_b_proj is applied to the query, and v_b_proj to the weighted sum of the
         latents, instead of both to S latents (DeepSeek-V2, section 2.1.2)."""
@@ -418,10 +410,10 @@ class MLA(Attention):
         elif self.rope_dims:
             to_rotated, to_k = to_k.split(q_rotated.shape[-1:] + q_plain.shape[-1:], dim=1)
             k_rotated = split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head)
-            k_rotated = rotate(k_rotated, rope.k)  # (B, H, S, r)
+            k_rotated = rotate(k_rotated, source_rope)  # (B, H, S, r)
             scores = (k_rotated @ q_rotated[..., None])[..., 0]
-        q_latent = (q_plain[:, :, None] @ to_k)[:, :, 0]  # (B, H, L)
-        scores = scores + q_latent @ latent.transpose(1, 2)
+        q_absorbed = (q_plain[:, :, None] @ to_k)[:, :, 0]  # (B, H, L)
+        scores = scores + q_absorbed @ latent.transpose(1, 2)
         weights = (scores * self.head_dim ** -0.5).softmax(dim=-1)
         read = weights @ latent  # (B, H, L)
         return join_heads(read[:, :, None] @ to_v.transpose(1, 2))  # (B, H, 1, dv) -> (B, 1, H*dv)
@@ -494,7 +486,7 @@ def make_attention(config, source_width=None):
     weights and FLOPs would be wrong and nobody would notice, so this asks for it."""
     attention = ATTENTIONS[config.attention](config, source_width)
     for mark, meaning in (('writes', 'adds to the residual stream (o_proj or a part of it)'),
-                          ('keys', 'is applied to the tokens that are attended to')):
+                          ('on_source', 'is applied to the tokens that are attended to')):
         if not any(getattr(module, mark, False) for module in attention.modules()):
             raise TypeError(f'{type(attention).__name__}: no Linear says {mark}=True: the one that '
                             f'{meaning} has to')
@@ -543,7 +535,7 @@ class Block(nn.Module):
         self.dropout = make_dropout(config.dropout)
 
     def forward(self, x, **context):
-        """context: rope, key_mask and cache, as in Attention.heads."""
+        """context: rope, key_mask and cache, as in Attention.forward."""
         x = x + self.dropout(self.attn(self.attn_norm(x), **context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -674,7 +666,7 @@ class BlockConfig:
 class ModelConfig:
     """Options of every architecture, beside those of its blocks."""
 
-    block: BlockConfig = field(default_factory=dict)  # given as a dict of its options
+    block_options: dict = field(default_factory=dict)  # of which __post_init__ makes self.block
     vocab_size: Count = 50257  # rows of the embedding, the tokenizer's special tokens included
     block_size: Count = 256  # longest sequence, tokens
     n_layer: Count = 6  # number of blocks
@@ -688,7 +680,7 @@ class ModelConfig:
 
     def __post_init__(self):
         check_ranges(self)
-        self.block = self.make_block(self.block)
+        self.block = self.make_block(self.block_options)  # a BlockConfig
         if self.vocab_rank and not self.tie_embeddings:
             raise ConfigError('vocab_rank shares its matrices with the head: it needs '
                               'tie_embeddings=True')
@@ -754,8 +746,9 @@ class EncoderDecoderConfig(TransformerConfig):
             return replace(self.block_of(layer), n_head=self.cross_n_head, head_dim=width,
                            v_head_dim=None, rope_dims=min(self.block.rope_dims, width // 2 * 2))
         except ConfigError as error:
-            name = f'cross-attention, cross_n_head={self.cross_n_head}'
-            raise ConfigError(f'{name}: {error}') from None
+            raise ConfigError(f'cross-attention, cross_n_head={self.cross_n_head}: {error}; its '
+                              f'heads are {width} wide, those of the stacks '
+                              f'{self.block.head_dim}') from None
 
 
 @dataclass
@@ -775,6 +768,7 @@ class GroupedLatentConfig(ModelConfig):
     interleave: bool = True  # local and global in turn; False = all local first
     upsample: Literal['repeat', 'attention'] = 'repeat'  # how slots read latents
     skip: Literal['sum', 'learned'] = 'sum'  # latents + slots, or with a learned vector before each
+    slot_emb_up: bool = False  # add the embeddings of the slots on the way up too
     global_window: Count | None = None  # tokens that a global block of level 0 sees; None = all
     dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
     latent_loss: bool = False  # each trunk output predicts the next trunk input
@@ -811,7 +805,7 @@ class GroupedLatentConfig(ModelConfig):
         return (self.group_size, *self.latents)
 
     def make_block(self, options):
-        """The BlockConfig of the token level; `level` makes the others of it."""
+        """The BlockConfig of the token level; `block_at` makes the others of it."""
         if any(above >= below for below, above in zip(self.sizes, self.latents)):
             raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level '
                               'has fewer than the one before it')
@@ -825,40 +819,48 @@ class GroupedLatentConfig(ModelConfig):
         return BlockConfig(n_embd=width, n_head=width // self.head_dim, head_dim=self.head_dim,
                            **options)
 
-    def level(self, i, **changes):
-        """The BlockConfig of level i."""
-        width = self.widths[i]
-        sizes = dict(n_embd=width, n_head=width // self.head_dim, mlp_hidden=4 * width)
-        return replace(self.block, **sizes | changes)
+    def block_at(self, level):
+        """The BlockConfig of a level."""
+        width = self.widths[level]
+        return replace(self.block, n_embd=width, n_head=width // self.head_dim,
+                       mlp_hidden=4 * width)
 
 
 def option_names(arch):
     """Names of all options of an architecture, those of its blocks included."""
     config_class = ARCHITECTURES[arch][1]
-    own = {option.name for option in fields(config_class)} - {'block'}
+    own = {option.name for option in fields(config_class)} - {'block_options'}
     return own | {option.name for option in fields(BlockConfig)} - set(config_class.derived)
 
 
 def flat_options(config):
     """The options of a model's config as one dict, which make_model takes."""
-    flat = {name: value for name, value in vars(config).items() if name != 'block'}
+    flat = {name: value for name, value in vars(config).items()
+            if name not in ('block', 'block_options')}
     for name, value in vars(config.block).items():
         if name not in config.derived:
             flat[name] = value
     return flat
 
 
-def make_model(arch, **options):
-    """A model of the architecture `arch`, a key of ARCHITECTURES. Raises ConfigError on options
-    that it does not have or that contradict each other."""
+def make_config(arch, **options):
+    """The config of a model of the architecture `arch`, a key of ARCHITECTURES. Raises ConfigError
+    on options that it does not have or that contradict each other."""
     if arch not in ARCHITECTURES:
         raise ConfigError(f'arch={arch!r}: takes one of {", ".join(ARCHITECTURES)}')
     if unknown := sorted(set(options) - option_names(arch)):
         raise ConfigError(f'arch={arch!r} has no {unknown[0]}: leave it out')
-    model_class, config_class = ARCHITECTURES[arch]
+    _, config_class = ARCHITECTURES[arch]
     own = {option.name for option in fields(config_class)} & set(options)
     block = {name: options[name] for name in options if name not in own}
-    return model_class(config_class(block, **{name: options[name] for name in own}))
+    return config_class(block, **{name: options[name] for name in own})
+
+
+def make_model(arch, **options):
+    """A model with new weights; see make_config."""
+    config = make_config(arch, **options)
+    model_class, _ = ARCHITECTURES[arch]
+    return model_class(config)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -874,7 +876,7 @@ def init_weights(model):
     matrix that writes into the residual     N(0, init_std/sqrt(n))  a tenth of that
       stream (Linear.writes)
     embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
-    embedding of a slot in its group                                 half of that
+    embedding of a slot in its group         N(0, init_std)          half of that
     bias                                     0                       0
     gain of a norm, skip or depth            as built: 1             as built: 1
 
@@ -924,8 +926,9 @@ class LanguageModel(nn.Module):
         """What the blocks do with embedded tokens x (B, T, D), the last of which is at position
         end - 1. Returns (states (B, T, D) before the final norm, terms).
 
-        terms: {name: (scalar, coefficient)} of what else the model reports. The scalar times the
-        coefficient is added to the loss; a coefficient of 0 only reports it.
+        terms: {name: (scalar, coefficient)} of what else the model reports in training. The scalar
+        times the coefficient is added to the loss; a coefficient of 0 only reports it. A validation
+        loss is always the cross-entropy alone.
         """
         raise NotImplementedError
 
@@ -989,6 +992,7 @@ class LanguageModel(nn.Module):
                 return x @ cache.head
             return F.linear(x, self.head_weight())
         out = linear_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
+        terms = terms if self.training else {}
         if terms:
             out['cross_entropy'] = out['loss']
         for name, (value, coefficient) in terms.items():
@@ -1161,12 +1165,14 @@ class GroupedLatent(LanguageModel):
     Down: the last slots of a group read the group, and become the slots of the next level. Up: a
     slot reads the latents that exist by its time, those of its own group that stand at or before it
     and those of the previous group, and adds the skip, what stood there on the way down. After each
-    Down and Up a Mixer lets the slots of a level see each other, inside their group and across
-    groups. Causality follows: a slot stands at the time of a token and sees nothing later.
+    Down and Up a Mixer lets the slots of a level see each other: some of its blocks attend inside
+    each group, others across all groups. Causality follows: a slot stands at the time of a token
+    and sees nothing later.
 
-    Positions: a learned embedding says where in its group a slot stands; rotary positions are token
-    times on every level. As a group has a fixed size, nothing before a token depends on what
-    follows or on the length; the last group may be open, that is, not yet full.
+    Positions: a learned embedding, added on the way down (and with slot_emb_up on the way up), says
+    where in its group a slot stands; rotary positions are token times on every level. As a group
+    has a fixed size, nothing before a token depends on what follows or on the length; the last
+    group may be open, that is, not yet full.
     """
 
     def __init__(self, config):
@@ -1176,16 +1182,17 @@ class GroupedLatent(LanguageModel):
         self.down = nn.ModuleList(Down(c, i) for i in range(last))
         self.blocks = nn.ModuleList(
             ChannelBlock(c) if c.n_channels and (i + 1) % c.channels_every == 0
-            else Block(c.level(last)) for i in range(c.n_layer))
+            else Block(c.block_at(last)) for i in range(c.n_layer))
         self.up = nn.ModuleList(Up(c, i) for i in range(last))
         if c.dense_former:
-            # what block i + 1 reads of the trunk's input and of the outputs so far: first the last
+            # Weights of the sum that block i + 1 reads, over the trunk's input and all outputs so
+            # far; at first it is the last output alone.
             self.depth_weights = nn.ParameterList(F.one_hot(torch.tensor(i + 1), i + 2).float()
                                                   for i in range(c.n_layer - 1))
         if c.latent_loss:
             self.latent_head = Linear(c.widths[-1], c.widths[-1])
         g = c.group_size
-        n_groups = max(2, -(-c.block_size // g))  # rounded up; `plan` looks two groups up
+        n_groups = max(2, -(-c.block_size // g))  # rounded up; `plan` needs the times of two groups
         for i, K in enumerate(c.sizes):
             times = (torch.arange(n_groups)[:, None] * g + g - K + torch.arange(K)).flatten()
             self.add_rope(f'rope_{i}', c.block.rope_dims, n_groups * g, times)
@@ -1196,7 +1203,7 @@ class GroupedLatent(LanguageModel):
         g, T = self.config.group_size, x.size(1)
         if cache is None:
             x = F.pad(x, (0, 0, 0, -T % g))  # causality makes filling up the last group exact
-            y, terms = self.groups(x, self.plan(0, x.size(1), None), n_real=T)
+            y, terms = self.groups(x, self.plan(0, x.size(1), None), n_tokens=T)
             return y[:, :T], terms
         parts, start = [], end - T
         while start < end:
@@ -1205,7 +1212,7 @@ class GroupedLatent(LanguageModel):
             else:
                 stop = end // g * g  # all the whole groups
             part = x[:, start - end + T:stop - end + T]
-            parts.append(self.groups(part, self.plan(start, stop, cache), n_real=stop)[0])
+            parts.append(self.groups(part, self.plan(start, stop, cache))[0])
             cache.n_tokens = start = stop
         return torch.cat(parts, dim=1), {}
 
@@ -1213,58 +1220,59 @@ class GroupedLatent(LanguageModel):
         """The Plan of a call for the tokens start..stop: whole groups, or tokens inside a group."""
         c, g = self.config, self.config.group_size
         whole = (stop - start) % g == 0
-        levels = []
+        at = []
         for i, K in enumerate(c.sizes):
             first, last = new_slots(c, i, start, stop)
-            inside = dict(rope=make_rope(self.rope_at(i, 0, last)))
-            across = dict(rope=make_rope(self.rope_at(i, 0, slots_until(c, i, stop))))
+            # attention sees differences of times alone, so inside each group they count from 0
+            inside = dict(rope=self.rope_at(i, 0, last))
+            across = dict(rope=self.rope_at(i, 0, slots_until(c, i, stop)))
             if cache is not None:
                 inside['cache'] = None if whole else cache.open_group[i]
-                across['cache'] = cache.levels[i]
-            up_rope = None
-            if i < len(self.up):
+                across['cache'] = cache.across[i]
+            up = {}
+            if c.upsample == 'attention' and i < len(self.up):
                 # the latents of the group before are read first, so times count from that group
                 _, last_latent = new_slots(c, i + 1, start, stop)
-                up_rope = make_rope(self.rope_at(i, K + first, K + last),
-                                    self.rope_at(i + 1, 0, c.sizes[i + 1] + last_latent))
-            levels.append(LevelPlan(first, last, inside, across, up_rope))
+                up = dict(rope=self.rope_at(i, K + first, K + last),
+                          source_rope=self.rope_at(i + 1, 0, c.sizes[i + 1] + last_latent))
+            at.append(LevelPlan(first, last, inside, across, up))
         n_groups = (stop - start) // g if whole else 1
-        return Plan(levels, n_groups, whole, start < g, stop % g == 0, cache)
+        return Plan(at, n_groups, whole, start < g, stop % g == 0, cache)
 
     def rope_at(self, level, first, last):
         """The rotary table of the slots first..last of a level, or None."""
         table = getattr(self, f'rope_{level}')
         return None if table is None else table[:, first:last]
 
-    def groups(self, x, plan, n_real):
+    def groups(self, x, plan, n_tokens=None):
         """Down, through the trunk, and up: x (B, T, D_0) -> (states (B, T, D_0), terms of `body`).
-        n_real: tokens that are not filling, for the latent loss."""
-        level = plan.levels[0]
-        x = fold(x, plan.n_groups) + self.slot_emb[0].weight[level.first:level.last]
-        # inside a group, new tokens may end before the first slot of a level, and of those above it
-        n_levels = sum(level.last > level.first for level in plan.levels)
+        n_tokens: without a cache, how many of the tokens are not there to fill the last group."""
+        x = fold(x, plan.n_groups) + self.slot_emb[0].weight[plan.at[0].first:plan.at[0].last]
+        # The first n_levels levels have new slots. Tokens inside a group may give none to those
+        # above; then a Down runs once more, into the first such level, for what it caches.
+        n_levels = sum(level.last > level.first for level in plan.at)
         skips, terms = [], {}
         for i, down in enumerate(self.down[:n_levels]):
             skips.append(x)
             x = down(x, self.slot_emb[i + 1], plan)
-        if n_levels == len(plan.levels):
-            x, terms = self.trunk(x, plan, n_real)
+        if n_levels == len(plan.at):
+            x, terms = self.trunk(x, plan, n_tokens)
         for up in reversed(self.up[:n_levels]):
-            x = up(x, skips.pop(), plan)
+            x = up(x, skips.pop(), self.slot_emb[up.level], plan)
         return unfold(x, plan.n_groups), terms
 
-    def trunk(self, x, plan, n_real):
+    def trunk(self, x, plan, n_tokens):
         """x (B*G, k, D) -> (the same after n_layer blocks over all latents, terms of `body`)."""
         inputs = x = unfold(x, plan.n_groups)
         outputs = [x]
         for i, block in enumerate(self.blocks):
-            x = block(x, **plan.levels[-1].across)
+            x = block(x, **plan.at[-1].across)
             if self.config.dense_former and i + 1 < len(self.blocks):
                 outputs.append(x)
                 x = sum(weight * output for weight, output in zip(self.depth_weights[i], outputs))
         terms = {}
         if self.config.latent_loss and self.training:
-            n = slots_until(self.config, len(self.down), n_real)
+            n = slots_until(self.config, len(self.down), n_tokens)
             loss = self.latent_loss(x[:, :n], inputs[:, :n].detach())
             terms['latent_loss'] = loss, self.config.latent_loss_coeff
         return fold(x, plan.n_groups), terms
@@ -1315,17 +1323,17 @@ def unfold(x, n_groups):
 class LevelPlan(NamedTuple):
     """What a call of GroupedLatent.groups does on one level."""
 
-    first: int  # the new slots of each group are first..last
+    first: int  # the new slots of each group are first..last - 1
     last: int
-    inside: dict  # rope and cache of blocks that see one group
-    across: dict  # rope and cache of blocks that see all slots
-    up_rope: Rope | None  # of slots that read latents, by attention, on the way up to this level
+    inside: dict  # rope and cache of blocks that attend inside a group
+    across: dict  # rope and cache of blocks that attend across all groups
+    up: dict  # rope and source_rope of slots that read latents by attention on the way up
 
 
 class Plan(NamedTuple):
     """What a call of GroupedLatent.groups does."""
 
-    levels: list[LevelPlan]
+    at: list[LevelPlan]  # each level
     n_groups: int
     whole: bool  # whole groups; False: tokens inside one group, the open one
     from_start: bool  # the first group is that of the sequence
@@ -1345,20 +1353,21 @@ class Down(nn.Module):
     def __init__(self, config, level):
         super().__init__()
         self.level, self.perceiver = level, config.compress == 'perceiver'
-        width, above = config.widths[level], config.level(level + 1)
-        self.in_proj = Linear(width, above.n_embd)
+        width, block_above = config.widths[level], config.block_at(level + 1)
+        self.in_proj = Linear(width, block_above.n_embd)
         n = 0 if self.perceiver else config.n_compress - 1
-        self.blocks = nn.ModuleList(Block(above) for _ in range(n))
-        self.pool = PoolBlock(above, width if self.perceiver else None)
+        self.blocks = nn.ModuleList(Block(block_above) for _ in range(n))
+        self.pool = PoolBlock(block_above, width if self.perceiver else None)
         self.mixer = Mixer(config, level + 1)
 
     def forward(self, x, slot_emb, plan):
-        level, above = plan.levels[self.level:self.level + 2]
+        here, above = plan.at[self.level:self.level + 2]
         y = self.in_proj(x)
         for block in self.blocks:
-            y = block(y, **level.inside)
-        n_new = above.last - above.first  # as many of the new slots become slots of the level above
-        latents = self.pool(y[:, y.size(1) - n_new:], x if self.perceiver else y, **level.inside)
+            y = block(y, **here.inside)
+        n_new = above.last - above.first  # so many of the new slots become slots of the level above
+        # pool also caches keys and values, so it runs even if the level above gets no slot yet
+        latents = self.pool(y[:, y.size(1) - n_new:], x if self.perceiver else y, **here.inside)
         if n_new == 0:
             return latents
         latents = latents + slot_emb.weight[above.first:above.last]
@@ -1380,71 +1389,72 @@ class PoolBlock(Block):
 
 
 class Mixer(nn.Module):
-    """n_mix pairs of a local block, inside the groups, and a global block, over all slots of a
-    level: (B*G, k, D) -> the same."""
+    """n_mix pairs of a local block, which attends inside each group, and a global block, which
+    attends across all groups of a level: (B*G, k, D) -> the same."""
 
     def __init__(self, config, level):
         super().__init__()
         n = config.n_mix
-        self.order = ('local', 'global') * n if config.interleave else (
-            ('local',) * n + ('global',) * n)
-        self.blocks = nn.ModuleList(Block(config.level(level)) for _ in self.order)
+        self.order = ('inside', 'across') * n if config.interleave else (
+            ('inside',) * n + ('across',) * n)
+        self.blocks = nn.ModuleList(Block(config.block_at(level)) for _ in self.order)
         if level == 0:
-            for block in self.of_kind('global'):
+            for block in self.of_kind('across'):
                 block.attn.window = config.global_window
 
     def of_kind(self, kind):
         return [block for name, block in zip(self.order, self.blocks) if name == kind]
 
-    def forward(self, x, level, n_groups):
-        """level: a LevelPlan."""
+    def forward(self, x, here, n_groups):
+        """here: the LevelPlan of this level."""
         for kind, block in zip(self.order, self.blocks):
-            if kind == 'local':
-                x = block(x, **level.inside)
+            if kind == 'inside':
+                x = block(x, **here.inside)
             else:
-                x = fold(block(unfold(x, n_groups), **level.across), n_groups)
+                x = fold(block(unfold(x, n_groups), **here.across), n_groups)
         return x
 
 
 class Up(nn.Module):
-    """Level i + 1 back to level i: each slot reads latents of its own group and of the group
-    before, and adds the skip, x: (B*G, k', D_i+1), (B*G, k, D_i) -> (B*G, k, D_i). Before the first
-    group stand learned latents.
+    """Level i + 1 back to level i: each slot reads latents of its own group and of the group before
+    and adds its skip: latents (B*G, k', D_i+1), skip (B*G, k, D_i) -> (B*G, k, D_i). Before the
+    first group stand learned latents.
 
     upsample='repeat': the last K' slots of a group stand at the same tokens as its latents, and
-    each takes its own. A slot that stands -r slots before the first latent takes latent r mod K' of
-    the group before. 'attention': a slot attends to all latents that stand at or before it.
+    each takes its own. The slot that stands s slots before the first latent takes from the group
+    before it the latent that is s-th from the end, and counts on from the end again after K'.
+    'attention': a slot attends to all latents that stand at or before it.
     """
 
     def __init__(self, config, level):
         super().__init__()
         self.level, self.upsample = level, config.upsample
-        width, above = config.widths[level:level + 2]
-        K, n = config.sizes[level:level + 2]  # slots, latents
-        self.latent_norm = make_norm(config.block.norm, above)
-        self.before_emb = nn.Embedding(n, above)
+        width, width_above = config.widths[level:level + 2]
+        n_slots, n = config.sizes[level:level + 2]  # of a group: slots here, latents above
+        self.latent_norm = make_norm(config.block.norm, width_above)
+        self.before_emb = nn.Embedding(n, width_above)
         # Which latents a slot reads, of the n of the group before followed by the n of its own.
-        slot, late = torch.arange(K), K - n
+        slot, first = torch.arange(n_slots), n_slots - n  # `first` stands with the first latent
         if self.upsample == 'repeat':
-            self.up_proj = Linear(above, width, writes=True)
-            reads = torch.where(slot < late, (slot - late) % n, n + slot - late)
+            self.up_proj = Linear(width_above, width, writes=True)
+            reads = torch.where(slot < first, (slot - first) % n, n + slot - first)
             self.register_buffer('reads', reads, persistent=False)
         else:
             self.query_norm = make_norm(config.block.norm, width)
-            block = replace(config.level(level), causal=False)
-            self.up = make_attention(block, above)
-            own = slot[:, None] >= late + torch.arange(n)
-            sees = torch.cat((torch.ones(K, n, dtype=torch.bool), own), dim=1)  # (K, 2n)
-            self.register_buffer('sees', sees, persistent=False)
-        self.learned_skip = config.skip == 'learned'
+            block = replace(config.block_at(level), causal=False)
+            self.up = make_attention(block, width_above)
+            own = slot[:, None] >= first + torch.arange(n)
+            sees = torch.cat((torch.ones(n_slots, n, dtype=torch.bool), own), dim=1)
+            self.register_buffer('sees', sees, persistent=False)  # (K, 2n)
+        self.slot_emb_up, self.learned_skip = config.slot_emb_up, config.skip == 'learned'
         if self.learned_skip:
             self.skip_a, self.skip_b = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.mixer = Mixer(config, level)
 
-    def forward(self, latents, x, plan):
-        latents, level = self.prepare(latents), plan.levels[self.level]
+    def forward(self, latents, skip, slot_emb, plan):
+        latents, here = self.prepare(latents), plan.at[self.level]
         if plan.from_start:
-            batch = x.size(0) // plan.n_groups
+            batch = skip.size(0) // plan.n_groups
             previous = self.prepare(self.before_emb.weight).expand(batch, -1, -1)
         else:
             previous = plan.cache.previous[self.level]  # (B, K', .)
@@ -1452,9 +1462,11 @@ class Up(nn.Module):
             latents = self.of_whole_groups(latents, previous, plan)
         else:
             latents = self.of_open_group(latents, previous, plan)
-        y = self.read(latents, x, level)
-        x = self.skip_a * y + self.skip_b * x if self.learned_skip else y + x
-        return self.mixer(x, level, plan.n_groups)
+        x = self.read(latents, skip, here)
+        x = self.skip_a * x + self.skip_b * skip if self.learned_skip else x + skip
+        if self.slot_emb_up:
+            x = x + slot_emb.weight[here.first:here.last]
+        return self.mixer(x, here, plan.n_groups)
 
     def prepare(self, latents):
         latents = self.latent_norm(latents)
@@ -1476,12 +1488,12 @@ class Up(nn.Module):
             plan.cache.previous[self.level] = own.clone()
         return torch.cat((previous, own), dim=1)
 
-    def read(self, latents, x, level):
+    def read(self, latents, skip, here):
         """What each new slot reads of the latents (B*G, ., .): (B*G, k, D_i)."""
         if self.upsample == 'repeat':
-            return latents[:, self.reads[level.first:level.last]]
-        mask = self.sees[None, None, level.first:level.last, :latents.size(1)]
-        return self.up(self.query_norm(x), source=latents, rope=level.up_rope, key_mask=mask)
+            return latents[:, self.reads[here.first:here.last]]
+        mask = self.sees[None, None, here.first:here.last, :latents.size(1)]
+        return self.up(self.query_norm(skip), source=latents, key_mask=mask, **here.up)
 
 
 class ChannelLinear(nn.Module):
@@ -1490,7 +1502,8 @@ class ChannelLinear(nn.Module):
     def __init__(self, layer, n_channels):
         super().__init__()
         self.n_channels = n_channels
-        self.writes, self.keys = getattr(layer, 'writes', False), getattr(layer, 'keys', False)
+        self.writes = getattr(layer, 'writes', False)
+        self.on_source = getattr(layer, 'on_source', False)
         self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
         self.bias = None
         if layer.bias is not None:
@@ -1524,7 +1537,7 @@ class ChannelBlock(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        c, C = config.level(-1), config.n_channels
+        c, C = config.block_at(-1), config.n_channels
         narrow = replace(c, mlp_hidden=max(1, round(config.channel_mlp_mult * 4 * c.n_embd / C)))
         self.n_channels, self.merge = C, config.merge
         self.attn_norm, self.mlp_norm = (make_norm(c.norm, c.n_embd) for _ in range(2))
@@ -1555,17 +1568,22 @@ ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
 
 
 def plain_cross_entropy(x, weight, targets):
-    """Mean cross-entropy (nats) of the logits x @ weight.T: x (N, D), weight (V, D), targets (N,),
-    -1 = not scored. The same as linear_cross_entropy, in the open. To change what is made of the
-    logits, change this and call it in LanguageModel.forward; it holds all N x V logits at once."""
-    logits = F.linear(x, weight).float()
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum')
-    return {'loss': loss / (targets >= 0).sum().clamp(min=1)}
+    """What linear_cross_entropy computes, in the open; it holds all N x V logits at once. To train
+    on another loss, write one like this and call it in LanguageModel.forward if self.training;
+    evaluation keeps linear_cross_entropy, so that validation losses compare."""
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    n = (targets >= 0).sum().clamp(min=1)
+    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum') / n
+    if torch.is_grad_enabled():
+        return {'loss': loss}
+    return {'loss': loss, 'accuracy': (logits.argmax(dim=-1) == targets).sum() / n}
 
 
 def linear_cross_entropy(x, weight, targets):
-    """plain_cross_entropy, never holding more than a chunk of the logits; 0 if there is no target.
-    Without gradients the dict also has `accuracy`, the share of the targets that rank first."""
+    """Mean cross-entropy (nats) of the logits x @ weight.T as {'loss': scalar}, never holding more
+    than a chunk of them: x (N, D), weight (V, D), targets (N,), -1 = not scored; 0 if there is no
+    target. Without gradients also `accuracy`, the share of the targets that rank first."""
     n_chunks = max(1, x.size(0) * weight.size(0) // 2 ** 24)  # of 64 MB in float32
     if torch.compiler.is_compiling():  # the loop unrolls
         n_chunks = min(8, n_chunks)
@@ -1658,13 +1676,14 @@ class Cache:
 
 
 class GroupedCache:
-    """The cache of GroupedLatent: on every level, for blocks that see all slots, the keys and
-    values of all of them; for blocks inside a group, and for the way up, those of the open group;
-    and the latents of the group before it."""
+    """The cache of GroupedLatent: on every level, `across`, the keys and values of all slots, for
+    blocks that attend across all groups; `open_group`, those of the open group, for blocks that
+    attend inside it, and its latents, for the way up; `previous`, the latents of the group before.
+    """
 
     def __init__(self, config, batch, length, head):
         self.config, self.batch, self.length, self.head = config, batch, length, head
-        self.levels = [Cache(batch, slots_until(config, i, length))
+        self.across = [Cache(batch, slots_until(config, i, length))
                        for i in range(len(config.sizes))]
         self.open_group = [Cache(batch, K) for K in config.sizes]
         self.previous = [None] * len(config.latents)
@@ -1684,12 +1703,12 @@ class GroupedCache:
                              'can be taken back, or all')
         self._n_tokens = t
         for level, K in enumerate(self.config.sizes):
-            self.levels[level].n_tokens = slots_until(self.config, level, t)
+            self.across[level].n_tokens = slots_until(self.config, level, t)
             self.open_group[level].n_tokens = max(0, t % g - (g - K))
 
     def n_bytes(self):
         previous = sum(latents.nbytes for latents in self.previous if latents is not None)
-        return previous + sum(cache.n_bytes() for cache in (*self.levels, *self.open_group))
+        return previous + sum(cache.n_bytes() for cache in (*self.across, *self.open_group))
 
 
 def check_cache(model, length):
@@ -1784,7 +1803,7 @@ def block_flops(module, queries, sources, keys):
     total = 0.0
     for part in module.modules():
         if isinstance(part, (nn.Linear, ChannelLinear)):
-            rows = sources if getattr(part, 'keys', False) else queries
+            rows = sources if getattr(part, 'on_source', False) else queries
             total += 2 * part.weight.numel() * rows
         elif isinstance(part, Attention):
             total += part.score_flops(keys) * queries
@@ -1802,21 +1821,21 @@ def grouped_flops(model, T):
         seen[0] = c.global_window - c.global_window * (c.global_window - 1) / 2 / T
     trunk, levels = block_flops(model.blocks, n[-1], n[-1], seen[-1]), 0.0
     for i, (down, up) in enumerate(zip(model.down, model.up)):
-        K, k = c.sizes[i:i + 2]
+        K, K2 = c.sizes[i:i + 2]
         levels += block_flops(down.in_proj, n[i], n[i], 0)
         levels += block_flops(down.blocks, n[i], n[i], (K + 1) / 2)
-        levels += block_flops(down.pool, n[i + 1], n[i], (2 * K - k + 1) / 2)
-        levels += mixer_flops(down.mixer, n[i + 1], (k + 1) / 2, seen[i + 1])
+        levels += block_flops(down.pool, n[i + 1], n[i], (2 * K - K2 + 1) / 2)
+        levels += mixer_flops(down.mixer, n[i + 1], (K2 + 1) / 2, seen[i + 1])
         levels += mixer_flops(up.mixer, n[i], (K + 1) / 2, seen[i])
         if up.upsample == 'repeat':
             levels += block_flops(up.up_proj, n[i + 1], n[i + 1], 0)
         else:
-            levels += block_flops(up.up, n[i], n[i + 1], k + k * (k + 1) / 2 / K)
+            levels += block_flops(up.up, n[i], n[i + 1], K2 + K2 * (K2 + 1) / 2 / K)
     return dict(levels=levels, trunk=trunk)
 
 
 def mixer_flops(mixer, slots, keys_inside, keys_across):
-    keys = {'local': keys_inside, 'global': keys_across}
+    keys = dict(inside=keys_inside, across=keys_across)
     return sum(block_flops(block, slots, slots, keys[kind])
                for kind, block in zip(mixer.order, mixer.blocks))
 
@@ -1825,9 +1844,9 @@ def grouped_cache_numbers(model):
     """Numbers by which the cache of GroupedLatent grows with each token. What it keeps of the open
     group and of the one before has a fixed size."""
     c, top = model.config, len(model.config.latents)
-    blocks = {i: model.up[i].mixer.of_kind('global') for i in range(top)}  # on each level
+    blocks = {i: model.up[i].mixer.of_kind('across') for i in range(top)}  # on each level
     blocks[top] = list(model.blocks)
     for down in model.down:
-        blocks[down.level + 1] += down.mixer.of_kind('global')
+        blocks[down.level + 1] += down.mixer.of_kind('across')
     return sum(block.attn.cache_width() * block.attn.n_channels * c.sizes[i] / c.group_size
                for i in blocks for block in blocks[i])

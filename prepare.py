@@ -274,7 +274,7 @@ class DataSet:
     note: str | None = None  # to print when it has been prepared from the hub or a package
 
 
-DATASETS = {  # all of them take --source; a new entry is all that a new data set needs
+DATASETS = {  # all of them take --source; a new data set is a new entry
     'wiki10k': DataSet(embedded=wiki10k, note='text: summaries of English Wikipedia articles by '
                        'their contributors, CC BY-SA; to try things on, not to measure by'),
     'wikitext103': DataSet('Salesforce/wikitext', 'wikitext-103-raw-v1', has_validation=True,

@@ -51,9 +51,9 @@ class Machine:
 
     def __init__(self, options):
         """options: MachineOptions. Raises UserError if there is no such device."""
-        self.rank = int(os.environ.get('RANK', 0))
-        self.local_rank = int(os.environ.get('LOCAL_RANK', 0))
-        self.world = int(os.environ.get('WORLD_SIZE', 1))
+        self.rank = number_from_environment('RANK', 0)
+        self.local_rank = number_from_environment('LOCAL_RANK', 0)
+        self.world = number_from_environment('WORLD_SIZE', 1)
         name = options.device
         if name == 'auto':
             mps = torch.backends.mps.is_available()
@@ -64,6 +64,8 @@ class Machine:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f'--device={options.device}: {reason}') from None
+        if self.device.type == 'meta':
+            raise UserError('--device=meta: computes nothing; use --dry_run=True to see sizes')
         self.cuda = self.device.type == 'cuda'
         supported = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
         self.bf16 = options.dtype == 'bfloat16' or options.dtype == 'auto' and supported
@@ -139,25 +141,39 @@ class Machine:
         return flops_per_second / self.world / peak if peak and self.bf16 else None
 
 
+def number_from_environment(name, default):
+    """What torchrun says about this process in its environment."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal():
+        raise UserError(f'{name}={text} in the environment: torchrun sets it to a number; unset it '
+                        'to train in one process')
+    return int(text)
+
+
 # --------------------------------------------------------------------------------------------------
 # checkpoints
 
 
-def save_checkpoint(path, state):
-    """Writes a temporary file, flushes it to the disk and renames it: at any moment `path` is the
-    old or the new state."""
+def write_whole(path, write):
+    """Lets write(file) fill a temporary file, flushes it to the disk and renames it: at any moment
+    `path` is the old or the new file. Raises UserError if that fails."""
     partial = path.with_name(f'{path.name}.partial')
     try:
         with open(partial, 'wb') as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot be written ({error}); the checkpoint before it '
-                        'stands') from None
+        raise UserError(f'{path}: cannot be written ({error}); what was there before is '
+                        'kept') from None
+
+
+def save_checkpoint(path, state):
+    """Writes a checkpoint whole or not at all."""
+    write_whole(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path):
@@ -196,10 +212,10 @@ def model_options_of(flat):
     return {name: value for name, value in flat.items() if name in names}
 
 
-def build(arch, model_options):
-    """make_model for options that a user chose: contradictions are a UserError."""
+def build(arch, model_options, make=make_model):
+    """make_model, or make_config, for options that a user chose: contradictions are a UserError."""
     try:
-        return make_model(arch, **model_options)
+        return make(arch, **model_options)
     except ConfigError as error:
         raise UserError(str(error)) from None
 
@@ -246,6 +262,10 @@ def load_weights(model, state, path):
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f'{path}: another architecture: {reason}') from None
+    for name, weight in model.state_dict().items():
+        if not weight.isfinite().all():
+            raise UserError(f'{path}: {name} holds numbers that are not finite: use another '
+                            'checkpoint')
 
 
 def load_run(folder, device='cpu'):
@@ -283,15 +303,22 @@ class Run:
     """What a training run writes into its folder: options, tokenizer, metrics, checkpoints. Of
     several processes only the first one writes."""
 
-    def __init__(self, folder, flat, origin, tokenizer, machine, resumed_step=None, wandb=False):
-        """flat: all options. origin: from `provenance`. resumed_step: of the checkpoint to go on
-        from; if None, an earlier run in this folder is moved out of the way."""
+    def __init__(self, folder, flat, facts, origin, tokenizer, machine, resumed_step=None,
+                 wandb_project=None):
+        """flat: all options. facts: what else there is to know of the model, for run.json. origin:
+        from `provenance`. resumed_step: of the checkpoint to go on from; if None, an earlier run in
+        this folder is moved out of the way. wandb_project: None = no Weights & Biases."""
         self.folder, self.flat, self.origin = Path(folder), flat, origin
         self.writes, self.wandb = machine.first, None
         if self.writes:
+            earlier = read_facts(folder) if resumed_step is not None else {}
             self.make_folder(tokenizer, resumed_step)
-            if wandb:
-                self.wandb = open_wandb('encoder-pretrain', self.folder.name, self.folder, flat)
+            facts = facts | origin
+            if wandb_project:  # a resumed run goes on in its own run there
+                self.wandb = open_wandb(wandb_project, self.folder.name, self.folder, flat | facts,
+                                        earlier.get('wandb_id'))
+                facts['wandb_id'] = self.wandb.id
+            save_text(self.folder / 'run.json', json.dumps(facts, indent=2) + '\n')
 
     def make_folder(self, tokenizer, resumed_step):
         folder, latest = self.folder, self.folder / 'ckpt.pt'
@@ -341,21 +368,16 @@ def date_of(path, taken):
 
 
 def save_text(path, text):
-    """Writes a small file whole or not at all."""
-    partial = path.with_name(f'{path.name}.partial')
-    try:
-        partial.write_text(text)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
-        raise UserError(f'{path}: cannot be written ({error})') from None
+    """Writes a text file, as utf-8, whole or not at all."""
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
-def open_wandb(project, name, folder, flat):
+def open_wandb(project, name, folder, values, run_id=None):
+    """A run of Weights & Biases: a new one, or the one with this id, which goes on."""
     import wandb
     try:
-        return wandb.init(project=project, name=name, dir=folder, config=flat)
+        return wandb.init(project=project, name=name, dir=folder, config=values, id=run_id,
+                          resume='allow' if run_id else None)
     except wandb.errors.Error as error:
         raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set '
                         'WANDB_MODE=offline') from None
@@ -382,10 +404,20 @@ def read_metrics(folder):
     return lines
 
 
+def read_facts(folder):
+    """What run.json says of a run; {} for a run of an earlier version, which has none."""
+    try:
+        return json.loads((Path(folder) / 'run.json').read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise UserError(f'{folder}/run.json: cannot be read ({error}): remove it') from None
+
+
 def describe(scores):
     """A dict of scores in a line of text."""
-    names = (name.removeprefix('val_').replace('_', ' ') for name in scores)
-    return ', '.join(f'{name} {value:.4f}' for name, value in zip(names, scores.values()))
+    return ', '.join(f'{name.removeprefix("val_").replace("_", " ")} {value:.4f}'
+                     for name, value in scores.items())
 
 
 # --------------------------------------------------------------------------------------------------
@@ -415,17 +447,24 @@ def pyplot():
 
 
 def plot_losses(folder):
-    """RUN/loss.png: training and validation loss over the steps."""
+    """RUN/loss.png: training and validation loss over the steps. The axis of the losses is cut to
+    what follows the first tenth of the steps: what comes before is many times as high."""
     plt, lines = pyplot(), read_metrics(folder)
     figure, axes = plt.subplots(figsize=(7, 4.5), layout='constrained')
     # if the training loss has further terms, its cross-entropy compares with the validation loss
     terms = any('train_cross_entropy' in line for line in lines)
     train = 'train_cross_entropy' if terms else 'train_loss'
-    styles = {train: dict(linewidth=0.8, alpha=0.6), 'val_loss': dict(marker='o', markersize=3)}
+    styles = {train: dict(linewidth=0.8, alpha=0.6), 'val_loss': dict(marker='o', markersize=3),
+              'train_eval_loss': dict(marker='o', markersize=2, linewidth=0.8)}
+    later = []  # losses after the first tenth
     for key, style in styles.items():
         points = [(line['step'], line[key]) for line in lines if key in line]
         if points:
             axes.plot(*zip(*points), label=key.replace('_', ' '), **style)
+            later += [loss for step, loss in points if step > lines[-1]['step'] / 10]
+    if later:
+        margin = 0.05 * (max(later) - min(later)) + 0.01
+        axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.set(xlabel='step', ylabel='loss (nats)', title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -3,6 +3,7 @@
     python train.py config/quick.py                                  # five minutes on a laptop
     python train.py config/mla_o.py --batch_size=32 --max_iters=300  # any option, after the config
     torchrun --nproc_per_node=8 train.py config/mla_o.py             # one process a GPU
+    python train.py config/grouped.py --help                         # its options and their values
 """
 
 import contextlib
@@ -29,7 +30,7 @@ import prepare
 from config import UserError
 from deepseek import add_output_latent
 from model import (ARCHITECTURES, BlockConfig, ChannelLinear, ConfigError, Count, CountOrZero,
-                   ModelConfig, NotNegative, Positive, Range, Share, flat_options)
+                   ModelConfig, NotNegative, Positive, Range, Share, flat_options, make_config)
 from prepare import DataOptions, Tokenizer
 from run import (Machine, MachineOptions, Run, best_checkpoint, build, describe, load_checkpoint,
                  load_weights, model_options_of, provenance)
@@ -72,6 +73,7 @@ class TrainOptions(MachineOptions, DataOptions):
     eval_iters: CountOrZero = 20  # batches of batch_size in an evaluation; 0 = all validation data
     log_interval: Count = 10  # steps between lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
+    o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent that a run did not have
     init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), or another run's folder
     eval_only: bool = False  # score the model of init_from and end
     dry_run: bool = False  # print parameters, FLOPs and cache bytes and end; needs no data
@@ -93,7 +95,7 @@ def read_options(argv):
     """
     config_classes = [config_class for _, config_class in ARCHITECTURES.values()]
     values, name = config.load(argv, TrainOptions, BlockConfig, ModelConfig, *config_classes,
-                               doc=__doc__, refused=REFUSED)
+                               doc=__doc__, refused=REFUSED, shown=option_classes)
     out_dir = values.get('out_dir') or f'out/{name or "default"}'
     init_from, latest = values.get('init_from', 'scratch'), Path(out_dir) / 'ckpt.pt'
     if init_from == 'auto':
@@ -108,6 +110,13 @@ def read_options(argv):
         saved = inherited_options(state['options'], values.get('eval_only', False))
     flat = saved | values | dict(out_dir=out_dir, init_from=init_from)
     return *split_options(flat), state
+
+
+def option_classes(values):
+    """The dataclasses of the options that a run has if its options are these."""
+    arch = values.get('arch', TrainOptions.arch)
+    _, config_class = ARCHITECTURES.get(arch, ARCHITECTURES[TrainOptions.arch])
+    return TrainOptions, BlockConfig, config_class
 
 
 def split_options(flat):
@@ -128,7 +137,8 @@ def current_options(saved):
 
 def inherited_options(saved, eval_only):
     """What a run takes from the run that it starts from: what the model is and what it reads. The
-    recipe, dropout included, is its own; but a run is scored on as much as it was in training."""
+    recipe, dropout included, is its own; but eval_only scores as many windows as the evaluations of
+    that run."""
     names = {option.name for option in fields(DataOptions)} | {'arch'}
     names |= {'batch_size', 'eval_iters'} if eval_only else set()
     names |= model_options_of(saved).keys() - {'dropout', 'attention_dropout'}
@@ -142,7 +152,7 @@ def report_changes(saved, values, path):
     for name, value in values.items():
         if name in free or name not in saved or value in (saved[name], None):
             continue
-        if name in ('batch_size', 'seed', 'optimizer', 'mask_prob'):
+        if name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase'):
             raise UserError(f'{path}: cannot go on with {name}={value}, it was {saved[name]}; use '
                             '--init_from=RUN --out_dir=NEW to start anew from its weights')
         if os.environ.get('RANK', '0') == '0':
@@ -151,7 +161,8 @@ def report_changes(saved, values, path):
 
 def start_model(options, model_options, state):
     """The model at the first step: new, or from the checkpoint `state`. If only the options have
-    an o_latent, each W^O of the checkpoint becomes its best product of that rank."""
+    an o_latent, each W^O of the checkpoint becomes its best product of that rank (o_latent_init:
+    or a new one)."""
     if state is None:
         return build(options.arch, model_options)
     rank, norm = model_options.get('o_latent'), model_options.get('o_norm', 'none')
@@ -161,7 +172,7 @@ def start_model(options, model_options, state):
     model = build(options.arch, model_options)
     load_weights(model, state, origin_of(options))
     try:
-        return add_output_latent(model, rank, norm=norm) if cut else model
+        return add_output_latent(model, rank, options.o_latent_init, norm) if cut else model
     except ConfigError as error:
         raise UserError(str(error)) from None
 
@@ -179,13 +190,21 @@ def predicted_share(options, model_config):
     return max(1, round(options.mask_prob * T)) / T
 
 
-def print_model(options, model):
+def facts_of(options, model):
+    """What a run's options do not say about its model, for run.json."""
     c = model.config
-    flops = model.flops_per_token(c.block_size, predicted_share(options, c))
-    cache = model.cache_bytes_per_token() if c.block.causal else None
-    print(f'{options.arch}: {model.n_params():,} parameters ({model.n_params(positions=False):,} '
-          f'without positions), {flops / 1e6:.1f} MFLOP a token in training'
-          f'{f", {cache:,.0f} cache bytes a token" if cache else ""}')
+    return dict(parameters=model.n_params(),
+                parameters_without_positions=model.n_params(positions=False),
+                train_flops_per_token=model.flops_per_token(c.block_size,
+                                                            predicted_share(options, c)),
+                cache_bytes_per_token=model.cache_bytes_per_token() if c.block.causal else None)
+
+
+def print_facts(options, facts):
+    flops, cache = facts['train_flops_per_token'], facts['cache_bytes_per_token']
+    print(f'{options.arch}: {facts["parameters"]:,} parameters '
+          f'({facts["parameters_without_positions"]:,} without positions), {flops / 1e6:.1f} MFLOP '
+          f'a token in training{f", {cache:,.0f} cache bytes a token" if cache else ""}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,12 +289,13 @@ class Loader:
 
 
 class Data(NamedTuple):
-    """A prepared data set: its folder, meta.json, tokenizer, and the loaders of its splits."""
+    """A prepared data set: its folder, meta.json, tokenizer, and loaders."""
 
     folder: Path
     meta: dict
     tokenizer: Tokenizer
-    train: Loader
+    train: Loader  # the sequences to train on
+    train_eval: Loader  # as many windows of the training split as val has, for evaluation
     val: Loader
 
 
@@ -294,7 +314,7 @@ def open_data(options, model_config, machine, run_tokenizer=None):
         prepare.warn_if_source_changed(folder)
     meta, tokenizer = prepare.read_meta(folder), Tokenizer.load(folder / 'tokenizer.json')
     if options.source and meta['source'] != options.source:
-        prepare.local_files(options.source)
+        prepare.local_files(options.source)  # first says so if there are no such files
         raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: '
                         'remove that folder, or run prepare.py with this source, which replaces it')
     vocab_size, causal = model_config.vocab_size, model_config.block.causal
@@ -309,12 +329,13 @@ def open_data(options, model_config, machine, run_tokenizer=None):
                    mask_prob=options.mask_prob)
     val = Loader(prepare.read_tokens(folder, 'val'), *shared,
                  fixed=options.eval_iters * options.batch_size)
-    return Data(folder, meta, tokenizer, train, val)
+    train_eval = Loader(train.tokens, *shared, fixed=val.fixed)
+    return Data(folder, meta, tokenizer, train, train_eval, val)
 
 
 def data_folder(options, run_tokenizer):
-    """The folder of the data that the options name; if its tokens are not those of run_tokenizer,
-    that of the same data in those tokens."""
+    """The folder of the data that the options name, or, if that is in other tokens than those of
+    run_tokenizer, the folder for the same data in its tokens."""
     folder = prepare.folder_of(options)
     if run_tokenizer is None:
         return folder
@@ -350,7 +371,7 @@ def parameter_groups(model):
 
 class Muon(torch.optim.Muon):
     """torch.optim.Muon for linear layers. Of parallel channels it orthogonalises each matrix by
-    itself."""
+    itself. Its parameters share the memory of the weights, which have to be changed in place."""
 
     def __init__(self, layers, **options):
         self.views = []  # (weight, index of a matrix in it, a parameter that shares its memory)
@@ -384,16 +405,18 @@ def make_optimizers(model, options):
 
 
 def learning_rate(options, step, seconds):
-    """Linear warmup over steps, then the decay: over steps up to lr_decay_iters, or over time if
-    there is max_seconds."""
-    tenth = options.max_iters // 10
-    warmup = tenth if options.warmup_iters is None else options.warmup_iters
+    """Linear warmup, then the decay up to lr_decay_iters. With max_seconds the decay follows the
+    clock from the first step on, and the warmup too, over its first tenth, unless warmup_iters says
+    how many steps it takes."""
+    warmup = options.warmup_iters
     if options.max_seconds:
-        progress = seconds / options.max_seconds
+        progress = min(1.0, seconds / options.max_seconds)
+        warm = progress / 0.1 if warmup is None else (step + 1) / max(1, warmup)
     else:
+        warmup = options.max_iters // 10 if warmup is None else warmup
         end = options.lr_decay_iters or options.max_iters
-        progress = (step - warmup) / max(1, end - warmup)
-    progress = min(1.0, max(0.0, progress))
+        progress = min(1.0, max(0.0, (step - warmup) / max(1, end - warmup)))
+        warm = (step + 1) / max(1, warmup)
     if options.schedule == 'cosine':
         factor = 0.5 * (1 + math.cos(math.pi * progress))
     elif options.schedule == 'linear':
@@ -401,18 +424,32 @@ def learning_rate(options, step, seconds):
     else:
         factor = min(1.0, (1 - progress) / WSD_DECAY)
     lr = options.min_lr + factor * (options.learning_rate - options.min_lr)
-    return lr * min(1.0, (step + 1) / max(1, warmup))
+    return lr * min(1.0, warm)
 
 
 # --------------------------------------------------------------------------------------------------
 # evaluation
 
 
-@torch.no_grad()
 def evaluate(model, forward, data, batch_size, machine):
-    """The mean loss over the fixed windows of data.val, and what follows from it, as a dict. The
-    processes share the windows. forward: the model itself or its compiled form."""
-    loader = data.val
+    """The loss on data.val and what follows from it, and the loss on as many windows of the
+    training split, as a dict. forward: the model itself or its compiled form."""
+    loss, accuracy = mean_scores(model, forward, data.val, batch_size, machine)
+    train_loss, _ = mean_scores(model, forward, data.train_eval, batch_size, machine)
+    scores = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)))
+    if data.val.causal:
+        bits = loss / math.log(2)
+        scores |= dict(val_accuracy=accuracy,
+                       val_bits_per_byte=bits / data.meta['bytes_per_token'])
+    else:
+        scores |= dict(val_masked_accuracy=accuracy)
+    return scores | dict(train_eval_loss=train_loss)
+
+
+@torch.no_grad()
+def mean_scores(model, forward, loader, batch_size, machine):
+    """The mean loss and accuracy over the fixed windows of a loader, which the processes share,
+    without dropout."""
     model.eval()
     loss, correct, count = 0.0, 0.0, 0
     mine = np.arange(loader.fixed)[machine.rank::machine.world]
@@ -429,12 +466,7 @@ def evaluate(model, forward, data, batch_size, machine):
         count += n
     model.train()
     loss, correct, count = machine.total(loss, correct, count)
-    loss, accuracy = loss / count, correct / count
-    scores = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)))
-    if loader.causal:
-        bits = loss / math.log(2)
-        return scores | dict(val_bits_per_byte=bits / data.meta['bytes_per_token'])
-    return scores | dict(val_masked_accuracy=accuracy)
+    return loss / count, correct / count
 
 
 @torch.no_grad()
@@ -551,23 +583,34 @@ def catch_signals():
     return caught
 
 
-def open_run(options, model, state, machine, data):
+def open_run(options, model, checkpoint, machine, data):
     """The Run that train writes to, after it has printed what is going to be trained."""
     flat = dataclasses.asdict(options) | flat_options(model.config)
     origin = provenance(machine, data.meta, data.tokenizer)
-    before = state['provenance'].get('started_from', 'scratch') if state else options.init_from
-    run = Run(options.out_dir, flat, origin | dict(started_from=before), data.tokenizer, machine,
-              state and state['step'], options.wandb)
+    before, resumed_step = options.init_from, None
+    if checkpoint:
+        before = checkpoint['provenance'].get('started_from', 'scratch')
+        resumed_step = checkpoint['step']
+    facts = facts_of(options, model)
+    project = 'causal-pretrain' if model.config.block.causal else 'encoder-pretrain'
+    run = Run(options.out_dir, flat, facts, origin | dict(started_from=before), data.tokenizer,
+              machine, resumed_step, project if options.wandb else None)
     if machine.first:
-        print_model(options, model)
+        print_facts(options, facts)
     return run
 
 
-def restore(optimizers, state):
+def restore(optimizers, checkpoint):
     """The optimizers' state of a checkpoint. The moments are those of the run; weight decay and the
-    like are what the options now say."""
-    for optimizer, saved in zip(optimizers, state['optimizers']):
+    like are what the options now say. Raises UserError if it is the state of other optimizers."""
+    for optimizer, saved in zip(optimizers, checkpoint['optimizers'], strict=True):
         groups = optimizer.state_dict()['param_groups']
+        shapes = dict(enumerate(p.shape for g in optimizer.param_groups for p in g['params']))
+        fits = all(value.shape in (shapes.get(i), ()) for i, moments in saved['state'].items()
+                   for value in moments.values() if isinstance(value, torch.Tensor))
+        if not fits or not saved['state'] and checkpoint['step'] > 0:
+            raise UserError('the checkpoint holds the state of another optimizer: use '
+                            '--init_from=RUN --out_dir=NEW to go on from its weights')
         optimizer.load_state_dict(saved | dict(param_groups=groups))
 
 
@@ -578,28 +621,29 @@ def report(run, options, machine, step, now, lr, means, grad_norm, seconds_a_ste
     stop_if_not_finite(step, terms['loss'], grad_norm)
     T = model.config.block_size
     rate = options.batch_size * T / seconds_a_step
-    run.record(step=step, tokens=step * options.batch_size * T, seconds=now, lr=lr,
-               grad_norm=grad_norm, tokens_per_second=rate,
-               **{f'train_{name}': value for name, value in terms.items()})
     flops = rate * model.flops_per_token(T, predicted_share(options, model.config))
-    mfu = machine.mfu(flops)
+    mfu, memory = machine.mfu(flops), machine.memory_gb()
+    run.record(step=step, tokens=step * options.batch_size * T, seconds=now, lr=lr,
+               grad_norm=grad_norm, tokens_per_second=rate, memory_gb=memory,
+               **{f'train_{name}': value for name, value in terms.items()},
+               **(dict(mfu=mfu) if mfu else {}))
     left = min((options.max_iters - step) * seconds_a_step,
                (options.max_seconds or math.inf) - now)
     run.say(f'step {step}{"" if options.max_seconds else f"/{options.max_iters}"}: '
             f'{describe(terms)}, lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
-            f'{f", {mfu:.0%} MFU" if mfu else ""}, {machine.memory_gb():.1f} GB, '
+            f'{f", {mfu:.0%} MFU" if mfu else ""}, {memory:.1f} GB, '
             f'{timedelta(seconds=max(0, round(left)))} left')
 
 
-def train(options, model, forward, state, machine, data):
-    """Trains to the end, or until a signal. forward: the model or its compiled form. state: of the
-    checkpoint to go on from, or None."""
+def train(options, model, forward, checkpoint, machine, data):
+    """Trains to the end, or until a signal. forward: the model or its compiled form. checkpoint:
+    the one to go on from, or None."""
     micro, n_accumulation = accumulation(options, machine.world)
     optimizers = make_optimizers(model, options)
     step, seconds, best = 0, 0.0, math.inf
-    if state:
-        step, seconds, best = state['step'], state['seconds'], state['best']
-        restore(optimizers, state)
+    if checkpoint:
+        step, seconds, best = checkpoint['step'], checkpoint['seconds'], checkpoint['best']
+        restore(optimizers, checkpoint)
     if machine.total(step)[0] != step * machine.world:
         raise UserError(f'the processes found checkpoints of different steps in {options.out_dir}: '
                         'it has to be on a disk that all of them share')
@@ -607,7 +651,7 @@ def train(options, model, forward, state, machine, data):
     if machine.world > 1:
         runner = DistributedDataParallel(forward, forward_sync_buffers=False,
                                          device_ids=[machine.device] if machine.cuda else None)
-    run, T = open_run(options, model, state, machine, data), model.config.block_size
+    run, T = open_run(options, model, checkpoint, machine, data), model.config.block_size
     tokens_a_step = options.batch_size * T
     run.say(f'{machine.describe()}, {"bfloat16" if machine.bf16 else "float32"}'
             f'{"" if forward is model else ", compiled"}; a step is {options.batch_size} sequences '
@@ -636,7 +680,8 @@ def train(options, model, forward, state, machine, data):
                     run.record(step=step, tokens=step * tokens_a_step, seconds=seconds, **scores)
                     run.say(f'step {step}: {describe(scores)}')
                     improved = new and scores['val_loss'] < best
-                    best = scores['val_loss'] if improved else best
+                if improved:
+                    best = scores['val_loss']
                 state = dict(model=model.state_dict(), step=step, seconds=seconds, best=best,
                              optimizers=[optimizer.state_dict() for optimizer in optimizers])
                 if new or stop:
@@ -677,11 +722,14 @@ def main():
     torch.manual_seed(options.seed)
     if options.dry_run:
         with torch.device('meta'):
-            return print_model(options, build(options.arch, model_options))
-    machine = Machine(options)
-    model, origin = start_model(options, model_options, state), origin_of(options)
+            model = build(options.arch, model_options)
+        return print_facts(options, facts_of(options, model))
+    machine, origin = Machine(options), origin_of(options)
     tokenizer = Tokenizer.load(origin / 'tokenizer.json') if state else None
-    data = open_data(options, model.config, machine, tokenizer)
+    # before the model is built: a block_size beyond the data could take all memory
+    model_config = build(options.arch, model_options, make_config)
+    data = open_data(options, model_config, machine, tokenizer)
+    model = start_model(options, model_options, state)
     resuming = options.init_from == 'resume' and not options.eval_only
     if resuming:
         check_resumable(state, model, data, origin)

@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import inspect
+import itertools
 import os
 import re
 import runpy
@@ -45,6 +46,13 @@ def run(main):
     except KeyboardInterrupt:
         print(f'{name}: interrupted', file=sys.stderr)
         sys.exit(130)
+    except (RuntimeError, MemoryError) as error:
+        reason = ' '.join(str(error).split())
+        if not re.search('out of memory|allocate memory', reason) and type(error) is RuntimeError:
+            raise
+        print(f'{name}: out of memory ({reason[:100]}): take a smaller micro_batch_size, '
+              'block_size or model', file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         if not reader_left():
             raise
@@ -75,16 +83,16 @@ def options_of(*classes):
     return options
 
 
-def load(argv, *classes, doc='', takes_config=True, refused={}):
+def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
     """What a command line and its config file set: ({name: value}, the config's name or None).
 
     classes: the dataclasses whose fields are the options. refused: {name: what to use instead}.
-    Raises UserError. --help prints every option and exits.
+    Raises UserError. --help prints the options with the values that they have so far, and exits.
+    shown: says for these values which of the classes it prints; None = all.
     """
     known = options_of(*classes)
-    if {'--help', '-h'} & set(argv):
-        print_help(doc, classes)
-        sys.exit(0)
+    wants_help = bool({'--help', '-h'} & set(argv))
+    argv = [argument for argument in argv if argument not in ('--help', '-h')]
     paths = [argument for argument in argv if not argument.startswith('--')]
     if len(paths) > takes_config:
         extra = paths[1 if takes_config else 0]
@@ -106,6 +114,9 @@ def load(argv, *classes, doc='', takes_config=True, refused={}):
             example = 'True' if known[name].type is bool else 'VALUE'
             raise UserError(f'{argument}: write --{name}={example}')
         values[name] = check(name, parse(text), known, refused, where=argument, text=text)
+    if wants_help:
+        print_help(doc, shown(values) if shown else classes, values)
+        sys.exit(0)
     return values, Path(paths[0]).stem if paths else None
 
 
@@ -149,11 +160,13 @@ def check(name, value, known, refused, where, text=None):
     text: what stood behind the = on the command line."""
     check_name(name, known, refused)
     kind = known[name].type
-    for choice in choices_of(kind):
+    choices = choices_of(kind)
+    candidates = [value]
+    if str in choices and text is not None:
+        candidates.append(text)  # --out_dir=2024 names a folder
+    for candidate, choice in itertools.product(candidates, choices):
         with contextlib.suppress(ValueError, OverflowError):
-            return convert(value, choice)
-    if str in choices_of(kind) and text is not None:
-        return text  # --out_dir=2024 names a folder
+            return convert(candidate, choice)
     raise UserError(f'{where}: takes {describe(kind)}')
 
 
@@ -180,7 +193,10 @@ def convert(value, kind):
     elif kind is float and type(value) is int:
         return float(value)
     elif type(value) is kind or value is None and kind is type(None):
-        return value
+        if kind is str:
+            value.encode()  # bytes of a command line that are no UTF-8 raise a ValueError
+        if kind is not str or '\0' not in value:
+            return value
     raise ValueError
 
 
@@ -209,13 +225,20 @@ def describe(kind):
             type(None): 'None'}[kind]
 
 
-def print_help(doc, classes):
+def print_help(doc, classes, values):
+    """values: what has been set; the other options show their default. A class may name fields of
+    other classes as `derived`: it sets them itself, so they are no options beside it."""
     print(inspect.cleandoc(doc))
-    shown = set()
+    if values:
+        print('\n* is set by the config file or the command line')
+    derived = {name for cls in classes for name in getattr(cls, 'derived', ())}
+    printed = set()
     for cls in classes:
-        options = {name: option for name, option in options_of(cls).items() if name not in shown}
-        shown |= set(options)
+        left_out = printed if getattr(cls, 'derived', ()) else printed | derived
+        options = {name: option for name, option in options_of(cls).items() if name not in left_out}
+        printed |= set(options)
         print(f'\n{cls.__doc__.strip().splitlines()[0]}\n')
         for name, option in options.items():
+            mark, value = ('*', values[name]) if name in values else (' ', option.default)
             takes = describe(option.type)
-            print(f'  --{name}={option.default}'.ljust(34) + f' {option.help} [{takes}]')
+            print(f'{mark} --{name}={value}'.ljust(34) + f' {option.help} [{takes}]')

@@ -86,6 +86,32 @@ def test_broken_config_files(tmp_path, source, message):
     assert message in str(error.value)
 
 
+def test_running_out_of_memory_is_one_line(capsys):
+    for error in (MemoryError(), RuntimeError('CUDA out of memory. Tried to allocate 20 GiB'),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")):
+        def main():
+            raise error
+        with pytest.raises(SystemExit) as exit:
+            config.run(main)
+        assert exit.value.code == 2 and 'out of memory' in capsys.readouterr().err
+
+    def bug():
+        raise RuntimeError('shapes differ')
+    with pytest.raises(RuntimeError):
+        config.run(bug)
+
+
+def test_what_a_config_imports_is_no_option(tmp_path):
+    path = tmp_path / 'run.py'
+    path.write_text('from __future__ import annotations\nfrom math import sqrt\n'
+                    'from typing import Literal\nrate = sqrt(4)\n')
+    assert load(str(path))[0] == dict(rate=2.0)
+    for source, message in (('rate = lambda: 3', 'rate=<function'), ('exit(0)', 'SystemExit')):
+        path.write_text(source)
+        with pytest.raises(UserError, match=message):
+            load(str(path))
+
+
 def test_help_prints_every_option_with_default_type_and_meaning(capsys):
     with pytest.raises(SystemExit) as exit:
         load('--help')

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 from deepseek import Checkpoint, add_output_latent, from_deepseek, read_attention, to_deepseek
-from model import ConfigError, OutputLatent, flat_options, make_model, make_rope, rope_table
+from model import ConfigError, OutputLatent, flat_options, make_model, rope_table
 from test_model import tokens
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -116,7 +116,7 @@ def test_one_attention_of_a_checkpoint_is_theirs(tmp_path, options):
         with_kwargs=True)
     with torch.no_grad():
         original(tokens(2, 20))
-        rope = make_rope(rope_table(20, attention.rope_dims, 10000.0))
+        rope = rope_table(20, attention.rope_dims, 10000.0)
         assert_close(attention(seen['x'], rope=rope), seen['y'])
 
 
@@ -128,7 +128,7 @@ def test_one_attention_of_our_own_checkpoint(tmp_path, split):
     (tmp_path / 'config.json').write_text(json.dumps(hf_config))
     attention, gain = read_attention(Checkpoint(tmp_path), 1)
     block, x = model.blocks[1], torch.randn(2, 20, 64)
-    rope = make_rope(model.rope[:, :20])
+    rope = model.rope[:, :20]
     assert torch.equal(gain, block.attn_norm.weight)
     assert_close(attention(x, rope=rope), block.attn(x, rope=rope))
 

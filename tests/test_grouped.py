@@ -22,9 +22,10 @@ GROUPED = {
     'base': {},
     'perceiver': dict(compress='perceiver'),
     'attention': dict(upsample='attention'),
-    'serial': dict(skip='learned', n_mix=2, interleave=False, n_compress=2),
+    'serial': dict(skip='learned', n_mix=2, interleave=False, n_compress=2, slot_emb_up=True),
     'rope': dict(rope_dims=4),
-    'rope_attention': dict(rope_dims=4, upsample='attention', compress='perceiver'),
+    'rope_attention': dict(rope_dims=4, upsample='attention', compress='perceiver',
+                           slot_emb_up=True),
     'dense_former': dict(dense_former=True, latent_loss=True, n_layer=3),
     'channels': dict(n_channels=2, n_shared_mlp=1, channels_every=2, mlp_bias=True),
     'mla_o': dict(MLA, q_latent=12, o_latent=12),
@@ -166,6 +167,15 @@ def test_repeat_reads_the_slots_it_says():
     assert tiny('base').up[1].reads.tolist() == [1, 0, 1, 2, 3]
 
 
+def test_slot_embeddings_are_added_on_the_way_up_too():
+    plain, model, idx = tiny('base'), tiny('base', slot_emb_up=True), tokens(2, 20)
+    assert not torch.allclose(plain(idx), model(idx))
+    for either in (plain, model):
+        for table in either.slot_emb:
+            torch.nn.init.zeros_(table.weight)
+    assert torch.equal(plain(idx), model(idx))
+
+
 def test_slots_until():
     c = make_model('grouped_latent', **TINY).config
     for level, K in enumerate((7, 5, 2)):
@@ -177,8 +187,8 @@ def test_slots_until():
 def test_pooling_is_a_plain_block_of_which_the_last_slots_are_kept():
     from model import Block
     down, x = tiny('rope').down[0], torch.randn(3, 7, 32, dtype=torch.float64)
-    rope = m.make_rope(m.rope_table(7, 4, 10000.0))
-    plain = Block(tiny('rope').config.level(1)).double()
+    rope = m.rope_table(7, 4, 10000.0)
+    plain = Block(tiny('rope').config.block_at(1)).double()
     plain.load_state_dict(down.pool.state_dict())
     pooled = down.pool(x[:, -5:], x, rope=rope)
     assert torch.allclose(pooled, plain(x, rope=rope)[:, -5:], rtol=1e-9)
@@ -246,7 +256,7 @@ def test_flops_formula_is_what_happens(name):
         if up.upsample == 'repeat':
             counted -= 2 * k * up.up_proj.weight.numel()
         else:
-            kv = sum(2 * p.weight.numel() for p in up.up.modules() if getattr(p, 'keys', False))
+            kv = sum(2 * p.weight.numel() for p in up.up.modules() if getattr(p, 'on_source', False))
             counted -= 2 * (T // 7) * k * kv
     for attention in m.attentions_of(model):
         attention.score_flops = lambda keys: 0.0

@@ -261,7 +261,7 @@ def test_large_vocabularies_take_four_bytes(workspace, script, monkeypatch):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--dataset=wiki'], 'takes one of wiki10k, wikitext103, wikipedia, sst2, text; for your own'),
+    (['--dataset=wiki'], f'takes one of {", ".join(prepare.DATASETS)}; for your own'),
     (['--dataset=text'], '--source=PATH_OR_GLOB'),
     (['--dataset=text', '--source=nothere*'], 'there is no such file'),
     (['--dataset=text', f'--source={"long" * 2000}'], 'there is no such file'),

@@ -3,6 +3,7 @@ it refuses."""
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import shutil
@@ -35,13 +36,15 @@ ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--at
            '--attention_dropout=0.1']
 
 
+TIMES = 'seconds', 'tokens_per_second', 'memory_gb'  # of a line, what no two runs have in common
+
+
 def metrics(folder='run'):
     return [json.loads(line) for line in Path(folder, 'metrics.jsonl').read_text().splitlines()]
 
 
 def timeless(lines):
-    return [{k: v for k, v in line.items() if k not in ('seconds', 'tokens_per_second')}
-            for line in lines]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 def same_state(a, b):
@@ -155,8 +158,7 @@ def test_evaluation_is_the_mean_over_all_windows_whatever_the_batch():
                     rank=rank, world=world, put=lambda batch: batch,
                     autocast=contextlib.nullcontext,
                     total=lambda *values: parts.append(values) or (0, 0, 1))
-                data = SimpleNamespace(val=loader, meta={})
-                train.evaluate(model, model, data, batch_size, machine)
+                train.mean_scores(model, model, loader, batch_size, machine)
             loss, correct, count = np.sum(parts, axis=0)
             assert count == loader.fixed
             scores.append((loss / count, correct / count))
@@ -231,6 +233,10 @@ def test_schedules():
     # with max_seconds the decay follows the clock, the warmup still the steps
     assert math.isclose(at(50, 30.0, schedule='linear', max_seconds=60.0), 0.55)
     assert math.isclose(at(4, 30.0, schedule='linear', max_seconds=60.0), 0.275)
+    # without warmup_iters the warmup takes a tenth of the time, however many steps there may be
+    timed = dict(schedule='linear', max_seconds=60.0, warmup_iters=None, max_iters=10 ** 6)
+    assert math.isclose(at(50, 30.0, **timed), 0.55) and math.isclose(at(9, 6.0, **timed), 0.91)
+    assert math.isclose(at(9, 3.0, **timed), 0.5 * (0.1 + 0.9 * 0.95))
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -245,7 +251,8 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     out = capsys.readouterr().out
     assert 'data/text-byte is absent: preparing it' in out and '0:00:00 left' in out
     assert {path.name for path in Path('run').iterdir()} == {
-        'ckpt.pt', 'ckpt_best.pt', 'config.json', 'metrics.jsonl', 'tokenizer.json', 'loss.png'}
+        'ckpt.pt', 'ckpt_best.pt', 'config.json', 'metrics.jsonl', 'run.json', 'tokenizer.json',
+        'loss.png'}
     lines = metrics()
     evaluations = [line for line in lines if 'val_loss' in line]
     assert [line['step'] for line in evaluations] == [0, 30, 60]
@@ -273,6 +280,9 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     assert all(torch.equal(weight, load_checkpoint('run/ckpt_best.pt')['model'][name])
                for name, weight in model.state_dict().items())
     capsys.readouterr()
+    facts = json.loads(Path('run/run.json').read_text())
+    assert facts['parameters'] == model.n_params() and facts['device'].startswith('cpu')
+    assert (facts['cache_bytes_per_token'] is None) == ('--causal=False' in arguments)
     script(train, '--init_from=run', '--eval_only=True')
     best = min(line['val_loss'] for line in evaluations)
     score = f'of run on 16 validation sequences of data/text-byte: loss {best:.4f}, perplexity'
@@ -356,7 +366,7 @@ def test_two_processes_give_the_losses_of_one(data, script):
         assert len(one) == len(two) == 9
         for a, b in zip(one, two):
             assert a.keys() == b.keys()
-            for key in a.keys() - {'seconds', 'tokens_per_second'}:
+            for key in a.keys() - set(TIMES):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), key
 
 
@@ -367,7 +377,7 @@ def test_compiled_gives_the_same_losses(data, script):
         script(train, *SMALL, *encoder, f'--compile={compile}', f'--out_dir={name}', '--n_layer=1',
                '--eval_iters=1', '--max_iters=2')
     for a, b in zip(metrics('plain'), metrics('compiled')):
-        for key in a.keys() - {'seconds', 'tokens_per_second'}:
+        for key in a.keys() - set(TIMES):
             assert math.isclose(a[key], b[key], rel_tol=1e-4), key
 
 
@@ -441,6 +451,9 @@ def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
         assert before - 1e-4 < metrics(f'rank{rank}')[0]['val_loss'] < before + worse
         assert load_checkpoint(f'rank{rank}/ckpt.pt')['options']['o_latent'] == rank
     script(train, '--init_from=rank2', '--eval_only=True')  # is a run like any other
+    script(train, '--init_from=dense', '--o_latent=32', '--o_latent_init=xavier', '--out_dir=new',
+           '--eval_iters=2', '--batch_size=8', '--max_iters=1')
+    assert metrics('new')[0]['val_loss'] > before + 0.01  # at full rank svd changes nothing
     refused = (
         (['--init_from=dense', '--o_latent=33'],
          'an output latent of 33: blocks.0.attn.o_proj takes 1 to 32'),
@@ -457,7 +470,9 @@ def test_runs_of_the_same_second_are_all_kept(data, script):
     assert len(list(Path('.').glob('run*/ckpt.pt'))) == 4
 
 
-def test_max_seconds_ends_the_run_and_its_schedule(data, script):
+def test_max_seconds_ends_the_run_and_its_schedule(data, script, monkeypatch):
+    readings = itertools.count()  # a clock that goes on by a hundredth of a second a look
+    monkeypatch.setattr(train.time, 'perf_counter', lambda: next(readings) / 100)
     script(train, *SMALL, '--max_iters=100000', '--max_seconds=1.5', '--eval_interval=100000',
            '--schedule=linear')
     lines = [line for line in metrics() if 'lr' in line]
@@ -551,7 +566,69 @@ def test_dry_run_needs_no_data(workspace, script, capsys):
 
 def test_wandb_offline(data, script):
     script(train, *SMALL, '--max_iters=2', '--wandb=True')
-    assert list(Path('run/wandb').glob('offline-run-*/run-*.wandb'))
+    run_id = json.loads(Path('run/run.json').read_text())['wandb_id']
+    assert list(Path('run/wandb').glob(f'offline-run-*-{run_id}/run-{run_id}.wandb'))
+
+
+def test_a_resumed_run_goes_on_in_its_wandb_run(data, script, monkeypatch):
+    asked = []
+
+    def init(**options):
+        asked.append(options)
+        return SimpleNamespace(id='abc', log=lambda *line, **step: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
+        init=init, errors=SimpleNamespace(Error=OSError)))
+    script(train, *SMALL, '--max_iters=2', '--wandb=True')
+    script(train, *SMALL, '--init_from=resume', '--wandb=True')
+    new, resumed = asked
+    assert (new['id'], resumed['id'], resumed['resume']) == (None, 'abc', 'allow')
+    assert new['project'] == 'causal-pretrain' and new['config']['parameters'] > 0
+
+
+def test_the_training_split_is_scored_in_evaluation_mode(data, script):
+    script(train, *SMALL, '--dropout=0.5', '--max_iters=3')
+    model, tokenizer, _ = load_run('run')
+    loader = Loader(prepare.read_tokens('data/text-byte', 'train'), 32, 259, tokenizer, causal=True,
+                    fixed=16)
+    with torch.no_grad():
+        loss = model(*loader.batch(np.arange(16)))['loss'].item()
+    assert math.isclose(metrics()[-1]['train_eval_loss'], loss, rel_tol=1e-5)
+
+
+def test_the_state_of_another_optimizer_is_refused(data, script):
+    script(train, *SMALL, '--max_iters=1')
+    path = Path('run/ckpt.pt')
+    for spoil in (lambda moments: moments[0].update(exp_avg=torch.zeros(3, 3)), dict.clear):
+        state = load_checkpoint(path)
+        spoil(state['optimizers'][0]['state'])
+        save_checkpoint(path, state)
+        with pytest.raises(UserError, match='holds the state of another optimizer'):
+            script(train, *SMALL, '--init_from=resume')
+
+
+def test_weights_that_are_not_finite_are_refused(data, script):
+    script(train, *SMALL, '--max_iters=1')
+    state = load_checkpoint('run/ckpt_best.pt')
+    state['model']['norm.weight'][3] = math.nan
+    save_checkpoint(Path('run/ckpt_best.pt'), state)
+    with pytest.raises(UserError, match='norm.weight holds numbers that are not finite'):
+        load_run('run')
+
+
+def test_what_the_environment_says_is_checked(data, script, monkeypatch):
+    monkeypatch.setenv('WORLD_SIZE', 'abc')
+    with pytest.raises(UserError, match='WORLD_SIZE=abc in the environment'):
+        script(train, *SMALL)
+
+
+def test_help_shows_what_a_config_sets(script, capsys):
+    with pytest.raises(SystemExit):
+        script(train, REPOSITORY / 'config/grouped.py', '--batch_size=4', '--help')
+    out = capsys.readouterr().out
+    assert '* --batch_size=4 ' in out and '* --widths=(64, 128, 256) ' in out
+    assert '  --merge=softmax ' in out
+    assert '--n_embd=' not in out and '--cross_n_head=' not in out and '--n_dense=' not in out
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -583,6 +660,13 @@ def test_wandb_offline(data, script):
      'another architecture: size mismatch for pos_emb.weight'),
     (['--eval_only=True'], '--init_from=RUN'),
     (['--device=tpu'], '--device=tpu'),
+    (['--device=meta'], '--device=meta: computes nothing'),
+    (['--out_dir=a\0b'], 'takes a string'),
+    (['--source=\udcff'], 'takes a string'),
+    ([f'--seed={2 ** 64}'], 'takes an int from 0 below'),
+    (['--learning_rate=1' + '0' * 400], 'takes a finite number above 0'),
+    ([f'--block_size={10 ** 12}'], 'longer than the data'),
+    (['--init_from=resume', '--lowercase=True'], 'cannot go on with lowercase=True'),
     (['--out_dir=corpus.csv/run'], 'cannot be used as a run folder'),
 ])
 def test_refusals(data, script, arguments, message):
