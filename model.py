@@ -48,10 +48,12 @@ class ConfigError(ValueError):
 
 class RMSNorm(nn.RMSNorm):
     """RMSNorm with eps 1e-6. The result has the precision of the input, and so does the gain while
-    it is applied: the fused kernel wants one precision, and under autocast latents are bfloat16."""
+    it is applied: the fused kernel wants one precision, and under autocast latents are bfloat16.
+    latent_of: if it norms a latent, the width that the latent replaces; see init_weights."""
 
-    def __init__(self, width):
+    def __init__(self, width, latent_of=None):
         super().__init__(width, eps=1e-6)
+        self.latent_of = latent_of
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).type_as(x)
@@ -71,11 +73,12 @@ class Linear(nn.Linear):
     writes: its output is added to the residual stream, so it starts smaller (see init_weights).
     on_source: it is applied to the tokens that are attended to, to make keys or values. In
     cross-attention those are other tokens than those that ask, and so its FLOPs count for others.
+    second: it reads what another matrix made, with no norm between: the two stand for one matrix.
     """
 
-    def __init__(self, n_in, n_out, bias=False, writes=False, on_source=False):
+    def __init__(self, n_in, n_out, bias=False, writes=False, on_source=False, second=False):
         super().__init__(n_in, n_out, bias=bias)
-        self.writes, self.on_source = writes, on_source
+        self.writes, self.on_source, self.second = writes, on_source, second
 
 
 def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
@@ -83,8 +86,9 @@ def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
     The bias belongs to the last one, and so does writing into the residual stream."""
     if rank is None:
         return Linear(n_in, n_out, bias, writes=writes)
-    norm = [RMSNorm(rank)] if inner_norm else []
-    return nn.Sequential(Linear(n_in, rank), *norm, Linear(rank, n_out, bias, writes=writes))
+    norm = [RMSNorm(rank, latent_of=n_in)] if inner_norm else []
+    second = Linear(rank, n_out, bias, writes=writes, second=not inner_norm)
+    return nn.Sequential(Linear(n_in, rank), *norm, second)
 
 
 def rope_table(length, rope_dims, theta):
@@ -344,12 +348,12 @@ class MLA(Attention):
         k_width = q_width - self.n_head * self.rope_dims if self.shared_key else q_width
         if self.q_latent:
             self.q_a_proj = Linear(config.n_embd, self.q_latent)
-            self.q_a_norm = RMSNorm(self.q_latent)
+            self.q_a_norm = RMSNorm(self.q_latent, latent_of=config.n_embd)
             self.q_b_proj = Linear(self.q_latent, q_width)
         else:
             self.q_proj = Linear(config.n_embd, q_width)
         self.kv_a_proj = Linear(self.source_width, self.kv_latent, on_source=True)
-        self.kv_a_norm = RMSNorm(self.kv_latent)
+        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.source_width)
         self.k_b_proj = Linear(self.kv_latent, k_width, on_source=True)
         self.v_b_proj = Linear(self.kv_latent, v_width, on_source=True)
         if self.shared_key:
@@ -452,7 +456,7 @@ class OutputLatent(nn.Module):
         super().__init__()
         self.n_head, self.norm = n_head, norm
         self.o_a_proj = Linear(n_in, rank)
-        self.o_b_proj = Linear(rank, n_out, bias, writes=True)
+        self.o_b_proj = Linear(rank, n_out, bias, writes=True, second=norm == 'none')
         if norm == 'head':
             self.gain = nn.Parameter(torch.ones(n_head, rank))
         self.o_norm = RMSNorm(rank) if norm == 'sum' else nn.Identity()
@@ -675,6 +679,7 @@ class ModelConfig:
     vocab_rank: Count | None = None  # embedding and head through this rank; None = dense
     tie_embeddings: bool = True  # the head is the embedding, transposed
     init_std: Positive = 0.02  # standard deviation of the initial weights
+    scale_latents: bool = True  # what goes through a latent starts as large as without it
 
     derived = ()  # options of a block that the architecture sets itself
 
@@ -880,11 +885,21 @@ def init_weights(model):
     bias                                     0                       0
     gain of a norm, skip or depth            as built: 1             as built: 1
 
+    and with scale_latents, the default, so that what goes through a latent of L numbers instead of
+    D starts as large as without it:
+
+    gain of the norm of a latent             sqrt(D/L)               1
+    second of two matrices that stand for    N(0, 1/sqrt(L))         N(0, 1/sqrt(L))
+      one (Linear.second)                      if it writes: /sqrt(n)  a tenth of that
+
     n counts the matrices that write into one stack of blocks, so that the variance at its end does
     not grow with its depth (GPT-2). None is for grouped latents: if everything starts small, they
     stay at the entropy of token frequencies. A tenth lets the skip connections dominate at first.
+    A normed latent has unit variance, and a matrix of init_std sums over L of its numbers alone:
+    without the gain keys, values and queries start sqrt(D/L) too small. RESULTS.md has what this
+    is worth; LongCat-Flash (arXiv 2509.01322) has the same factor as a constant.
     """
-    std = model.config.init_std
+    std, scaled = model.config.init_std, model.config.scale_latents
     for name, stack in model.named_children():
         n_writers = sum(getattr(module, 'writes', False) for module in stack.modules())
         for module in stack.modules():
@@ -892,12 +907,16 @@ def init_weights(model):
                 slot = 0.5 if name == 'slot_emb' else 1.0
                 nn.init.normal_(module.weight, std=std or slot * module.embedding_dim ** -0.5)
             elif isinstance(module, (nn.Linear, ChannelLinear)):
-                scale = std or module.weight.size(-1) ** -0.5
+                fan_in = std is None or scaled and getattr(module, 'second', False)
+                scale = module.weight.size(-1) ** -0.5 if fan_in else std
                 if getattr(module, 'writes', False):
                     scale *= n_writers ** -0.5 if std else 0.1
                 nn.init.normal_(module.weight, std=scale)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+            elif isinstance(module, RMSNorm) and module.latent_of and std and scaled:
+                L = module.weight.numel()
+                nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
 
 
 class LanguageModel(nn.Module):
@@ -910,7 +929,7 @@ class LanguageModel(nn.Module):
         self.config = c
         self.tok_emb = nn.Embedding(c.vocab_size, c.vocab_rank or D)
         if c.vocab_rank:
-            self.vocab_proj = Linear(c.vocab_rank, D)
+            self.vocab_proj = Linear(c.vocab_rank, D, second=True)
         self.dropout = make_dropout(c.block.dropout)
         self.norm = make_norm(c.block.norm, D) if c.final_norm else nn.Identity()
         if not c.tie_embeddings:

@@ -4,6 +4,8 @@ attention alone.
 Asks: what does an encoder of 14.1M parameters lose on SST-2 when its attention goes through
 latents? Published after fine-tuning on SST-2, on an A100: 85.67% (MLA 84.75%, MLA-o 84.63%).
 Parameters: 14,121,984. Masked-language modelling on WikiText-103, 50,000 steps of 256 sequences.
+Sizes and recipe are as published, but for the data (a BPE of our own, packed sequences) and
+init_std, which is ours.
 """
 
 # data: uncased, a BPE of its own

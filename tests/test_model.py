@@ -595,17 +595,45 @@ def test_cache_formula():
 # -- initialisation, options -----------------------------------------------------------------------
 
 
-def test_initialisation():
+@pytest.mark.parametrize('scaled', [True, False])
+def test_initialisation(scaled):
     torch.manual_seed(0)
     options = {**TINY, **VARIANTS['subspaces'], 'n_embd': 256, 'n_layer': 8}
-    model = make_model('transformer', **options)
+    model = make_model('transformer', **options, scale_latents=scaled)
+    latent_norms = 'q_a_norm.weight', 'kv_a_norm.weight', 'in_proj.1.weight', 'gate_proj.1.weight'
+    seconds = 'o_b_proj.weight', 'out_proj.1.weight', 'vocab_proj.weight'
     for name, p in model.named_parameters():
         if p.dim() == 1:
-            assert p.unique().item() == (0 if name.endswith('bias') else 1), name
+            wanted = 0.0 if name.endswith('bias') else 1.0
+            if scaled and name.endswith(latent_norms):
+                wanted = math.sqrt(256 / p.numel())
+            assert torch.allclose(p, torch.tensor(wanted)), name
         else:
+            wanted = p.size(-1) ** -0.5 if scaled and name.endswith(seconds) else 0.02
             out = name.endswith(
                 ('o_proj.weight', 'o_b_proj.weight', 'out_proj.1.weight', 'out_proj.weight'))
-            assert math.isclose(p.std().item(), 0.02 / 4 if out else 0.02, rel_tol=0.1), name
+            assert math.isclose(p.std().item(), wanted / 4 if out else wanted, rel_tol=0.1), name
+
+
+def test_what_goes_through_a_latent_starts_as_large_as_without_it():
+    x = torch.randn(4, 64, 256)
+    sizes = dict(n_embd=256, n_head=8, n_layer=1, vocab_size=50, init_std=0.05)
+    latents = dict(attention='mla', q_latent=64, kv_latent=32, o_latent=64)
+    plain, scaled, unscaled = (
+        make_model('transformer', **sizes, **options).blocks[0].attn
+        for options in ({}, latents, dict(latents, scale_latents=False)))
+
+    def sizes_of(attn):
+        q = attn.q_b_proj(attn.q_a_norm(attn.q_a_proj(x)))
+        latent = attn.kv_a_norm(attn.kv_a_proj(x))
+        return [y.std().item() for y in (q, attn.k_b_proj(latent), attn.v_b_proj(latent),
+                                         attn.o_proj(x))]
+
+    wanted = [layer(x).std().item() for layer in (plain.q_proj, plain.k_proj, plain.v_proj,
+                                                  plain.o_proj)]
+    assert sizes_of(scaled) == pytest.approx(wanted, rel=0.15)
+    too_small = [a / b for a, b in zip(wanted, sizes_of(unscaled))]
+    assert too_small[:3] == pytest.approx([2, math.sqrt(8), math.sqrt(8)], rel=0.15)
 
 
 @pytest.mark.parametrize('options, message', [
