@@ -111,23 +111,43 @@ def our_weights(module, layout, tensors):
     return weights
 
 
+def sizes_in(hf_config, names, optional=()):
+    """The sizes of these names in a config.json: a list, with None for an optional one that is not
+    there. Raises KeyError, or ConfigError if one is no positive int."""
+    sizes = [hf_config.get(name) if name in optional else hf_config[name] for name in names]
+    for name, value in zip(names, sizes):
+        if not (type(value) is int and value > 0 or value is None and name in optional):
+            raise ConfigError(f'{name}={value!r}: takes an int from 1')
+    return sizes
+
+
 def mla_options(hf_config):
-    """What a config.json of DeepSeek-V3 says about its attention, as options of a BlockConfig."""
-    c = hf_config
-    return dict(
-        attention='mla', rope_key='shared', n_head=c['num_attention_heads'],
-        n_embd=c['hidden_size'], head_dim=c['qk_nope_head_dim'] + c['qk_rope_head_dim'],
-        rope_dims=c['qk_rope_head_dim'], v_head_dim=c['v_head_dim'], q_latent=c.get('q_lora_rank'),
-        kv_latent=c['kv_lora_rank'], o_latent=c.get('o_latent'), o_norm=c.get('o_norm', 'none'))
+    """What a config.json of DeepSeek-V3 says about its attention, as options of a BlockConfig.
+    Raises KeyError and ConfigError."""
+    n_head, n_kv_head, width, plain, rotated, v_head_dim, q_latent, kv_latent, o_latent = sizes_in(
+        hf_config, ['num_attention_heads', 'num_key_value_heads', 'hidden_size', 'qk_nope_head_dim',
+                    'qk_rope_head_dim', 'v_head_dim', 'q_lora_rank', 'kv_lora_rank', 'o_latent'],
+        optional=['num_key_value_heads', 'q_lora_rank', 'o_latent'])
+    if n_kv_head not in (None, n_head):
+        raise ConfigError(f'num_key_value_heads={n_kv_head}: latent attention has as many as '
+                          f'num_attention_heads={n_head}')
+    return dict(attention='mla', rope_key='shared', n_head=n_head, n_embd=width,
+                head_dim=plain + rotated, rope_dims=rotated, v_head_dim=v_head_dim,
+                q_latent=q_latent, kv_latent=kv_latent, o_latent=o_latent,
+                o_norm=hf_config.get('o_norm', 'none'))
 
 
 def llama_options(hf_config, qk_norm):
-    """What a config.json of Llama says about its attention, as options of a BlockConfig."""
-    c = hf_config
-    head_dim = c.get('head_dim') or c['hidden_size'] // c['num_attention_heads']
-    return dict(attention='mha', n_head=c['num_attention_heads'], n_embd=c['hidden_size'],
-                head_dim=head_dim, rope_dims=head_dim, n_kv_head=c.get('num_key_value_heads'),
-                qk_norm=qk_norm)
+    """What a config.json of Llama says about its attention, as options of a BlockConfig. Raises
+    KeyError and ConfigError."""
+    n_head, n_kv_head, width, head_dim = sizes_in(
+        hf_config, ['num_attention_heads', 'num_key_value_heads', 'hidden_size', 'head_dim'],
+        optional=['num_key_value_heads', 'head_dim'])
+    if head_dim is None and width % n_head:
+        raise ConfigError(f'hidden_size={width} is not divisible by num_attention_heads={n_head}')
+    head_dim = head_dim or width // n_head
+    return dict(attention='mha', n_head=n_head, n_embd=width, head_dim=head_dim,
+                rope_dims=head_dim, n_kv_head=n_kv_head, qk_norm=qk_norm)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -288,13 +308,16 @@ class Checkpoint:
         self.folder = Path(folder)
         self.config = read_json(self.folder / 'config.json')
         index, block = self.folder / 'model.safetensors.index.json', [FP8_BLOCK, FP8_BLOCK]
-        quantization = self.config.get('quantization_config') or {}
-        if quantization.get('weight_block_size', block) != block:
+        scaled = self.config.get('quantization_config') or {}
+        if not isinstance(scaled, dict) or scaled.get('weight_block_size', block) != block:
             raise UserError(f'{folder}: its weights have scales in other blocks than {FP8_BLOCK} x '
                             f'{FP8_BLOCK}: dequantise it first')
         self.files = {}
         if index.exists():
-            weight_map = read_json(index).get('weight_map', {})
+            weight_map = read_json(index).get('weight_map')
+            if not isinstance(weight_map, dict) or {*map(type, weight_map.values())} - {str}:
+                raise UserError(f'{index}: says in no weight_map which file holds which tensor: '
+                                'download it again')
             self.files = {name: self.folder / file for name, file in weight_map.items()}
         else:
             for path in sorted(self.folder.glob('*.safetensors')):
@@ -314,13 +337,14 @@ class Checkpoint:
             weight = shard.get_tensor(name)
         if f'{name}_scale_inv' in self:
             scale = self[f'{name}_scale_inv']
-            if list(scale.shape) != [-(-n // FP8_BLOCK) for n in weight.shape]:
+            blocks = [-(-n // FP8_BLOCK) for n in weight.shape]
+            if weight.dim() != 2 or list(scale.shape) != blocks:
                 raise UserError(f'{self.folder}: {name}_scale_inv has the shape '
                                 f'{tuple(scale.shape)}, which is not a scale for each block of '
                                 f'{FP8_BLOCK} x {FP8_BLOCK}: dequantise it first')
             scale = scale.repeat_interleave(FP8_BLOCK, 0).repeat_interleave(FP8_BLOCK, 1)
-            return weight.float() * scale[:weight.size(0), :weight.size(1)]
-        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            weight = weight.float() * scale[:weight.size(0), :weight.size(1)]
+        if not weight.is_floating_point() or weight.element_size() < 2:
             raise UserError(f'{self.folder}: {name} is {weight.dtype} without {name}_scale_inv: '
                             'dequantise it first')
         weight = weight.float()
@@ -343,11 +367,11 @@ def open_shard(path):
 def read_json(path):
     """The object in a json file, as a dict. Raises UserError."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_text('utf-8'))
         if not isinstance(values, dict):
             raise ValueError('no json object')
         return values
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f'{path}: cannot be read ({error}): name a run folder of train.py, or a '
                         "folder with a checkpoint in transformers' layout") from None
 
@@ -375,9 +399,13 @@ def read_attention(checkpoint, i):
         else:  # Llama's names and rows are those of our MHA
             layout = {name: ([name], None) for name in attention.state_dict()}
         weights = our_weights(attention, with_prefix(layout, attn), checkpoint)
+        gain = checkpoint[f'model.layers.{i}.input_layernorm.weight']
+        if gain.shape != (block.n_embd,):
+            raise ConfigError(f'input_layernorm.weight: has the shape {tuple(gain.shape)}, '
+                              f'hidden_size={block.n_embd} asks for ({block.n_embd},)')
     except KeyError as error:
         raise UserError(f'{folder}/config.json: has no {error.args[0]}') from None
-    except (ConfigError, TypeError) as error:  # TypeError: text for a number
+    except (ConfigError, RuntimeError, TypeError) as error:  # of torch: sizes beyond its reach
         raise UserError(f'{folder}: layer {i} does not fit config.json ({error})') from None
     attention.load_state_dict(weights, assign=True)
-    return attention.requires_grad_(False), checkpoint[f'model.layers.{i}.input_layernorm.weight']
+    return attention.requires_grad_(False), gain

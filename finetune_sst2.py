@@ -4,9 +4,9 @@
     python finetune_sst2.py --out_dir=out/mla_o --from_scratch=True    # without its pre-training
     python finetune_sst2.py --out_dir=out/mla_o --predict="a gorgeous , witty , seductive movie"
 
-Writes into the run folder: sst2.json (accuracies of all seeds), sst2_predictions.tsv (text, label,
-probability that it is positive), sst2_metrics.jsonl and sst2.pt. With from_scratch their names
-begin with sst2_from_scratch.
+Writes into the run folder: sst2.json (accuracies of all seeds, and of a bag of words),
+sst2_predictions.tsv (text, label, probability that it is positive), sst2_metrics.jsonl and sst2.pt.
+With from_scratch their names begin with sst2_from_scratch.
 """
 
 import copy
@@ -34,11 +34,12 @@ from model import Count, NotNegative, Positive, Share
 from prepare import Tokenizer
 from run import (Machine, MachineOptions, best_checkpoint, build, date_of, describe,
                  load_checkpoint, load_run, load_weights, log_line, mean_and_interval,
-                 model_options_of, open_wandb, save_checkpoint, save_text)
+                 model_options_of, open_wandb, read_facts, save_checkpoint, save_text)
 from train import TrainOptions, learning_rate, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of subsets to train on: the same for every run
 EVAL_BATCH = 64
+PENALTIES = 10.0, 1.0, 0.1  # on half the squared weights of a bag of words, over all its phrases
 REMEDY = "--data_dir=FOLDER, which holds GLUE's train.tsv and dev.tsv"
 
 
@@ -64,7 +65,7 @@ class FinetuneOptions(MachineOptions):
         if self.out_dir is None:
             raise UserError('which run? --out_dir=RUN names a run folder of train.py, out/mla_o '
                             'for instance')
-        if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        if os.environ.get('WORLD_SIZE', '1') != '1':
             raise UserError('fine-tuning takes minutes on one device: start it with python, '
                             'not torchrun')
 
@@ -86,7 +87,8 @@ def read_split(file, split):
                 raise UserError(f'{where}: no column {column!r} among {", ".join(batch)}: takes '
                                 'sentence and label')
         for sentence, label in zip(batch['sentence'], batch['label']):
-            row, sentence = len(examples) + 1, ' '.join(str(sentence or '').split())
+            row, text = len(examples) + 1, '' if sentence is None else str(sentence)
+            sentence = ' '.join(text.replace('\ufeff', ' ').split())  # a byte order mark is no word
             if not sentence:
                 raise UserError(f'{where}, row {row}: the sentence is empty: take the row out')
             if str(label) not in ('0', '1'):
@@ -146,6 +148,70 @@ def collate(examples, pad):
     for row, (ids, _) in zip(idx, examples):
         row[:len(ids)] = torch.tensor(ids)
     return idx, torch.tensor(lengths), torch.tensor([label for _, label in examples])
+
+
+# --------------------------------------------------------------------------------------------------
+# baseline
+
+
+def words_and_pairs(text):
+    """What a bag holds: each word of a sentence, each pair of neighbours, and '', whose weight is
+    the bias. None is there twice."""
+    words = text.lower().split()
+    return list(dict.fromkeys(['', *words, *zip(words, words[1:])]))
+
+
+def make_bags(texts):
+    """{split: (rows, columns, labels)}: the ones in its matrix of sentences and features, and the
+    labels. The columns are the features of the training phrases; others are left out."""
+    bags, column_of = {}, {}
+    for split in ('train', 'validation', 'test'):
+        features = [words_and_pairs(text) for text, _ in texts[split]]
+        if split == 'train':
+            names = dict.fromkeys(name for row in features for name in row)
+            column_of = {name: column for column, name in enumerate(names)}
+        columns = [[column_of[name] for name in row if name in column_of] for row in features]
+        sizes = torch.tensor([len(row) for row in columns])
+        bags[split] = (torch.arange(len(columns)).repeat_interleave(sizes),
+                       torch.tensor([column for row in columns for column in row]),
+                       torch.tensor([float(label) for _, label in texts[split]]))
+    return bags
+
+
+def bag_of_words(texts):
+    """Accuracies of a logistic regression on words and pairs of words, which a model that knows
+    more than words should exceed: dict(validation_accuracy, test_accuracy). The held-out tenth
+    chooses the penalty."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # operations as small as these wait longer for cores than they take
+    bags = make_bags(texts)
+    n_features = int(bags['train'][1].max()) + 1
+    weights = torch.zeros(n_features, requires_grad=True)
+
+    def logits(split):
+        rows, columns, labels = bags[split]
+        return torch.zeros_like(labels).index_add(0, rows, weights.index_select(0, columns))
+
+    def accuracy(split):
+        return ((logits(split) > 0) == (bags[split][2] > 0)).double().mean().item()
+
+    results = []
+    for penalty in PENALTIES:
+        optimizer = torch.optim.LBFGS([weights], max_iter=50, line_search_fn='strong_wolfe')
+
+        def closure():
+            optimizer.zero_grad()
+            labels = bags['train'][2]
+            loss = F.binary_cross_entropy_with_logits(logits('train'), labels)
+            loss = loss + penalty / 2 * weights.square().sum() / len(labels)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        results.append(dict(validation_accuracy=accuracy('validation'),
+                            test_accuracy=accuracy('test')))
+    torch.set_num_threads(threads)
+    return max(results, key=lambda result: result['validation_accuracy'])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -321,9 +387,10 @@ def set_aside(options):
     print(f'{files[0]} is of an earlier run: renamed to sst2-{date}..., and what belongs to it')
 
 
-def write_results(options, results, run_options, test):
+def write_results(options, results, run, baseline, test):
     """Writes sst2.json of the seeds that are done, and of the one that is best on the held-out
-    tenth its predictions and weights. Returns what sst2.json holds, and that Result."""
+    tenth its predictions and weights. Returns what sst2.json holds, and that Result. run: what
+    load_run returned. baseline: what bag_of_words returned."""
     accuracies = [result.test_accuracy for result in results]
     mean, interval = mean_and_interval(accuracies)
     best = max(results, key=lambda result: result.validation_accuracy)
@@ -332,7 +399,8 @@ def write_results(options, results, run_options, test):
                  for (text, label), p in zip(test, best.probabilities.tolist())]
         save_text(options.file('_predictions.tsv'), 'text\tlabel\tprobability\n' + ''.join(lines))
         save_checkpoint(options.file('.pt'),
-                        dict(model=best.weights, options=run_options, step=best.epoch))
+                        dict(model=best.weights, options=run[2], step=best.epoch,
+                             provenance=dict(tokenizer=run[1].digest())))
     results[-1].weights = None  # they are saved or will never be: free the memory
     summary = dict(
         seeds=[options.seed + i for i in range(len(results))],
@@ -340,7 +408,8 @@ def write_results(options, results, run_options, test):
         test_accuracy=accuracies, mean=mean,
         std=statistics.stdev(accuracies) if len(results) > 1 else None, ci95=interval,
         binomial_se=math.sqrt(mean * (1 - mean) / len(test)),
-        epochs=[result.epoch for result in results], options=dataclasses.asdict(options))
+        epochs=[result.epoch for result in results], bag_of_words=baseline,
+        options=dataclasses.asdict(options))
     save_text(options.file('.json'), json.dumps(summary, indent=2) + '\n')
     return summary, best
 
@@ -364,22 +433,37 @@ def show_summary(options, summary, n_test):
     print(f'\n{options.seeds} seed{"s" if options.seeds > 1 else ""}: test accuracy '
           f'{summary["mean"]:.2%}{spread}, validation '
           f'{statistics.mean(summary["validation_accuracy"]):.2%}; {n_test} sentences have a '
-          f'binomial standard error of {summary["binomial_se"]:.2%}\n{options.file(".json")}')
+          f'binomial standard error of {summary["binomial_se"]:.2%}; a bag of words scores '
+          f'{summary["bag_of_words"]["test_accuracy"]:.1%} on the same test\n'
+          f'{options.file(".json")}')
+
+
+def load_tuned(options):
+    """(classifier, tokenizer) that an earlier call has fine-tuned. Raises UserError if there is
+    none, or if the run folder has another tokenizer by now."""
+    path, tokenizer_path = options.file('.pt'), Path(options.out_dir) / 'tokenizer.json'
+    if not path.exists():
+        raise UserError(f'{path}: there is no fine-tuned model: run the same command without '
+                        '--predict first')
+    state, tokenizer = load_checkpoint(path), Tokenizer.load(tokenizer_path)
+    model = build(state['options']['arch'], model_options_of(state['options']))
+    digest = tokenizer.digest()
+    trained_with = state.get('provenance', {}).get('tokenizer', digest)  # older ones do not say
+    needed = tokenizer.ids_needed(model.config.block.causal)
+    if trained_with != digest or model.config.vocab_size < needed:
+        raise UserError(f'{tokenizer_path}: another tokenizer than {path.name} was trained with: '
+                        'fine-tune again')
+    classifier = Classifier(model, options.classifier_dropout)
+    load_weights(classifier, state, path)
+    return classifier, tokenizer
 
 
 def predict(options, machine):
     """Prints the probability that a sentence is positive."""
-    path, text = options.file('.pt'), ' '.join(options.predict.split())
-    if not path.exists():
-        raise UserError(f'{path}: there is no fine-tuned model: run the same command without '
-                        '--predict first')
+    text = ' '.join(options.predict.split())
     if not text:
         raise UserError('--predict: the sentence is empty')
-    state = load_checkpoint(path)
-    tokenizer = Tokenizer.load(Path(options.out_dir) / 'tokenizer.json')
-    model = build(state['options']['arch'], model_options_of(state['options']))
-    classifier = Classifier(model, options.classifier_dropout)
-    load_weights(classifier, state, path)
+    classifier, tokenizer = load_tuned(options)
     classifier.to(machine.device)
     example = tokenize([(text, 1)], tokenizer, classifier.config.block_size)
     probability = score(classifier, example, tokenizer, machine)[2].item()
@@ -396,22 +480,23 @@ def main():
     run, texts = load_run(options.out_dir), read_sst2(options)
     # until a seed is done, earlier results stay where they are
     metrics = options.file('_metrics.jsonl.partial')
-    metrics.unlink(missing_ok=True)
+    save_text(metrics, '')
     print(f'{best_checkpoint(options.out_dir)}{", weights anew" if options.from_scratch else ""}: '
           f'{len(texts["train"]):,} phrases to train on, {len(texts["validation"]):,} held out to '
           f'choose the epoch by ({share_overlapping(texts):.0%} of them are part of a training '
           f'phrase), {len(texts["test"]):,} sentences to test on')
     folder, results, wandb_run = Path(options.out_dir), [], None
+    baseline = bag_of_words(texts)
     for seed in range(options.seed, options.seed + options.seeds):
         if options.wandb:
-            wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder,
-                                   dataclasses.asdict(options))
+            values = dataclasses.asdict(options) | dict(pretraining=read_facts(folder))
+            wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder, values)
         record = functools.partial(log_line, metrics, wandb_run)
         results.append(finetune(options, seed, run, texts, machine, record))
         if len(results) == 1:
             set_aside(options)
             metrics = metrics.rename(options.file('_metrics.jsonl'))
-        summary, best = write_results(options, results, run[2], texts['test'])
+        summary, best = write_results(options, results, run, baseline, texts['test'])
         if wandb_run:
             wandb_run.log(dict(test_accuracy=results[-1].test_accuracy))
             wandb_run.finish()

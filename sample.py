@@ -45,7 +45,7 @@ def read_start(start):
     if not start.startswith('FILE:'):
         return start
     try:
-        text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8')
+        text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f'--start={start}: cannot be read as text ({error})') from None
     return text.removesuffix('\n')
@@ -73,6 +73,19 @@ def show(tokenizer, ids):
     print(decoder.decode(b'', final=True))
 
 
+def describe(samples, eot, seconds):
+    """What was written, in words: how much, how fast, and which documents ended before the number
+    of tokens that was asked for."""
+    n = sum(token != eot for sample in samples for token in sample)
+    words = f'{n:,} tokens, {n / seconds:,.0f} tokens/s'
+    lengths = [sample.index(eot) for sample in samples if eot in sample]
+    if lengths:
+        ended = ('the document ended' if len(samples) == 1
+                 else f'{len(lengths)} of {len(samples)} documents ended,')
+        words += f'\n{ended} after {", ".join(map(str, lengths))} tokens'
+    return words
+
+
 def main():
     values, _ = config.load(sys.argv[1:], SampleOptions, doc=__doc__, takes_config=False)
     options = SampleOptions(**values)
@@ -96,8 +109,7 @@ def main():
     for sample in samples[1:]:
         print(f'\n---\n{start}', end='')
         show(tokenizer, sample)
-    n = sum(token != tokenizer.eot for sample in samples for token in sample)
-    print(f'\n{n:,} tokens, {n / seconds:,.0f} tokens/s', file=sys.stderr)
+    print(f'\n{describe(samples, tokenizer.eot, seconds)}', file=sys.stderr)
 
 
 if __name__ == '__main__':

@@ -8,34 +8,44 @@ too), of which one layer is in memory at a time.
 For each layer Q, K, V, O and the fused QK (what a head compares) and VO (what it copies): of each
 head, and stacked over heads, each head divided by its largest singular value. Gains of the norms
 before a matrix are folded in. Rotated dimensions stand apart: q_rope, k_rope, and qk_rope, their
-product at distance zero. The effective rank is the least k that leaves at most 1% (or 0.1%) of the
-energy, the sum of squares, beyond the first k; beside it stands that of matrices of the same shapes
-filled with Gaussian noise. Writes svd.json with all singular values, layers.png and heads.png.
+product at distance zero. The effective rank is the least k that leaves at most 1% of the energy,
+the sum of squares, beyond the first k (--discarded=0.001: at most 0.1%); beside it stands that of
+matrices of the same shapes filled with Gaussian noise.
+
+Writes svd.json with all singular values, layers.png and heads.png; and svd.jsonl, layer by layer:
+after a kill, or with other layers or another share, the same command goes on from what is there.
 """
 
+import collections
+import contextlib
 import itertools
 import json
 import os
+import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
+from typing import Annotated, NamedTuple
 
 import torch
 
 import config
 from config import UserError
 from deepseek import Checkpoint, read_attention
-from model import Block, ChannelBlock, CountOrZero, CrossBlock, PoolBlock
-from run import Seed, load_run, pyplot, save_text
+from model import Block, ChannelBlock, CountOrZero, CrossBlock, PoolBlock, Range
+from run import Seed, best_checkpoint, load_run, pyplot, save_text
 
 # products of two parts; the first is the side on which heads are stacked
 FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))
 KINDS = 'q', 'k', 'qk', 'v', 'o', 'vo', 'q_rope', 'k_rope', 'qk_rope'
 PANELS = ('q', 'k', 'qk', 'q_rope', 'k_rope', 'qk_rope'), ('v', 'o', 'vo')  # of a plot
-DISCARDED = 0.01, 0.001  # shares of the energy
+PUBLISHED = 0.01, 0.001  # shares of the energy, whose ranks are always in svd.json
+CLEARLY_BELOW = 0.9  # share of the rank of noise
 
 
 @dataclass
@@ -46,12 +56,20 @@ class SvdOptions:
     heads_of: CountOrZero | None = None  # layer of the head-wise plot; None = the middle one
     stacked: bool = True  # also stack the heads: minutes a layer at DeepSeek-V3's width
     align: bool = False  # also angles between what heads write, and between that and what is read
+    discarded: Annotated[float, Range(above=0, below=1)] = 0.01  # share of the energy to leave out
+    device: str = 'cpu'  # torch device for the linear algebra, which is in float64
     out_dir: str | None = None  # results; None = the run's folder, for a checkpoint out/svd-NAME
     seed: Seed = 1337  # of the noise
 
 
 # --------------------------------------------------------------------------------------------------
 # reading: the parts of a layer are what Attention.matrices returns, {part: (heads, basis or None)}
+
+
+class Layer(NamedTuple):
+    name: str
+    read: Callable  # returns its parts
+    files: list  # paths of the files that its weights are in
 
 
 def parts_of(attention, gain, source_gain):
@@ -69,29 +87,37 @@ def parts_of(attention, gain, source_gain):
 
 
 def read_run(folder):
-    """Yields (name, function that returns its parts) of each attention in the blocks of a run."""
+    """Yields a Layer for each attention in the blocks of a run."""
     model, _, _ = load_run(folder)
     if any(isinstance(module, ChannelBlock) for module in model.modules()):
         raise UserError(f'{folder}: has parallel channels, which svd.py cannot read')
+    files = [best_checkpoint(folder)]
     for name, block in model.requires_grad_(False).named_modules():
         if isinstance(block, Block):
             norm = source_norm = block.attn_norm
             if isinstance(block, PoolBlock) and block.source_norm:
                 source_norm = block.source_norm
-            yield name, partial(parts_of, block.attn, norm.weight, source_norm.weight)
+            gains = norm.weight, source_norm.weight
+            yield Layer(name, partial(parts_of, block.attn, *gains), files)
         if isinstance(block, CrossBlock):
             gains = block.cross_norm.weight, block.source_norm.weight
-            yield f'{name}.cross', partial(parts_of, block.cross, *gains)
+            yield Layer(f'{name}.cross', partial(parts_of, block.cross, *gains), files)
 
 
 def read_checkpoint(folder):
-    """Yields (name, function that returns its parts) of each layer of a checkpoint."""
+    """Yields a Layer for each layer of a checkpoint."""
     checkpoint = Checkpoint(folder)
     n_layer = checkpoint.config.get('num_hidden_layers')
-    if not isinstance(n_layer, int):
-        raise UserError(f'{folder}/config.json: has no num_hidden_layers')
+    if type(n_layer) is not int or not 0 < n_layer <= len(checkpoint.files):
+        raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40}: takes the '
+                        f'number of layers that its {len(checkpoint.files)} tensors belong to')
+    files = collections.defaultdict(set)
+    for name, path in checkpoint.files.items():
+        if match := re.match(r'model\.layers\.(\d+)\.(self_attn|input_layernorm)\.', name):
+            files[int(match[1])].add(path)
     for i in range(n_layer):
-        yield f'layer {i}', partial(read_layer, checkpoint, i)
+        yield Layer(f'layer {i}', partial(read_layer, checkpoint, i),
+                    [Path(folder) / 'config.json', *sorted(files[i])])
 
 
 def read_layer(checkpoint, i):
@@ -99,14 +125,19 @@ def read_layer(checkpoint, i):
     return parts_of(attention, gain, gain)
 
 
+def load(layer, device):
+    """The parts of a Layer, on a device."""
+    return {name: [None if matrix is None else matrix.to(device) for matrix in part]
+            for name, part in layer.read().items()}
+
+
 # --------------------------------------------------------------------------------------------------
 # spectra
 
 
 def spectra(parts, stacked):
-    """{kind: singular values and effective ranks} of a layer:
-    dict(heads=[values of each head], stacked=values, effective_rank={share: dict(heads=[rank of
-    each head], stacked=[rank])}); `stacked` only if asked for."""
+    """{kind: singular values} of a layer: dict(heads=[values of each head], stacked=values);
+    `stacked` only if asked for."""
     thin = {name: thinned(*part) for name, part in parts.items()}
     result = {}
     for kind in KINDS:
@@ -114,13 +145,15 @@ def spectra(parts, stacked):
         if not all(side in thin for side in sides):
             continue
         x = fused(*(thin[side] for side in sides)) if kind in FUSED else thin[kind]
+        if not x.isfinite().all():
+            raise UserError(f'{kind}: products of its weights are too large for float32: are they '
+                            'those of a model?')
         heads = [torch.linalg.svdvals(head.double()) for head in x]
-        values = dict(heads=[s.tolist() for s in heads])
+        result[kind] = dict(heads=[values.tolist() for values in heads])
         if stacked:
             tiny = torch.finfo(torch.float32).tiny  # a head may be all zeros
-            tops = [s[0].clamp(min=tiny) for s in heads]
-            values['stacked'] = stacked_values(x, tops).tolist()
-        result[kind] = dict(**values, effective_rank=effective_ranks(values))
+            tops = [values[0].clamp(min=tiny) for values in heads]
+            result[kind]['stacked'] = stacked_values(x, tops).tolist()
     return result
 
 
@@ -154,7 +187,7 @@ def stacked_values(x, tops):
         flat = (x / torch.stack(tops)[:, None, None]).flatten(0, 1).double()
         gram = flat @ flat.t()
     else:
-        gram = torch.zeros(n, n, dtype=torch.float64)
+        gram = torch.zeros(n, n, dtype=torch.float64, device=x.device)
         step = max(1, 1024 // d)
         for h in range(0, H, step):
             some = zip(x[h:h + step], tops[h:h + step])
@@ -163,31 +196,40 @@ def stacked_values(x, tops):
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
-def effective_ranks(values):
-    """{share: {'heads': [rank of each head], 'stacked': [rank]}}, for the shares in DISCARDED."""
-    spectra_of = dict(heads=values['heads'])
-    if 'stacked' in values:
-        spectra_of['stacked'] = [values['stacked']]
-    return {str(share): {name: [effective_rank(spectrum, share) for spectrum in several]
-                         for name, several in spectra_of.items()} for share in DISCARDED}
-
-
 def effective_rank(values, discarded):
-    """The least k such that the squares beyond the first k sum to at most this share of all."""
+    """The least k such that the squares beyond the first k sum to at most this share of all. Of a
+    list of spectra a list."""
     energy = torch.tensor(values, dtype=torch.float64).square()
-    beyond = energy.sum() - energy.cumsum(0)
-    return 1 + int((beyond > discarded * energy.sum()).sum())
+    total = energy.sum(dim=-1, keepdim=True)
+    return (1 + (total - energy.cumsum(dim=-1) > discarded * total).sum(dim=-1)).tolist()
 
 
-def noise_like(parts, seed):
-    """The same shapes, Gaussian: what a layer would show that has learned nothing."""
+def ranks_of(values, discarded):
+    """Effective ranks of a kind: a list of those of the heads, and that of the stack or None."""
+    stack = effective_rank(values['stacked'], discarded) if 'stacked' in values else None
+    return effective_rank(values['heads'], discarded), stack
+
+
+def effective_ranks(values, shares):
+    """What svd.json says of a kind: {share: {'heads': [rank of each head], 'stacked': [rank]}}."""
+    result = {}
+    for share in shares:
+        heads, stack = ranks_of(values, share)
+        result[str(share)] = dict(heads=heads) | ({} if stack is None else dict(stacked=[stack]))
+    return result
+
+
+def shapes_of(parts):
+    """The shapes of parts, as a string that noise_like reads."""
+    return json.dumps({name: [None if matrix is None else list(matrix.shape) for matrix in part]
+                       for name, part in parts.items()})
+
+
+def noise_like(shapes, seed, device):
+    """Parts of these shapes, Gaussian: what a layer would show that has learned nothing."""
     generator = torch.Generator().manual_seed(seed)
-    noise = {}
-    for name, (heads, basis) in parts.items():
-        heads = torch.randn(heads.shape, generator=generator)
-        basis = None if basis is None else torch.randn(basis.shape, generator=generator)
-        noise[name] = heads, basis
-    return noise
+    return {name: [None if shape is None else torch.randn(shape, generator=generator).to(device)
+                   for shape in part] for name, part in json.loads(shapes).items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -239,12 +281,12 @@ def alignment(parts, written):
 
 
 # --------------------------------------------------------------------------------------------------
-# layers, one after the other
+# layers, one after the other; svd.jsonl has a line for each that is finished, and for their noise
 
 
 def chosen_layers(source, n_layer, options):
     """(numbers of the layers to analyse, number of that of the head-wise plot)."""
-    numbers = range(n_layer) if options.layers is None else options.layers
+    numbers = range(n_layer) if options.layers is None else sorted(set(options.layers))
     absent = [number for number in (*numbers, options.heads_of or 0) if number >= n_layer]
     if absent:
         raise UserError(f'layer {absent[0]}: {source} has layers 0 to {n_layer - 1}')
@@ -254,65 +296,149 @@ def chosen_layers(source, n_layer, options):
     return numbers, middle
 
 
-def analyse(layers, numbers, options):
+def state_of(layer):
+    """Names, sizes and times of the files of a Layer."""
+    stats = {}
+    for path in layer.files:
+        if not path.is_file():
+            raise UserError(f'{path}: this shard is missing: download it again')
+        stats[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
+    return stats
+
+
+def to_text(line):
+    """A line of svd.jsonl, with a checksum."""
+    return json.dumps(dict(sha256=sha256(json.dumps(line).encode()).hexdigest(), line=line)) + '\n'
+
+
+def from_text(text):
+    """What to_text was given; None if a kill has cut the text off, or somebody has changed it."""
+    try:
+        line = json.loads(text)['line']
+    except (ValueError, TypeError, KeyError):
+        return None
+    return line if to_text(line) == text else None
+
+
+def read_finished(path, states, settings):
+    """What an earlier call has finished: {number: line} of the layers in svd.jsonl, and {shapes:
+    line} of the noise. Lines of another state are taken out of the file.
+
+    states: {number: state} of the layers to analyse. settings: the state of noise.
+    """
+    try:
+        texts = path.read_text('utf-8', errors='replace').splitlines(True) if path.exists() else []
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read ({error.strerror}): move it away') from None
+    lines = {}
+    for line in filter(None, map(from_text, texts)):
+        if 'number' in line:
+            key, wanted = line['number'], states.get(line['number'], line['state'])
+        else:
+            key, wanted = line['shapes'], settings
+        if line['state'] == wanted:
+            lines[key] = line
+    if len(lines) < len(texts):
+        print(f'{path}: {len(texts) - len(lines)} of its lines are of other options or files, or '
+              'damaged, and are made anew')
+        save_text(path, ''.join(map(to_text, lines.values())))
+    return lines
+
+
+def finish(path, **line):
+    """Appends a line to svd.jsonl, and returns it."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, 'a', encoding='utf-8') as file:
+            file.write(to_text(line))
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror})') from None
+    return line
+
+
+def analyse(layers, numbers, path, options):
     """(found, noise) of the layers of these numbers. found: a dict for each, its number, name,
-    shapes, kinds (see spectra) and alignment. noise: {shapes: the same of noise}."""
-    found, noise, written = [], {}, None
+    shapes, kinds (see spectra) and alignment. noise: {shapes: the same of noise}. path: of
+    svd.jsonl."""
+    settings = dict(stacked=options.stacked, align=options.align, seed=options.seed)
+    read, states = {}, {}
     for number in numbers:
-        name, read = layers[number]
-        parts = None  # the layer before makes room
-        start, parts = time.perf_counter(), read()
-        shapes = str({part: [None if x is None else tuple(x.shape) for x in pair]
-                      for part, pair in parts.items()})
+        with_next = options.align and number + 1 in numbers  # whose queries and keys are compared
+        read[number] = layers[number:number + 2 if with_next else number + 1]
+        states[number] = settings | dict(files=[state_of(layer) for layer in read[number]])
+    lines, noise = read_finished(path, states, settings), {}
+    for number in numbers:
+        start, kept = time.perf_counter(), number in lines
+        if not kept:
+            line = analyse_layer(*read[number], options=options)
+            lines[number] = finish(path, number=number, state=states[number], **line)
+        took = 'kept' if kept else f'{time.perf_counter() - start:.1f} s'
+        shapes = lines[number]['shapes']
         if shapes not in noise:
-            noise[shapes] = analyse_noise(parts, options)
+            noise[shapes] = lines.get(shapes) or finish(path, state=settings,
+                                                        **analyse_noise(shapes, options))
             header = ''.join(f'{kind:>15}' for kind in noise[shapes]['kinds'])
-            print(f'\n{"":16}{header}\n{table_line(noise[shapes])}')
-        layer = dict(number=number, layer=name, shapes=shapes,
-                     kinds=spectra(parts, options.stacked))
-        if options.align:
-            if found and number == found[-1]['number'] + 1:
-                found[-1]['alignment'] |= read_by(parts, written, 'next')
-            written = subspaces(parts['o'], shared=False)
-            layer['alignment'] = alignment(parts, written)
-        found.append(layer)
-        print(f'{table_line(layer)}{time.perf_counter() - start:8.1f} s', flush=True)
-    return found, noise
+            print(f'\n{"":16}{header}\n{table_line(noise[shapes], options.discarded)}')
+        print(f'{table_line(lines[number], options.discarded)}{took:>10}', flush=True)
+    return [lines[number] for number in numbers], noise
 
 
-def analyse_noise(parts, options):
+def analyse_layer(layer, following=None, *, options):
+    """What analyse finds in a Layer. following: the one after it, if that is analysed too."""
+    parts = load(layer, options.device)
+    found = dict(layer=layer.name, shapes=shapes_of(parts), kinds=spectra(parts, options.stacked))
+    if options.align:
+        written = subspaces(parts['o'], shared=False)
+        found['alignment'] = alignment(parts, written)
+        parts = None  # makes room for those of the next
+        if following:
+            found['alignment'] |= read_by(load(following, options.device), written, 'next')
+    return found
+
+
+def analyse_noise(shapes, options):
     """What analyse would find in noise of these shapes."""
-    noise = noise_like(parts, options.seed)
-    layer = dict(layer='noise', kinds=spectra(noise, options.stacked))
+    noise = noise_like(shapes, options.seed, options.device)
+    found = dict(layer='noise', shapes=shapes, kinds=spectra(noise, options.stacked))
     if options.align:
         written = subspaces(noise['o'], shared=False)
-        following = noise_like(parts, options.seed + 1)
-        layer['alignment'] = alignment(noise, written) | read_by(following, written, 'next')
-    return layer
+        following = noise_like(shapes, options.seed + 1, options.device)
+        found['alignment'] = alignment(noise, written) | read_by(following, written, 'next')
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
 # what a person sees
 
 
-def ranks_of(found):
-    """Effective ranks of a kind at the first of the shares in DISCARDED: a list of those of the
-    heads, and that of the stack or None."""
-    ranks = found['effective_rank'][str(DISCARDED[0])]
-    return ranks['heads'], ranks['stacked'][0] if 'stacked' in ranks else None
-
-
-def table_line(layer):
+def table_line(layer, discarded):
     """Stacked rank / mean over heads of each kind."""
     cells = []
-    for found in layer['kinds'].values():
-        heads, stack = ranks_of(found)
+    for values in layer['kinds'].values():
+        heads, stack = ranks_of(values, discarded)
         mean = f'{statistics.mean(heads):.1f}'
         cells.append(mean if stack is None else f'{stack:,} / {mean}')
     return f'{layer["layer"]:16}' + ''.join(f'{cell:>15}' for cell in cells)
 
 
-def plot(path, title, xlabel, series, noise):
+def verdict(found, noise, discarded):
+    """What the ranks say, in one line: of how many layers which kinds lie clearly below noise, by
+    the stack or by the mean of the heads."""
+    below = collections.Counter()
+    for layer in found:
+        for kind, values in layer['kinds'].items():
+            random = ranks_of(noise[layer['shapes']]['kinds'][kind], discarded)
+            heads, stack = ranks_of(values, discarded)
+            below[kind] += (statistics.mean(heads) <= CLEARLY_BELOW * statistics.mean(random[0])
+                            or stack is not None and stack <= CLEARLY_BELOW * random[1])
+    if not below.total():
+        return 'nothing below noise: these weights have hardly been trained'
+    counts = ', '.join(f'{kind} in {n}' for kind, n in below.items() if n)
+    return (f'clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank), of {len(found)} '
+            f'layer{"s" if len(found) > 1 else ""}: {counts}')
+
+
+def plot(path, title, xlabel, series, noise, discarded):
     """Two panels, what heads compare and what they copy; series and noise: {kind: [(x, rank)]}."""
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
@@ -323,32 +449,36 @@ def plot(path, title, xlabel, series, noise):
             axes.plot(*zip(*series[kind]), marker='o', markersize=width + 2, linewidth=width,
                       color=f'C{color}', alpha=0.7, label=label)
             axes.plot(*zip(*noise[kind]), color=f'C{color}', linestyle='--', linewidth=1, zorder=3)
-        ylabel = f'effective rank ({DISCARDED[0]:.0%} of the energy left out)'
+        ylabel = f'effective rank ({100 * discarded:g}% of the energy left out)'
         axes.set(xlabel=xlabel, ylabel=ylabel)
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.0))
-    figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes')
-    figure.savefig(path, dpi=120)
+    figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes', parse_math=False)
+    try:
+        figure.savefig(path, dpi=120)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written ({error.strerror})') from None
     plt.close(figure)
 
 
-def over_layers(numbers, layers):
+def over_layers(layers, numbers, discarded):
     """{kind: [(number of a layer, rank)]}: the rank of the stack, or where heads were not stacked
     the mean over heads. layers: what analyse found in those, or in noise of their shapes."""
     series = {}
     for number, layer in zip(numbers, layers):
         for kind, values in layer['kinds'].items():
-            heads, stack = ranks_of(values)
+            heads, stack = ranks_of(values, discarded)
             rank = statistics.mean(heads) if stack is None else stack
             series.setdefault(kind, []).append((number, rank))
     return series
 
 
-def over_heads(layer):
+def over_heads(layer, discarded):
     """{kind: [(number of a head, rank)]}."""
-    return {kind: list(enumerate(ranks_of(values)[0])) for kind, values in layer['kinds'].items()}
+    return {kind: list(enumerate(ranks_of(values, discarded)[0]))
+            for kind, values in layer['kinds'].items()}
 
 
 def print_alignment(rows):
@@ -365,20 +495,30 @@ def print_alignment(rows):
 
 def write(folder, title, found, noise, middle, options):
     """svd.json, the plots, and the lines about alignment. middle: layer of the head-wise plot."""
-    config.make_folder(folder, 'out_dir')
-    results = dict(source=title, noise=noise, layers=found)
-    save_text(folder / 'svd.json', json.dumps(results) + '\n')
-    what = 'heads stacked' if options.stacked else 'mean of the heads'
-    numbers = [layer['number'] for layer in found]
+    numbers, share = [layer['number'] for layer in found], options.discarded
     random = [noise[layer['shapes']] for layer in found]
-    plot(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers(numbers, found),
-         over_layers(numbers, random))
+    what = 'heads stacked' if options.stacked else 'mean of the heads'
+    plot(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers(found, numbers, share),
+         over_layers(random, numbers, share), share)
     i = numbers.index(middle)
     plot(folder / 'heads.png', f'{title}, layer {middle}, head by head', 'head',
-         over_heads(found[i]), over_heads(random[i]))
+         over_heads(found[i], share), over_heads(random[i], share), share)
     if options.align:
         print_alignment([*noise.values(), *found])
-    print(f'\n{folder}: svd.json, layers.png, heads.png')
+    print(f'\n{verdict(found, noise, share)}')
+    for layer in (*noise.values(), *found):
+        for values in layer['kinds'].values():
+            values['effective_rank'] = effective_ranks(values, (*PUBLISHED, share))
+    results = dict(source=title, noise=noise, layers=found)
+    save_text(folder / 'svd.json', json.dumps(results) + '\n')
+    print(f'{folder}: svd.json, layers.png, heads.png')
+
+
+def check_device(name):
+    try:
+        torch.zeros(1, dtype=torch.float64, device=name).item()
+    except (RuntimeError, AssertionError, TypeError) as error:  # TypeError: it has no float64
+        raise UserError(f'--device={name}: {str(error).splitlines()[0]}') from None
 
 
 def main():
@@ -391,18 +531,18 @@ def main():
     source = Path(paths[0])
     if source.is_file():
         raise UserError(f'{source}: is a file: name the folder that it is in')
-    ours = (source / 'ckpt.pt').exists()
+    check_device(options.device)
+    ours, name = best_checkpoint(source).exists(), source.resolve().name
     layers = list(read_run(source) if ours else read_checkpoint(source))
     numbers, middle = chosen_layers(source, len(layers), options)
-    default = source if ours else Path('out') / f'svd-{source.resolve().name}'
-    folder = Path(options.out_dir or default)
+    folder = Path(options.out_dir or (source if ours else Path('out') / f'svd-{name}'))
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f'{folder}: cannot be written: set --out_dir')
-    stack = 'stacked heads / ' if options.stacked else ''
-    print(f'effective rank, {DISCARDED[0]:.0%} of the energy left out: {stack}mean of the heads')
-    found, noise = analyse(layers, numbers, options)
-    write(folder, source.name, found, noise, middle, options)
+    print(f'effective rank, {100 * options.discarded:g}% of the energy left out: '
+          f'{"stacked heads / " if options.stacked else ""}mean of the heads')
+    found, noise = analyse(layers, numbers, folder / 'svd.jsonl', options)
+    write(folder, name, found, noise, middle, options)
 
 
 if __name__ == '__main__':

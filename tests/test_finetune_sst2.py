@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -14,7 +15,7 @@ import torch
 
 import finetune_sst2
 from config import UserError
-from conftest import train_runs
+from conftest import shell, train_runs
 from finetune_sst2 import FinetuneOptions, like_lengths, make_classifier, read_sst2, score, tokenize
 from prepare import Tokenizer
 from run import Machine, load_run, mean_and_interval
@@ -68,6 +69,11 @@ def test_learns_and_writes_what_it_says(folder, script, capsys, run):
     assert out['std'] == statistics.stdev(out['test_accuracy'])
     assert out['ci95'] == pytest.approx(12.706 * out['std'] / math.sqrt(2))
     assert out['binomial_se'] == pytest.approx(math.sqrt(out['mean'] * (1 - out['mean']) / 60))
+    assert out['bag_of_words'] == dict(validation_accuracy=1.0, test_accuracy=1.0)
+    assert 'a bag of words scores 100.0% on the same test' in capsys.readouterr().out
+
+    saved = torch.load(f'{run}/sst2.pt', weights_only=True)
+    assert saved['provenance']['tokenizer'] == load_run(run)[1].digest()
 
     # the predictions are those of the seed that is best on the held-out tenth, and give its
     # accuracy
@@ -97,6 +103,41 @@ def test_learns_and_writes_what_it_says(folder, script, capsys, run):
     assert again['std'] is None and again['ci95'] is None
     assert len(list(Path(run).glob('sst2-*.json'))) == 1
     assert len(list(Path(run).glob('sst2-*.pt'))) == 1
+
+
+def test_a_bag_of_words_knows_pairs_and_no_order_beyond():
+    """The label hangs on a pair; each word is as frequent with either label."""
+    texts = dict(train=[('not good', 0), ('good', 1), ('not bad', 1), ('bad', 0)] * 20,
+                 validation=[('a film that is Not good', 0), ('bad film', 0)],
+                 test=[('it is not bad', 1), ('unseen', 1), ('good', 1), ('bad it is', 0)])
+    scores = finetune_sst2.bag_of_words(texts)
+    assert scores['validation_accuracy'] == 1.0 and scores['test_accuracy'] in (0.75, 1.0)
+    assert finetune_sst2.bag_of_words(texts) == scores
+    bags = finetune_sst2.make_bags(texts)
+    rows, columns, labels = bags['validation']
+    # the bias, good, not, not good; the bias, bad
+    assert rows.tolist() == [0, 0, 0, 0, 1, 1] and labels.tolist() == [0, 0]
+    assert columns.max() < bags['train'][1].max() + 1 == 6
+
+
+def test_the_held_out_tenth_chooses_the_penalty(monkeypatch):
+    """Of labels of which 30% are wrong, the lower the penalty the more is learned by heart."""
+    rng = random.Random(0)
+
+    def sentences(n, noise):
+        for _ in range(n):
+            label = rng.randrange(2)
+            words = [f'w{rng.randrange(60)}' for _ in range(3)] + [('bad', 'good')[label]]
+            yield ' '.join(words), label if rng.random() > noise else 1 - label
+
+    texts = {split: list(sentences(200, noise))
+             for split, noise in dict(train=0.3, validation=0.0, test=0.0).items()}
+    scores = {}
+    for penalties in ((10.0,), (0.1,), (10.0, 0.1), (0.1, 10.0)):
+        monkeypatch.setattr(finetune_sst2, 'PENALTIES', penalties)
+        scores[penalties] = finetune_sst2.bag_of_words(texts)['validation_accuracy']
+    assert scores[10.0, 0.1] == scores[10.0,] > scores[0.1,] + 0.1
+    assert scores[0.1, 10.0] == pytest.approx(scores[10.0,], abs=0.01)
 
 
 def test_from_scratch_takes_nothing_from_the_run_but_its_shape(folder, script):
@@ -174,6 +215,14 @@ def test_the_split_is_90_10_and_the_same_for_every_subset(folder):
     assert texts['test'] == [(f'dev phrase {i}', i % 2) for i in range(20)]
     few = read_sst2(FinetuneOptions(out_dir='run', data_dir='sst2', train_examples=50, seed=9))
     assert few['train'] == texts['train'][:50] and few['validation'] == texts['validation']
+
+
+def test_a_byte_order_mark_is_no_word(folder):
+    rows = ''.join(f'\ufeffgood film {i}\t1\n' for i in range(20)) + '0\t1\n'
+    Path('sst2/train.tsv').write_text('\ufeffsentence\tlabel\n' + rows, encoding='utf-8')
+    texts = read_sst2(FinetuneOptions(out_dir='run', data_dir='sst2'))
+    phrases = {text for text, _ in (*texts['train'], *texts['validation'])}
+    assert phrases == {'0', *(f'good film {i}' for i in range(20))}
 
 
 def test_held_out_phrases_that_are_part_of_a_training_phrase():
@@ -331,6 +380,45 @@ def test_refusals(folder, script, what, arguments, message):
     with pytest.raises(UserError) as error:
         script(finetune_sst2, *QUICK, '--out_dir=run', *arguments)
     assert message in str(error.value) and not list(Path('run').glob('sst2*'))
+
+
+@pytest.mark.slow
+def test_an_ascii_locale_writes_utf8(folder):
+    rows = ''.join(f'a film by René {i}\t{i % 2}\n' for i in range(40))
+    Path('sst2/dev.tsv').write_text('sentence\tlabel\n' + rows, encoding='utf-8')
+    ascii = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    result = shell(finetune_sst2.__file__, *QUICK, '--out_dir=run', '--epochs=1', env=ascii)
+    assert result.returncode == 0 and not result.stderr and 'a film by Ren?' in result.stdout
+    predictions = Path('run/sst2_predictions.tsv').read_text(encoding='utf-8')
+    assert 'a film by René 39\t1\t' in predictions
+
+
+def test_predict_refuses_what_is_not_of_one_run(folder, script):
+    run, tokenizer = load_run('run'), Path('run/tokenizer.json')
+    state = dict(model=make_classifier(run, FinetuneOptions(out_dir='run'), 1).state_dict(),
+                 options=run[2], step=1, provenance=dict(tokenizer=run[1].digest()))
+    predict = ['--out_dir=run', '--device=cpu', '--predict=good']
+    own = tokenizer.read_text()
+    message = 'run/tokenizer.json: another tokenizer than sst2.pt was trained with'
+    larger = [bytes([b]) for b in range(256)] + [b'go', b'od', b'good']
+    Tokenizer('bpe', larger, r'[\s\S]+').save(tokenizer)
+    for provenance in ({'provenance': state['provenance']}, {}):  # earlier versions have none
+        kept = {key: value for key, value in state.items() if key != 'provenance'}
+        torch.save(kept | provenance, 'run/sst2.pt')
+        with pytest.raises(UserError, match=message):
+            script(finetune_sst2, *predict)
+    tokenizer.write_text(own)
+    script(finetune_sst2, *predict)
+    state['model']['classifier.bias'][0] = float('nan')
+    torch.save(state, 'run/sst2.pt')
+    with pytest.raises(UserError, match='holds numbers that are not finite'):
+        script(finetune_sst2, *predict)
+
+
+def test_refuses_a_folder_that_cannot_be_written(folder, script):
+    Path('run/sst2_metrics.jsonl.partial').mkdir()
+    with pytest.raises(UserError, match='sst2_metrics.jsonl.partial: cannot be written'):
+        script(finetune_sst2, *QUICK, '--out_dir=run')
 
 
 def test_refuses_an_empty_sentence_and_torchrun(folder, script, monkeypatch):

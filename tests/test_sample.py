@@ -1,13 +1,18 @@
 """sample.py, on runs of a few steps."""
 
 import json
+import os
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import sample
+import svd
 from config import UserError
 from conftest import REPOSITORY, shell, train_runs
 from prepare import Tokenizer
@@ -55,7 +60,7 @@ def test_text_is_what_the_model_draws(folder, script, capsys, run):
     assert 'tokens/s' in out.err
     script(sample, *arguments)
     assert capsys.readouterr().out == out.out
-    Path('prompt.txt').write_text('the river')
+    Path('prompt.txt').write_text('\ufeffthe river\n', encoding='utf-8')
     from_file = [argument.replace('the river', 'FILE:prompt.txt') for argument in arguments]
     script(sample, *from_file, '--num_samples=3')
     several = capsys.readouterr().out.split('\n---\n')
@@ -67,6 +72,42 @@ def test_characters_are_shown_whole(capsys):
     tokenizer = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
     sample.show(tokenizer, [*'é漢'.encode(), tokenizer.eot, tokenizer.eot, 0xe6])
     assert capsys.readouterr().out == 'é漢\ufffd\n'
+
+
+def test_says_which_documents_ended():
+    speed = '6 tokens, 3 tokens/s'
+    assert sample.describe([(1, 2, 3, 4, 5, 6)], 9, 2.0) == speed
+    assert sample.describe([(1, 2, 3, 4, 5, 6, 9)], 9, 2.0) == (
+        f'{speed}\nthe document ended after 6 tokens')
+    assert sample.describe([(1, 9, 9), (1, 2, 3), (1, 2, 9)], 9, 2.0) == (
+        f'{speed}\n2 of 3 documents ended, after 1, 2 tokens')
+
+
+def test_a_document_that_ends_is_said_to(folder, script, capsys):
+    arguments = ['--out_dir=decoder', '--start=the', '--device=cpu', '--max_new_tokens=500']
+    for more, message in (([], 'the document ended after'), (['--num_samples=2'], '2 of 2 docum')):
+        script(sample, *arguments, *more)
+        assert message in capsys.readouterr().err
+
+
+def test_refuses_weights_that_are_not_finite(folder, script):
+    for path in Path('decoder').glob('ckpt*.pt'):
+        state = torch.load(path, weights_only=True)
+        next(iter(state['model'].values()))[0] = float('nan')
+        torch.save(state, path)
+    for module, arguments in ((sample, ['--out_dir=decoder', '--temperature=0']), (svd, ['decoder'])):
+        with pytest.raises(UserError, match='holds numbers that are not finite'):
+            script(module, *arguments)
+
+
+@pytest.mark.parametrize('arguments', [['--temperature=1e-300'], ['--temperature=1e-37'],
+                                       ['--top_p=1e-300'], ['--top_k=1']])
+def test_what_is_near_zero_takes_the_likeliest_token(folder, script, capsys, arguments):
+    options = ['--out_dir=decoder', '--start=the', '--device=cpu', '--max_new_tokens=20']
+    script(sample, *options, '--temperature=0')
+    likeliest = capsys.readouterr().out
+    script(sample, *options, *arguments)
+    assert capsys.readouterr().out == likeliest
 
 
 def test_a_long_start_says_what_is_dropped(folder, script, capsys):
@@ -100,22 +141,40 @@ def test_refuses_a_run_without_a_tokenizer(folder, script):
         script(sample, '--out_dir=decoder')
 
 
-# a script whose standard output is a pipe that nobody reads: python -c CLOSED_PIPE REPOSITORY N
-CLOSED_PIPE = """
-import os, sys
+# a script that prints the value of an expression: python -c SCRIPT REPOSITORY EXPRESSION
+SCRIPT = """
+import sys
 sys.path.insert(0, sys.argv[1])
 import config
 
+text, sys.argv = eval(sys.argv[2]), ['x.py']
+config.run(lambda: print(text))
+"""
+CLOSED_PIPE = """
+import os
 reader, writer = os.pipe()
 os.close(reader)
 os.dup2(writer, 1)
-length, sys.argv = int(sys.argv[2]), ['x.py']
-config.run(lambda: print('x' * length))
 """
 
 
 @pytest.mark.parametrize('length', [10, 10 ** 6])
 def test_a_reader_that_leaves_early_is_no_error(folder, length):
     """As `| head` does: the pipe is closed before anything is written."""
-    result = shell('-c', CLOSED_PIPE, REPOSITORY, length)
+    result = shell('-c', CLOSED_PIPE + SCRIPT, REPOSITORY, f'"x" * {length}')
     assert result.returncode == 141 and not result.stderr
+
+
+@pytest.mark.parametrize('length', [10, 10 ** 6])
+@pytest.mark.parametrize('redirection, status, message', [
+    ('>&-', 0, ''), ('>&- 2>&-', 0, ''), ('>/dev/full', 2, 'x.py: No space left on device\n')])
+def test_a_closed_or_full_output(redirection, status, message, length):
+    command = shlex.join([sys.executable, '-c', SCRIPT, str(REPOSITORY), f'"x" * {length}'])
+    result = subprocess.run(f'{command} {redirection}', shell=True, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (status, message)
+
+
+def test_what_a_terminal_cannot_show_is_replaced():
+    ascii = dict(os.environ, LC_ALL='C', PYTHONUTF8='0', PYTHONCOERCECLOCALE='0')
+    result = shell('-c', SCRIPT, REPOSITORY, r'"a \xe9\u6f22"', env=ascii)
+    assert (result.returncode, result.stdout, result.stderr) == (0, 'a ??\n', '')

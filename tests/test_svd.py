@@ -130,7 +130,8 @@ def test_matrices_are_what_an_attention_does(name):
         torch.nn.init.normal_(weight, mean=1.0 if weight.dim() == 1 else 0.0, std=0.3)
     attention.attend = lambda q, k, v, key_mask: seen.update(q=q, k=k, v=v)
     x, r = torch.randn(1, 5, 32), attention.rope_dims
-    attention.heads(x)
+    unturned = torch.stack((torch.ones(5, r // 2), torch.zeros(5, r // 2))) if r else None
+    attention.heads(x, x, rope=unturned, source_rope=unturned)
     (q_rope, q), (k_rope, k) = (seen[side].tensor_split([r], dim=-1) for side in 'qk')
     vectors = dict(q=q, k=k, v=seen['v'], q_rope=q_rope, k_rope=k_rope)
     matrices = {part: heads if basis is None else heads @ basis
@@ -183,6 +184,83 @@ def test_planted_rank_is_found(workspace, script):
     assert rank < noise['effective_rank']['0.01']['stacked'][0]
     gap = np.array(found['stacked'])
     assert gap[rank - 1] > 5 * gap[rank]
+
+
+def wide(**options):
+    """A config.json of a width at which noise is noise."""
+    return HF | dict(hidden_size=160, num_attention_heads=6, v_head_dim=32, q_lora_rank=64,
+                     kv_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16) | options
+
+
+@pytest.mark.parametrize('plant, verdict', [
+    (10, 'clearly below noise (at most 90% of its rank), of 2 layers: o in 2, vo in 2\n'),
+    (None, 'nothing below noise: these weights have hardly been trained\n'),
+])
+def test_says_what_was_found(workspace, script, capsys, plant, verdict):
+    generator = torch.Generator().manual_seed(0)
+    layers = [layer_of(wide(), i, generator, plant) for i in range(2)]
+    for layer in layers:
+        layer |= {name: torch.ones_like(w) for name, w in layer.items() if 'layernorm' in name}
+    script(svd, write_checkpoint(workspace / 'x', wide(), layers))
+    assert verdict in capsys.readouterr().out
+
+
+def test_another_share_of_the_energy(checkpoint, script, capsys):
+    script(svd, checkpoint[0], '--discarded=0.3', '--layers=1')
+    out = capsys.readouterr().out
+    assert 'effective rank, 30% of the energy left out' in out
+    layer, = read_result('out/svd-deepseek')['layers']
+    found = layer['kinds']['q']
+    assert set(found['effective_rank']) == {'0.01', '0.001', '0.3'}
+    energy = np.square(found['stacked'])
+    rank = found['effective_rank']['0.3']['stacked'][0]
+    assert energy[rank:].sum() <= 0.3 * energy.sum() < energy[rank - 1:].sum()
+    mean = np.mean(found['effective_rank']['0.3']['heads'])
+    assert f'layer 1 {rank:>15} / {mean:.1f}'.split() == out[out.index('layer 1'):].split()[:5]
+
+
+def killed_in(monkeypatch, script, folder, *arguments, layer):
+    """A call that is interrupted while it works on this layer."""
+    analyse_layer = svd.analyse_layer
+
+    def interrupted(*layers, options):
+        if layers[0].name == layer:
+            raise KeyboardInterrupt
+        return analyse_layer(*layers, options=options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(svd, 'analyse_layer', interrupted)
+        script(svd, folder, *arguments)
+
+
+def test_a_killed_call_goes_on(checkpoint, script, monkeypatch, capsys):
+    folder, lines = checkpoint[0], Path('out/svd-deepseek/svd.jsonl')
+    script(svd, folder, '--align=True', '--out_dir=whole')
+    killed_in(monkeypatch, script, folder, '--align=True', layer='layer 1')
+    lines.write_text(lines.read_text() + '{"number": 1, "sta')  # a kill in the middle of a line
+    capsys.readouterr()
+    script(svd, folder, '--align=True')
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[-1] == 'kept' for row in rows if row[:2] in (['layer', '0'], ['layer', '1'])][:2] \
+        == [True, False]
+    assert read_result('out/svd-deepseek') == read_result('whole')
+
+    lines.write_text(lines.read_text().replace('"heads": [[', '"heads": [[9', 1))
+    script(svd, folder, '--align=True')  # a line that has been changed does not count
+    assert capsys.readouterr().out.count('kept\n') == 1
+    assert read_result('out/svd-deepseek') == read_result('whole')
+    script(svd, folder, '--align=True', '--discarded=0.2')  # nothing is left to do
+    assert capsys.readouterr().out.count('kept\n') == 2
+    script(svd, folder, '--align=True', '--seed=2')
+    out = capsys.readouterr().out
+    assert 'svd.jsonl: 3 of its lines are of other options or files, or damaged' in out
+    os.utime(folder / 'model-1.safetensors', (0, 0))
+    script(svd, folder, '--align=True', '--seed=2')  # layer 0 has been compared with layer 1
+    out = capsys.readouterr().out
+    assert '2 of its lines are of other options or files' in out and 'kept' not in out
+    script(svd, folder, '--align=True', '--seed=2', '--layers=0')
+    assert read_result('out/svd-deepseek')['layers'][0]['alignment'].keys() == {
+        'between heads', 'own queries', 'own keys'}
 
 
 RUN = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
@@ -242,20 +320,86 @@ def test_channels_are_refused(tmp_path, script, monkeypatch):
         script(svd, 'grouped')
 
 
-def test_llama(workspace, script):
-    c = dict(model_type='llama', num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
+LLAMA = dict(model_type='llama', num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
              hidden_size=32)
+
+
+def llama_layer():
     attn = 'model.layers.0.self_attn'
-    tensors = {f'{attn}.q_proj.weight': torch.randn(32, 32),
-               f'{attn}.k_proj.weight': torch.randn(16, 32),
-               f'{attn}.v_proj.weight': torch.randn(16, 32),
-               f'{attn}.o_proj.weight': torch.randn(32, 32),
-               'model.layers.0.input_layernorm.weight': torch.ones(32)}
-    script(svd, write_checkpoint(workspace / 'llama', c, [tensors]))
+    return {f'{attn}.q_proj.weight': torch.randn(32, 32),
+            f'{attn}.k_proj.weight': torch.randn(16, 32),
+            f'{attn}.v_proj.weight': torch.randn(16, 32),
+            f'{attn}.o_proj.weight': torch.randn(32, 32),
+            'model.layers.0.input_layernorm.weight': torch.ones(32)}
+
+
+def test_llama(workspace, script):
+    tensors = llama_layer()
+    script(svd, write_checkpoint(workspace / 'llama', LLAMA, [tensors]))
     found = read_result('out/svd-llama')['layers'][0]['kinds']
     assert len(found['vo']['heads']) == 4 and len(found['v']['heads']) == 2 and 'q' not in found
-    whole = tensors[f'{attn}.o_proj.weight'][:, 24:] @ tensors[f'{attn}.v_proj.weight'][8:]
-    assert_same(found['vo']['heads'][3], whole)
+    o, v = (tensors[f'model.layers.0.self_attn.{name}_proj.weight'] for name in 'ov')
+    assert_same(found['vo']['heads'][3], o[:, 24:] @ v[8:])
+
+
+@pytest.mark.parametrize('family, changes, message', [
+    ('deepseek', dict(num_attention_heads=0), 'num_attention_heads=0: takes an int from 1'),
+    ('deepseek', dict(num_attention_heads=4.0), 'num_attention_heads=4.0: takes an int from 1'),
+    ('deepseek', dict(num_attention_heads='4'), "num_attention_heads='4': takes an int from 1"),
+    ('deepseek', dict(num_attention_heads=10 ** 30), 'layer 0 does not fit config.json'),
+    ('deepseek', dict(num_attention_heads=10 ** 12), 'layer 0 does not fit config.json'),
+    ('deepseek', dict(num_key_value_heads=2), 'num_key_value_heads=2: latent attention has as'),
+    ('deepseek', dict(kv_lora_rank=None), 'kv_lora_rank=None: takes an int from 1'),
+    ('deepseek', dict(q_lora_rank=[24]), 'q_lora_rank=.24.: takes an int from 1'),
+    ('deepseek', dict(qk_rope_head_dim=5), 'layer 0 does not fit config.json'),
+    ('deepseek', dict(hidden_size=41), 'layer 0 does not fit config.json'),
+    ('deepseek', dict(num_hidden_layers=True), 'num_hidden_layers=True: takes the number of'),
+    ('deepseek', dict(num_hidden_layers=0), 'num_hidden_layers=0: takes the number of layers'),
+    ('deepseek', dict(num_hidden_layers=10 ** 12), 'layers that its 16 tensors belong to'),
+    ('deepseek', dict(num_hidden_layers=3), 'has no model.layers.2.self_attn.o_proj.weight'),
+    ('deepseek', dict(quantization_config='fp8'), 'scales in other blocks than 128 x 128'),
+    ('llama', dict(num_attention_heads=0), 'num_attention_heads=0: takes an int from 1'),
+    ('llama', dict(num_attention_heads=5), 'hidden_size=32 is not divisible by num_attention_he'),
+    ('llama', dict(num_attention_heads=True), 'num_attention_heads=True: takes an int from 1'),
+    ('llama', dict(num_key_value_heads=3), 'n_head=4 is not divisible by n_kv_head=3'),
+    ('llama', dict(num_key_value_heads=4), r'k_proj.weight: has the shape \(16, 32\), hf_config'),
+    ('llama', dict(num_key_value_heads=-2), 'num_key_value_heads=-2: takes an int from 1'),
+    ('llama', dict(head_dim=0), 'head_dim=0: takes an int from 1'),
+    ('llama', dict(head_dim=16), 'q_proj.weight: has the shape'),
+])
+def test_refuses_a_config_that_contradicts_the_tensors(checkpoint, script, family, changes,
+                                                       message):
+    c = LLAMA if family == 'llama' else HF
+    folder = checkpoint[0]
+    if family == 'llama':
+        folder = write_checkpoint(Path('llama'), c, [llama_layer()])
+    (folder / 'config.json').write_text(json.dumps(c | changes))
+    with pytest.raises(UserError, match=message):
+        script(svd, folder)
+
+
+@pytest.mark.parametrize('name, tensor, message', [
+    ('self_attn.q_proj', torch.randn(1024), r'q_proj.weight: has the shape \(1024,\)'),
+    ('self_attn.k_proj', torch.randn(0, 32), r'k_proj.weight: has the shape \(0, 32\)'),
+    ('self_attn.v_proj', torch.tensor(1.0), r'v_proj.weight: has the shape \(\)'),
+    ('input_layernorm', torch.tensor(1.0), r'input_layernorm.weight: has the shape \(\)'),
+    ('input_layernorm', torch.ones(31), r'input_layernorm.weight: has the shape \(31,\)'),
+    ('input_layernorm', torch.full((32,), 3e38), 'are too large for float32'),
+])
+def test_refuses_tensors_of_other_shapes_and_sizes(workspace, script, name, tensor, message):
+    layer = llama_layer() | {f'model.layers.0.{name}.weight': tensor}
+    with pytest.raises(UserError, match=message):
+        script(svd, write_checkpoint(workspace / 'llama', LLAMA, [layer]))
+
+
+def test_refuses_scales_that_are_not_finite(workspace):
+    for weight, scale in ((torch.ones(8, 8), torch.full((1, 1), float('inf'))),
+                          (torch.full((8, 8), float('nan')), torch.ones(1, 1)),
+                          (torch.ones(8), torch.ones(1))):
+        folder = write_checkpoint(workspace / f'{weight.dim()}{scale.max()}{weight.max()}', HF, [
+            dict(a=weight.to(torch.float8_e4m3fn), a_scale_inv=scale)])
+        with pytest.raises(UserError, match='not finite|not a scale for each block'):
+            Checkpoint(folder)['a']
 
 
 def change_index(folder, files):
@@ -324,7 +468,7 @@ def test_refuses_damaged_checkpoints(checkpoint, script, kind, message):
     damage(checkpoint[0], kind)
     with pytest.raises(UserError, match=message):
         script(svd, checkpoint[0])
-    assert not Path('out').exists()
+    assert not list(Path().rglob('svd.json'))
 
 
 @pytest.mark.parametrize('arguments, message', [
@@ -337,6 +481,9 @@ def test_refuses_damaged_checkpoints(checkpoint, script, kind, message):
     (['deepseek/config.json'], 'is a file: name the folder'),
     (['deepseek', '-align=True'], '-align=True: options are written --key=value'),
     (['deepseek', '--layers=(0,x)'], 'takes .* or None'),
+    (['deepseek', '--discarded=1.0'], 'takes a finite number above 0 below 1'),
+    (['deepseek', '--device=meta'], '--device=meta: '),
+    (['deepseek', '--device=gpu'], '--device=gpu: '),
 ])
 def test_refusals(checkpoint, script, arguments, message):
     with pytest.raises(UserError, match=message):
@@ -356,15 +503,15 @@ def test_deepseek_at_true_width(workspace):
               for i in range(2))
     folder = write_checkpoint(workspace / 'wide', TRUE_WIDTH, layers)
     peaks = []
-    for layers in ('0', 'None'):
+    for layers in ('0', 'None'):  # into folders of their own, so that both start anew
         command = [sys.executable, svd.__file__, str(folder), '--stacked=False',
-                   f'--layers={layers}']
+                   f'--layers={layers}', f'--out_dir={layers}']
         process = os.posix_spawn(sys.executable, command, os.environ)
         _, status, usage = os.wait4(process, 0)
         assert status == 0
         peaks.append(usage.ru_maxrss)
     assert peaks[1] < 1.1 * peaks[0]
-    for layer in read_result('out/svd-wide')['layers']:
+    for layer in read_result('None')['layers']:
         ranks = layer['kinds']['o']['effective_rank']['0.001']['heads']
         assert len(ranks) == 128 and max(ranks) <= rank and min(ranks) > 0.7 * min(rank, 128)
         values = np.array(layer['kinds']['o']['heads'])
