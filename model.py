@@ -1783,7 +1783,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
     """
     if temperature < 0:
         raise ValueError(f'temperature={temperature}: takes zero (the likeliest token) or more')
-    if temperature == 0:
+    if temperature < 1e-6:  # nothing but the likeliest is left, and float32 would overflow
         return logits.argmax(dim=-1)
     logits = logits.float() / temperature
     if top_k is not None:
@@ -1793,7 +1793,7 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         return logits.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
     # keep the smallest set whose mass reaches p: drop tokens whose predecessors already do
     p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    p = p.masked_fill(p.cumsum(dim=-1) - p >= top_p, 0.0)
+    p[:, 1:] = p[:, 1:].masked_fill(p.cumsum(dim=-1)[:, :-1] >= top_p, 0.0)
     return order.gather(1, p.multinomial(1, generator=generator))[:, 0]
 
 

@@ -9,6 +9,7 @@ says which numbers are allowed; `limits` is a Range of model.py.
 import ast
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
 import itertools
@@ -35,11 +36,18 @@ class Option:
 
 
 def run(main):
-    """Calls main() as a script: what the user can mend is one line and status 2, Ctrl-C is 130."""
+    """Calls main() as a script: what the user can mend is one line and status 2, Ctrl-C is 130.
+    What the terminal cannot show is replaced by a question mark."""
     name = Path(sys.argv[0]).name
+    # None: the caller has closed it, and the next file to be opened would take its place
+    sys.stdout = sys.stdout or open(os.devnull, 'w', errors='replace')
+    sys.stderr = sys.stderr or open(os.devnull, 'w', errors='replace')
+    sys.stdout.reconfigure(errors='replace')
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()
     except UserError as error:
         print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
@@ -53,11 +61,15 @@ def run(main):
         print(f'{name}: out of memory ({reason[:100]}): take a smaller micro_batch_size, '
               'block_size or model', file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        if not reader_left():
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and not (error.errno == errno.EPIPE and reader_left()):
             raise
+        if full:
+            print(f'{name}: {error.strerror}', file=sys.stderr)
+        # what is still to be printed must not fail again when python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        sys.exit(2 if full else 141)
 
 
 def reader_left():
