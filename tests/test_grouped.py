@@ -256,7 +256,8 @@ def test_flops_formula_is_what_happens(name):
         if up.upsample == 'repeat':
             counted -= 2 * k * up.up_proj.weight.numel()
         else:
-            kv = sum(2 * p.weight.numel() for p in up.up.modules() if getattr(p, 'on_source', False))
+            kv = sum(2 * p.weight.numel() for p in up.up.modules()
+                     if getattr(p, 'on_source', False))
             counted -= 2 * (T // 7) * k * kv
     for attention in m.attentions_of(model):
         attention.score_flops = lambda keys: 0.0
