@@ -31,10 +31,10 @@ import config
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
-from prepare import Tokenizer
 from run import (Machine, MachineOptions, best_checkpoint, build, date_of, describe,
-                 load_checkpoint, load_run, load_weights, log_line, mean_and_interval,
-                 model_options_of, open_wandb, read_facts, save_checkpoint, save_text)
+                 load_checkpoint, load_run, load_tokenizer, load_weights, log_line,
+                 mean_and_interval, model_options_of, open_wandb, read_facts, save_checkpoint,
+                 save_text)
 from train import TrainOptions, learning_rate, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of subsets to train on: the same for every run
@@ -441,18 +441,13 @@ def show_summary(options, summary, n_test):
 def load_tuned(options):
     """(classifier, tokenizer) that an earlier call has fine-tuned. Raises UserError if there is
     none, or if the run folder has another tokenizer by now."""
-    path, tokenizer_path = options.file('.pt'), Path(options.out_dir) / 'tokenizer.json'
+    path = options.file('.pt')
     if not path.exists():
         raise UserError(f'{path}: there is no fine-tuned model: run the same command without '
                         '--predict first')
-    state, tokenizer = load_checkpoint(path), Tokenizer.load(tokenizer_path)
+    state = load_checkpoint(path)
     model = build(state['options']['arch'], model_options_of(state['options']))
-    digest = tokenizer.digest()
-    trained_with = state.get('provenance', {}).get('tokenizer', digest)  # older ones do not say
-    needed = tokenizer.ids_needed(model.config.block.causal)
-    if trained_with != digest or model.config.vocab_size < needed:
-        raise UserError(f'{tokenizer_path}: another tokenizer than {path.name} was trained with: '
-                        'fine-tune again')
+    tokenizer = load_tokenizer(options.out_dir, state, model.config, path, 'fine-tune again')
     classifier = Classifier(model, options.classifier_dropout)
     load_weights(classifier, state, path)
     return classifier, tokenizer

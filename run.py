@@ -272,16 +272,23 @@ def load_run(folder, device='cpu'):
     """(model, tokenizer, options) of a run folder: its best model in evaluation mode, and its
     options as a flat dict. Raises UserError if the folder holds no run, or parts of two."""
     path = best_checkpoint(folder)
-    state, tokenizer = load_checkpoint(path), Tokenizer.load(Path(folder) / 'tokenizer.json')
+    state = load_checkpoint(path)
     model = build(state['options']['arch'], model_options_of(state['options']))
     load_weights(model, state, path)
-    digest = tokenizer.digest()
-    trained_with = state.get('provenance', {}).get('tokenizer', digest)  # older runs do not say
-    needed = tokenizer.ids_needed(model.config.block.causal)
-    if trained_with != digest or model.config.vocab_size < needed:
-        raise UserError(f'{folder}/tokenizer.json: another tokenizer than {path.name} was trained '
-                        'with: copy both from one run')
+    tokenizer = load_tokenizer(folder, state, model.config, path, 'copy both from one run')
     return model.to(device).eval(), tokenizer, state['options']
+
+
+def load_tokenizer(folder, state, model_config, path, remedy):
+    """The tokenizer of a run folder, if it is the one that the checkpoint `state`, read from path,
+    was trained with. Raises UserError, which ends in the remedy, if it is another."""
+    file = Path(folder) / 'tokenizer.json'
+    tokenizer = Tokenizer.load(file)
+    digest, needed = tokenizer.digest(), tokenizer.ids_needed(model_config.block.causal)
+    trained_with = state.get('provenance', {}).get('tokenizer', digest)  # older runs do not say
+    if trained_with != digest or model_config.vocab_size < needed:
+        raise UserError(f'{file}: another tokenizer than {path.name} was trained with: {remedy}')
+    return tokenizer
 
 
 def provenance(machine, meta, tokenizer):
