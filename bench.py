@@ -71,7 +71,7 @@ from finetune_sst2 import FinetuneOptions, read_sst2
 from model import (ARCHITECTURES, BlockConfig, Cache, Count, ModelConfig, Range, block_flops,
                    flat_options, make_attention, rope_table)
 from run import (Machine, MachineOptions, best_checkpoint, build, load_checkpoint,
-                 mean_and_interval, pyplot, save_text)
+                 mean_and_interval, pyplot, save_figure, save_text)
 from train import (TrainOptions, compiled, current_options, make_optimizers, predicted_share,
                    split_options, train_step)
 
@@ -480,9 +480,8 @@ def crossover(table, a, b, cost):
 
 def plot_attention(path, table):
     """Ratios of time over width, a line for each length: the first LATENTS, the widest heads."""
-    plt = pyplot()
-    figure, panels = plt.subplots(2, len(PAIRS), figsize=(12, 7), sharey='row',
-                                  layout='constrained')
+    figure, panels = pyplot().subplots(2, len(PAIRS), figsize=(12, 7), sharey='row',
+                                       layout='constrained')
     latents, head_dim = next(iter(LATENTS)), HEADS[-1]
     for row, (cost, what) in zip(panels, MEASURED.items()):
         for axes, (a, b) in zip(row, PAIRS):
@@ -502,8 +501,7 @@ def plot_attention(path, table):
         row[0].set_ylabel('ratio of times, 1 = equal')
     figure.suptitle(f'one layer, heads of {head_dim}, latents at the ratios of {latents}; '
                     'dotted: FLOPs')
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -924,7 +922,7 @@ def read_run(folder):
     facts = read_json(folder / 'run.json')
     origin = facts
     if 'data_sha256' not in facts:  # a run of an earlier version
-        origin = load_checkpoint(best_checkpoint(folder)).get('provenance', {})
+        origin = load_checkpoint(best_checkpoint(folder))['provenance']
     evaluations, reports = read_lines(folder)
     if not evaluations:
         raise UserError(f'{folder}: metrics.jsonl has no validation loss')
@@ -1106,11 +1104,10 @@ def show_pairs(groups):
 def plot_groups(path, groups):
     """Losses over tokens and over seconds, a colour for each group and a line for each run; and
     the embedding loss, if there is one."""
-    plt = pyplot()
     runs = [run for group in groups.values() for run in group]
     embedding = any('train_embedding_loss' in line for run in runs for line in run.reports)
     n = 3 if embedding else 2
-    figure, panels = plt.subplots(1, n, figsize=(6 * n, 5), layout='constrained')
+    figure, panels = pyplot().subplots(1, n, figsize=(6 * n, 5), layout='constrained')
     for i, (label, group) in enumerate(groups.items()):
         label = '\n'.join(textwrap.wrap(f'#{i + 1}: {label}', 60 * n))
         for k, run in enumerate(group):
@@ -1129,8 +1126,7 @@ def plot_groups(path, groups):
     if embedding:
         panels[2].set_ylabel('embedding loss in training')
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, loc='outside lower center')
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def training_curve(run, key):

@@ -353,7 +353,7 @@ def batches(dataset, files, split, remedy='--source=PATH_OR_GLOB'):
     UserError if something cannot be read.
     """
     import datasets
-    datasets.logging.set_verbosity_error()
+    datasets.logging.set_verbosity(logging.CRITICAL)  # errors are told below, in one line
     logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # else it tells each retry
     entry, file = DATASETS[dataset], None
     try:

@@ -193,8 +193,10 @@ def load_checkpoint(path):
                         'checkpoint') from None
     except Exception as error:  # another zip file, or a pickle that would run code
         raise UserError(f'{path}: no checkpoint of train.py ({type(error).__name__})') from None
-    if not isinstance(state, dict) or not {'model', 'options', 'step'} <= state.keys():
-        raise UserError(f'{path}: no checkpoint of train.py (no model, options and step in it)')
+    kinds = dict(model=dict, options=dict, step=int, provenance=dict)
+    if not isinstance(state, dict) or not all(
+            isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise UserError(f'{path}: no checkpoint of train.py (which holds {", ".join(kinds)})')
     return state
 
 
@@ -285,7 +287,7 @@ def load_tokenizer(folder, state, model_config, path, remedy):
     file = Path(folder) / 'tokenizer.json'
     tokenizer = Tokenizer.load(file)
     digest, needed = tokenizer.digest(), tokenizer.ids_needed(model_config.block.causal)
-    trained_with = state.get('provenance', {}).get('tokenizer', digest)  # older runs do not say
+    trained_with = state['provenance'].get('tokenizer', digest)  # older runs do not say
     if trained_with != digest or model_config.vocab_size < needed:
         raise UserError(f'{file}: another tokenizer than {path.name} was trained with: {remedy}')
     return tokenizer
@@ -450,7 +452,14 @@ def pyplot():
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
+    plt.rcParams['text.parse_math'] = False  # a $ in the name of a folder is a $
     return plt
+
+
+def save_figure(figure, path):
+    """Writes a figure as png, whole or not at all, and closes it."""
+    write_whole(path, lambda file: figure.savefig(file, dpi=120, format='png'))
+    pyplot().close(figure)
 
 
 def plot_losses(folder):
@@ -475,5 +484,4 @@ def plot_losses(folder):
     axes.set(xlabel='step', ylabel='loss (nats)', title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(folder / 'loss.png', dpi=120)
-    plt.close(figure)
+    save_figure(figure, folder / 'loss.png')

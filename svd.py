@@ -38,7 +38,7 @@ import config
 from config import UserError
 from deepseek import Checkpoint, read_attention
 from model import Block, ChannelBlock, CountOrZero, CrossBlock, PoolBlock, Range
-from run import Seed, best_checkpoint, load_run, pyplot, save_text
+from run import Seed, best_checkpoint, load_run, pyplot, save_figure, save_text
 
 # products of two parts; the first is the side on which heads are stacked
 FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))
@@ -440,8 +440,7 @@ def verdict(found, noise, discarded):
 
 def plot(path, title, xlabel, series, noise, discarded):
     """Two panels, what heads compare and what they copy; series and noise: {kind: [(x, rank)]}."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained')
+    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.5), layout='constrained')
     for axes, kinds in zip(panels, PANELS):
         for color, kind in enumerate(kind for kind in kinds if kind in series):
             width = 4 - 0.6 * color  # where lines coincide, the later one is seen in the earlier
@@ -455,12 +454,8 @@ def plot(path, title, xlabel, series, noise, discarded):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.0))
-    figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes', parse_math=False)
-    try:
-        figure.savefig(path, dpi=120)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror})') from None
-    plt.close(figure)
+    figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes')
+    save_figure(figure, path)
 
 
 def over_layers(layers, numbers, discarded):

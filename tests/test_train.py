@@ -699,13 +699,14 @@ def test_a_checkpoint_cannot_run_code(data, script):
             return Path.touch, (Path('owned'),)
 
     script(train, *SMALL, '--max_iters=1')
-    torch.save(dict(model=Payload(), options={}, step=0), 'run/ckpt.pt')
+    torch.save(dict(model=Payload(), options={}, step=0, provenance={}), 'run/ckpt.pt')
     with pytest.raises(UserError, match='no checkpoint of train.py'):
         script(train, *SMALL, '--init_from=resume')
     assert not Path('owned').exists()
-    torch.save(dict(weights=torch.ones(2)), 'run/ckpt.pt')
-    with pytest.raises(UserError, match='no model, options and step'):
-        script(train, *SMALL, '--init_from=resume')
+    for other in dict(weights=torch.ones(2)), dict(model={}, options=[], step=0, provenance={}):
+        torch.save(other, 'run/ckpt.pt')
+        with pytest.raises(UserError, match='which holds model, options, step, provenance'):
+            script(train, *SMALL, '--init_from=resume')
 
 
 def test_token_ids_past_the_vocabulary_are_refused(data, script):
