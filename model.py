@@ -63,8 +63,26 @@ def make_norm(kind, width):
     return RMSNorm(width) if kind == 'rms' else nn.LayerNorm(width, eps=1e-5, bias=False)
 
 
+def dropout(x, p):
+    """F.dropout. On a CPU, which draws one number after the other, one draw of 64 bits serves four
+    elements: 16 bits of its own decide whether an element is kept, so 1-p is rounded to 2^-16."""
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
+    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
+    n_kept = max(1, round(2 ** 16 * (1 - p)))  # of 2^16
+    return x * (bits <= n_kept - 1 - 2 ** 15).to(x.dtype) * (2 ** 16 / n_kept)
+
+
+class Dropout(nn.Dropout):
+    """nn.Dropout by the function above."""
+
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
+
+
 def make_dropout(p):
-    return nn.Dropout(p) if p else nn.Identity()  # a Dropout of 0 costs time at every token
+    return Dropout(p) if p else nn.Identity()  # a Dropout of 0 costs time at every token
 
 
 class Linear(nn.Linear):
@@ -125,7 +143,7 @@ def join_heads(y):
     return y.transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
 
 
-def attend(q, k, v, causal=False, key_mask=None, dropout=0.0, window=None):
+def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None):
     """Softmax attention with scale 1/sqrt(d):
     q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv).
 
@@ -143,7 +161,7 @@ def attend(q, k, v, causal=False, key_mask=None, dropout=0.0, window=None):
 
     windowed = window is not None and window < S
     if windowed and T == S:
-        return join_heads(attend_in_windows(q, k, v, window, dropout, d ** -0.5)[..., :dv])
+        return join_heads(attend_in_windows(q, k, v, window, dropout_p, d ** -0.5)[..., :dv])
     if windowed:
         S = min(S, T + window - 1)  # the first query sees no key before these
         k, v = k[:, :, -S:], v[:, :, -S:]
@@ -156,13 +174,31 @@ def attend(q, k, v, causal=False, key_mask=None, dropout=0.0, window=None):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if windowed:
             mask = mask.triu(S - T - window + 1)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal and mask is None and T > 1,
-        scale=d ** -0.5, enable_gqa=q.size(1) != k.size(1))
+    y = softmax_attention(q, k, v, mask, dropout_p, d ** -0.5, causal and mask is None and T > 1)
     return join_heads(y[..., :dv])
 
 
-def attend_in_windows(q, k, v, window, dropout, scale):
+def softmax_attention(q, k, v, mask, dropout_p, scale, is_causal=False):
+    """F.scaled_dot_product_attention; on a CPU in steps where it is slower than that: with dropout,
+    for which it has no kernel, and in bfloat16 over few keys, where its backward pass is slow."""
+    grouped = q.size(1) != k.size(1)
+    few = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
+    if not (dropout_p or few) or q.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
+            enable_gqa=grouped)
+    if grouped:
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q @ (k * scale).transpose(-2, -1)  # (B, H, T, S)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf)
+    weights = scores.softmax(dim=-1)
+    return (dropout(weights, dropout_p) if dropout_p else weights) @ v
+
+
+def attend_in_windows(q, k, v, window, dropout_p, scale):
     """Causal attention in which a query sees the last `window` keys, (B, H, T, d) -> (B, H, T, dv).
 
     The sequence is cut into n = T/W blocks, which are folded into the batch. A block meets its own
@@ -180,9 +216,7 @@ def attend_in_windows(q, k, v, window, dropout, scale):
     mask = mask.repeat(n, 1, 1)  # (n, W, 2W)
     mask[0, :, :window] = False  # there is no block before the first
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*n, H, ., d)
-    y = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask.repeat(B, 1, 1)[:, None], dropout_p=dropout, scale=scale,
-        enable_gqa=q.size(1) != k.size(1))
+    y = softmax_attention(q, k, v, mask.repeat(B, 1, 1)[:, None], dropout_p, scale)
     return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
@@ -261,8 +295,8 @@ class Attention(nn.Module):
         return self.o_proj(self.heads(x, source, rope=rope, source_rope=source_rope, **context))
 
     def attend(self, q, k, v, key_mask=None):
-        dropout = self.dropout if self.training else 0.0
-        return attend(q, k, v, self.causal, key_mask, dropout, self.window)
+        dropout_p = self.dropout if self.training else 0.0
+        return attend(q, k, v, self.causal, key_mask, dropout_p, self.window)
 
     def score_flops(self, n_keys):
         """Forward FLOPs of a query over n_keys keys: q.k, and the weighted sum of v."""
@@ -1634,18 +1668,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         scored = (targets >= 0).to(high)[:, None]  # (N, 1)
         index = targets.clamp(min=0)[:, None]
         size = -(-x.size(0) // n_chunks)
-        buffer = torch.empty(size, weight.size(0), dtype=high, device=x.device)  # (chunk, V)
+        logits, buffer = (torch.empty(size, weight.size(0), dtype=dtype, device=x.device)
+                          for dtype in (low, high))  # (chunk, V)
         loss = torch.zeros((), dtype=high, device=x.device)
         dx, dweight = torch.empty_like(rows), torch.zeros_like(weight, dtype=high)
         chunks = zip(rows.split(size), index.split(size), scored.split(size), dx.split(size))
         for row, i, s, d in chunks:
-            p = buffer[:row.size(0)]
-            p = torch.mm(row, matrix.t(), out=p) if low == high else p.copy_(row @ matrix.t())
+            z = torch.mm(row, matrix.t(), out=logits[:row.size(0)])
+            p = z if low == high else buffer[:row.size(0)].copy_(z)
             p = torch.softmax(p, dim=-1, out=p)
             # a probability below 1e-38 counts as 1e-38, 87 nats; the gradient is right all the same
             loss = loss - (p.gather(1, i).clamp(min=torch.finfo(high).tiny).log() * s).sum()
-            p = p.scatter_add_(1, i, -torch.ones_like(s)).mul_(s).to(low)
-            d.copy_(p @ matrix)
+            p = z.copy_(p.scatter_add_(1, i, -torch.ones_like(s)))
+            row, s = row * s.to(low), s.to(low)  # instead of a pass over p for what is not scored
+            d.copy_(p @ matrix * s)
             if low == high:
                 torch.addmm(dweight, p.t(), row, out=dweight)
             else:

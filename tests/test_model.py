@@ -421,6 +421,39 @@ def test_attention_never_takes_the_unfused_path(name):
     assert not any('math' in kernel for kernel in kernels)
 
 
+@pytest.mark.parametrize('p', [0.1, 0.5, 0.99])
+def test_dropout_keeps_the_share_and_the_mean(p):
+    """Of each of the four elements that one draw serves, and not the same ones of two."""
+    x = m.dropout(torch.ones(250_001), p)[:250_000].view(-1, 4)
+    kept = (x != 0).double()
+    error = (p * (1 - p) / len(kept)) ** 0.5
+    assert ((kept.mean(dim=0) - (1 - p)).abs() < 5 * error).all()
+    assert (kept.T.corrcoef() - torch.eye(4)).abs().max() < 5 / len(kept) ** 0.5
+    torch.testing.assert_close(x[x != 0], torch.full_like(x[x != 0], 1 / (1 - p)), rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize('kind', ['none', 'causal', 'keys', 'grouped', 'window', 'longer'])
+def test_attention_in_steps_is_the_fused_one(kind):
+    """With a dropout that drops nothing, which takes the steps, and in bfloat16."""
+    q, k, v = (torch.randn(2, 4, 9, 6, dtype=torch.double, requires_grad=True) for _ in range(3))
+    if kind == 'grouped':
+        k, v = (x[:, :2] for x in (k, v))
+    options = dict(causal=kind != 'none', window=4 if kind == 'window' else None)
+    if kind == 'keys':
+        options |= dict(key_mask=torch.rand(2, 9) < 0.7, causal=False)
+        options['key_mask'][:, 0] = True
+    asking = q[:, :, -4:] if kind == 'longer' else q
+    fused = m.attend(asking, k, v, **options)
+    stepwise = m.attend(asking, k, v, **options, dropout_p=1e-9)
+    torch.testing.assert_close(stepwise, fused, rtol=1e-12, atol=1e-12)
+    dy = torch.randn_like(fused)
+    for found, expected in zip(torch.autograd.grad(stepwise, (q, k, v), dy, retain_graph=True),
+                               torch.autograd.grad(fused, (q, k, v), dy)):
+        torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    low = m.attend(*(x.bfloat16() for x in (asking, k, v)), **options)
+    torch.testing.assert_close(low.double(), fused, rtol=0.05, atol=0.05)
+
+
 def test_dropout_is_for_training_only():
     model = tiny(**MLA, dropout=0.3)
     idx = tokens(2, 9)
