@@ -1715,16 +1715,15 @@ class Cache:
         self.batch, self.length, self.head = batch, length, head
         self.n_tokens, self.buffers = 0, {}
 
-    @torch.no_grad()
     def extend(self, owner, *new):
         """Stores what `owner` computed for T new tokens, tensors (B, ..., T, width). Returns each
         behind what was stored before, (B, ..., S, width)."""
         if owner not in self.buffers:
             self.buffers[owner] = [x.new_empty(*x.shape[:-2], self.length, x.size(-1)) for x in new]
-        end = self.n_tokens + new[0].size(-2)
+        start, T = self.n_tokens, new[0].size(-2)
         for buffer, x in zip(self.buffers[owner], new):
-            buffer[..., self.n_tokens:end, :] = x
-        return [buffer[..., :end, :] for buffer in self.buffers[owner]]
+            buffer.narrow(-2, start, T).copy_(x.detach())
+        return [buffer.narrow(-2, 0, start + T) for buffer in self.buffers[owner]]
 
     def n_bytes(self):
         return sum(buffer.nbytes for buffers in self.buffers.values() for buffer in buffers)
@@ -1779,7 +1778,6 @@ def head_of_cache(model, batch):
     return weight.t().contiguous() if batch == 1 and weight.device.type == 'cpu' else None
 
 
-@torch.no_grad()
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
            stop=None, n_ids=None):
     """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, until there
@@ -1787,32 +1785,48 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
 
     The model sees the last block_size tokens. When they outgrow it, every position changes and the
     whole window is computed anew for each token. temperature, top_k, top_p: see sample_token. seed:
-    of the draws; None goes on with torch's own generator. n_ids: only ids below it are drawn, as a
+    of the draws; None goes on with torch's own generator. Sequence i draws with seed + i, so beside
+    others it becomes what it is alone, but for rounding. n_ids: only ids below it are drawn, as a
     vocabulary may have rows without a meaning.
     """
-    size = model.config.block_size
-    generator = None if seed is None else torch.Generator(idx.device).manual_seed(seed)
-    cache = model.init_cache(idx.size(0), size)
-    window = new = idx[:, -size:]
-    done = torch.zeros(idx.size(0), dtype=torch.bool, device=idx.device)
-    for _ in range(max_new_tokens):
-        if cache.n_tokens + new.size(1) > size:
-            cache.n_tokens, new = 0, window
-        last = torch.full((idx.size(0), 1), new.size(1) - 1, device=idx.device)
-        logits = model(new, positions=last, cache=cache)[:, 0, :n_ids]  # (B, n_ids)
-        token = sample_token(logits, temperature, top_k, top_p, generator)
-        if stop is not None:
-            token = torch.where(done, stop, token)
-            done |= token == stop
-        yield token
-        if done.all():
+    B, T = idx.shape
+    size, end = model.config.block_size, T + max_new_tokens
+    u = uniform_numbers(B, max_new_tokens, seed).to(idx.device)  # (B, max_new_tokens)
+    text = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
+    done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+    cache, first = model.init_cache(B, min(size, end)), max(0, T - size)
+    for t in range(T, end):
+        if t - first > size:
+            cache.n_tokens, first = 0, t - size
+        new = text[:, first + cache.n_tokens:t]
+        with torch.inference_mode():  # `text` is made and yielded outside: it may be trained on
+            last = None  # a prompt has many positions, of which the last one meets the vocabulary
+            if new.size(1) > 1:
+                last = torch.full((B, 1), new.size(1) - 1, device=idx.device)
+            logits = model(new, positions=last, cache=cache)[:, 0, :n_ids]  # (B, n_ids)
+            token = sample_token(logits, u[:, t - T], temperature, top_k, top_p)
+            if stop is not None:
+                token = torch.where(done, stop, token)
+                done |= token == stop
+            text[:, t] = token
+        yield text[:, t]
+        if stop is not None and done.all():
             return
-        new = token[:, None]
-        window = torch.cat((window, new), dim=1)[:, -size:]
 
 
-def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
-    """logits (B, V) -> a token of each row, (B,) int64.
+def uniform_numbers(n_rows, n, seed=None):
+    """Random numbers from 0 to 1 exclusive, (n_rows, n). With a seed, row i are those of a
+    generator with seed + i, on every device; without, they are torch's own generator's."""
+    if seed is None:
+        return torch.rand(n_rows, n)
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed + i))
+                        for i in range(n_rows)])
+
+
+def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """logits (B, V) -> a token of each row, (B,) int64: the one at which the probabilities, added
+    up, pass u, (B,) numbers from 0 to 1 exclusive. One number a row is all the chance that this
+    takes, where torch.multinomial draws V of them, which costs a CPU more than a small model.
 
     temperature divides the logits; 0 takes the largest. top_k: only the k likeliest tokens. top_p:
     only the likeliest tokens whose probabilities together reach p (nucleus, arXiv 1904.09751).
@@ -1821,16 +1835,16 @@ def sample_token(logits, temperature=1.0, top_k=None, top_p=None, generator=None
         raise ValueError(f'temperature={temperature}: takes zero (the likeliest token) or more')
     if temperature < 1e-6:  # nothing but the likeliest is left, and float32 would overflow
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1)), dim=-1).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is None:
-        return logits.softmax(dim=-1).multinomial(1, generator=generator)[:, 0]
-    # keep the smallest set whose mass reaches p: drop tokens whose predecessors already do
-    p, order = logits.softmax(dim=-1).sort(dim=-1, descending=True)
-    p[:, 1:] = p[:, 1:].masked_fill(p.cumsum(dim=-1)[:, :-1] >= top_p, 0.0)
-    return order.gather(1, p.multinomial(1, generator=generator))[:, 0]
+    logits, order = logits.float() / temperature, None
+    if top_k is not None or top_p is not None:
+        k = min(top_k or logits.size(-1), logits.size(-1))
+        logits, order = logits.topk(k, dim=-1)  # (B, k), the likeliest first
+    sums = logits.softmax(dim=-1).cumsum(dim=-1)
+    mass = sums[:, -1:]
+    if top_p is not None:  # up to the first token with which the sum reaches top_p
+        mass = sums.gather(1, torch.searchsorted(sums, mass * top_p))
+    token = torch.searchsorted(sums, mass * u[:, None], right=True)  # (B, 1)
+    return (token if order is None else order.gather(1, token))[:, 0]
 
 
 # --------------------------------------------------------------------------------------------------

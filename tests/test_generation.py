@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import model as m
-from model import Cache, sample_token
+from model import Cache, sample_token, uniform_numbers
 from test_model import EVERY, MLA, VARIANTS, tiny, tokens
 
 
@@ -89,15 +89,28 @@ def test_several_samples_of_one_prompt_and_seeds():
     model = tiny(**MLA).eval()
     idx = tokens(1, 4).expand(5, -1)
     out = model.generate(idx, 8, seed=3)
-    assert (torch.equal(out, model.generate(idx, 8, seed=3))
-            and not torch.equal(out, model.generate(idx, 8, seed=4)))
     assert len({tuple(row.tolist()) for row in out}) == 5
-    plain, generator = idx, torch.Generator().manual_seed(3)  # the same draws without a cache
+    for i, row in enumerate(out):  # beside others a sample is what it is alone
+        assert torch.equal(row, model.generate(idx[:1], 8, seed=3 + i)[0])
+    plain, u = idx, uniform_numbers(5, 20, 3)  # the same draws without a cache; the first 8 of 20
     with torch.no_grad():
-        for _ in range(8):
-            token = sample_token(model(plain)[:, -1], generator=generator)
+        for n in range(8):
+            token = sample_token(model(plain)[:, -1], u[:, n])
             plain = torch.cat((plain, token[:, None]), dim=1)
     assert torch.equal(out, plain)
+    torch.manual_seed(5)
+    free = model.generate(idx, 8)
+    assert not torch.equal(free, model.generate(idx, 8))  # goes on with torch's own generator
+    torch.manual_seed(5)
+    assert torch.equal(free, model.generate(idx, 8))
+
+
+def test_what_is_generated_can_be_trained_on():
+    model = tiny(**MLA)
+    out = model.generate(tokens(2, 4), 8)
+    model(out[:, :-1], out[:, 1:])['loss'].backward()
+    first, = model.stream(tokens(2, 4), 1)
+    model(first[:, None], first[:, None])['loss'].backward()
 
 
 def test_stops_at_the_end_of_text():
@@ -121,14 +134,16 @@ def test_sampling_draws_from_its_distribution():
     kept = {'all': [0, 1, 2, 3, 4], 'top_k': [0, 1], 'top_p': [0, 1]}
     assert p[0] < 0.8 <= p[0] + p[1]  # so that a nucleus of 0.8 is two tokens
     for name, options in (('all', {}), ('top_k', dict(top_k=2)), ('top_p', dict(top_p=0.8))):
-        generator = torch.Generator().manual_seed(0)
-        draws = sample_token(logits.expand(20_000, -1), 0.7, generator=generator, **options)
+        u = (torch.arange(20_000) + 0.5) / 20_000
+        draws = sample_token(logits.expand(20_000, -1), u, 0.7, **options)
         share = torch.bincount(draws, minlength=5) / 20_000
         wanted = torch.zeros(5)
         wanted[kept[name]] = p[kept[name]] / p[kept[name]].sum()
-        assert (share - wanted).abs().max() < 0.012, name
-    assert sample_token(logits[None], top_k=99).shape == (1,)
-    assert set(sample_token(logits.expand(500, -1), top_p=1e-9).tolist()) == {0}  # never nothing
-    assert sample_token(logits[None], 0).item() == 0
+        assert (share - wanted).abs().max() < 1e-4, name
+    ends = torch.tensor([0.0, 1 - 2 ** -24])  # of what torch.rand draws
+    for options in ({}, dict(top_k=99), dict(top_p=1.0), dict(top_p=1e-9), dict(top_p=1e-300)):
+        few = 'top_p' in options and options['top_p'] < 1  # but never nothing
+        assert sample_token(logits.expand(2, -1), ends, **options).tolist() == [0, 0 if few else 4]
+    assert sample_token(logits[None], ends[1:], 0).item() == 0
     with pytest.raises(ValueError, match='temperature=-1'):
-        sample_token(logits[None], -1)
+        sample_token(logits[None], ends[:1], -1)
