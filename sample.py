@@ -4,10 +4,13 @@
     python sample.py --out_dir=out/decoder --start=FILE:prompt.txt --num_samples=3 --temperature=0.7
 
 FILE:PATH takes the start from a text file, without the newline at the end of its last line.
+
+Several samples are drawn together, which takes little longer than one, as far as their caches fit
+into a gigabyte. The first draws with the seed, the second with the seed plus 1, and so on: what
+--seed=1338 writes alone is the second of --seed=1337, but for rounding.
 """
 
 import codecs
-import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -20,6 +23,8 @@ from config import UserError
 from model import Count, NotNegative, Positive
 from run import Machine, MachineOptions, load_run
 
+CACHE_BYTES = 2 ** 30  # of the samples that are drawn together
+
 
 @dataclass
 class SampleOptions(MachineOptions):
@@ -27,7 +32,7 @@ class SampleOptions(MachineOptions):
 
     out_dir: str | None = None  # run folder of train.py
     start: str = ''  # text to go on from, or FILE:PATH; '' = the start of a document
-    num_samples: Count = 1  # continuations, drawn together; the first one is shown as it comes
+    num_samples: Count = 1  # continuations; one is shown as it comes, several are drawn together
     max_new_tokens: Count = 300  # tokens to write, fewer where the document ends
     temperature: NotNegative = 0.8  # divides the logits; 0 = always the likeliest token
     top_k: Count | None = 200  # draw from the k likeliest tokens only; None = all
@@ -51,26 +56,48 @@ def read_start(start):
     return text.removesuffix('\n')
 
 
-def draw(model, tokenizer, prompt, options, machine):
-    """Yields a list at each step: the next token of every sample."""
-    idx = torch.tensor(prompt, device=machine.device).expand(options.num_samples, -1)  # (B, T)
+def draw(model, tokenizer, prompt, options, machine, first, n):
+    """Yields a list at each step: the next token of each of n samples, the first of which is number
+    `first` of all."""
+    idx = torch.tensor(prompt, device=machine.device).expand(n, -1)  # (B, T)
     with machine.autocast():
         for tokens in model.stream(
                 idx, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
-                top_p=options.top_p, seed=options.seed, stop=tokenizer.eot,
+                top_p=options.top_p, seed=options.seed + first, stop=tokenizer.eot,
                 n_ids=tokenizer.eot + 1):
             yield tokens.tolist()
 
 
+def samples_together(model, prompt, options, machine):
+    """How many samples are drawn together."""
+    length = min(len(prompt) + options.max_new_tokens, model.config.block_size)
+    n_bytes = length * model.cache_bytes_per_token(machine.precision)
+    return max(1, min(options.num_samples, int(CACHE_BYTES / n_bytes)))
+
+
+def with_progress(steps, options, first, n):
+    """The steps that `draw` yields. Says on stderr how far they are."""
+    since = time.perf_counter()
+    for i, tokens in enumerate(steps, 1):
+        rate = i * n / (time.perf_counter() - since)
+        print(f'\rsamples {first + 1} to {first + n} of {options.num_samples}: token {i} of '
+              f'{options.max_new_tokens}, {rate:,.0f} tokens/s  ', end='', file=sys.stderr,
+              flush=True)
+        yield tokens
+    print(file=sys.stderr)
+
+
 def show(tokenizer, ids):
-    """Prints tokens as they come. A character may be spread over several tokens: its bytes wait
-    until it is whole."""
-    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    """Prints tokens as they come, and returns a list of them. A character may be spread over
+    several tokens: its bytes wait until it is whole."""
+    decoder, shown = codecs.getincrementaldecoder('utf-8')('replace'), []
     for token in ids:
+        shown.append(token)
         if token != tokenizer.eot:  # a sample that has ended repeats it until all have ended
             text = decoder.decode(tokenizer.encoding.decode_bytes([token]))
             print(text, end='', flush=True)
     print(decoder.decode(b'', final=True))
+    return shown
 
 
 def describe(samples, eot, seconds):
@@ -100,15 +127,19 @@ def main():
         print(f'the start has {len(prompt):,} tokens, the model sees {block_size:,}: the first '
               f'{len(prompt) - block_size:,} are dropped', file=sys.stderr)
 
-    since = time.perf_counter()
-    shown, kept = itertools.tee(draw(model, tokenizer, prompt, options, machine))
-    print(start, end='', flush=True)
-    show(tokenizer, (tokens[0] for tokens in shown))
+    samples, since = [], time.perf_counter()
+    together = samples_together(model, prompt, options, machine)
+    for first in range(0, options.num_samples, together):
+        n = min(together, options.num_samples - first)
+        steps = draw(model, tokenizer, prompt, options, machine, first, n)
+        if options.num_samples == 1:
+            drawn = [(tokens[0] for tokens in steps)]  # a step is made when it is to be shown
+        else:
+            drawn = zip(*with_progress(steps, options, first, n))
+        for sample in drawn:
+            print(f'\n---\n{start}' if samples else start, end='', flush=True)
+            samples.append(show(tokenizer, sample))
     seconds = time.perf_counter() - since
-    samples = list(zip(*kept))
-    for sample in samples[1:]:
-        print(f'\n---\n{start}', end='')
-        show(tokenizer, sample)
     print(f'\n{describe(samples, tokenizer.eot, seconds)}', file=sys.stderr)
 
 

@@ -46,7 +46,7 @@ def test_the_parts_of_the_loss_are_recorded(folder):
 
 
 @pytest.mark.parametrize('run', ['decoder', 'encdec'])
-def test_text_is_what_the_model_draws(folder, script, capsys, run):
+def test_text_is_what_the_model_draws(folder, script, capsys, monkeypatch, run):
     arguments = [f'--out_dir={run}', '--start=the river', '--max_new_tokens=60', '--device=cpu',
                  '--seed=4']
     script(sample, *arguments)
@@ -63,9 +63,15 @@ def test_text_is_what_the_model_draws(folder, script, capsys, run):
     Path('prompt.txt').write_text('\ufeffthe river\n', encoding='utf-8')
     from_file = [argument.replace('the river', 'FILE:prompt.txt') for argument in arguments]
     script(sample, *from_file, '--num_samples=3')
-    several = capsys.readouterr().out.split('\n---\n')
-    assert len(several) == 3 and len(set(several)) == 3
-    assert all(text.startswith('the river') for text in several)
+    several = capsys.readouterr()
+    texts = several.out.split('\n---\n')
+    assert len(texts) == 3 and len(set(texts)) == 3 and texts[0] == out.out
+    assert '\rsamples 1 to 3 of 3: token 9 of 60, ' in several.err
+    # not together, as when their caches need more memory than that: each draws with its own seed
+    monkeypatch.setattr(sample, 'CACHE_BYTES', 1)
+    script(sample, *arguments, '--num_samples=3')
+    apart = capsys.readouterr()
+    assert apart.out == several.out and '\rsamples 3 to 3 of 3: token 1 of 60' in apart.err
 
 
 def test_characters_are_shown_whole(capsys):
@@ -86,7 +92,7 @@ def test_says_which_documents_ended():
 def test_a_document_that_ends_is_said_to(folder, script, capsys, monkeypatch):
     eot = 256
     monkeypatch.setattr(sample, 'draw', lambda *arguments: iter([[97, 98], [eot, 98], [eot, eot]]))
-    script(sample, '--out_dir=decoder', '--device=cpu')
+    script(sample, '--out_dir=decoder', '--device=cpu', '--num_samples=2')
     out = capsys.readouterr()
     assert out.out == 'a\n\n---\nbb\n'
     assert out.err.endswith('tokens/s\n2 of 2 documents ended, after 1, 2 tokens\n')
