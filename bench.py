@@ -16,7 +16,9 @@ this machine; and the peak memory of a process that does nothing else.
 
 Decoding, for causal models: milliseconds for one token of one sequence at `context` tokens, or
 block_size if that is less, with the cache and without. Where tokens cost unlike amounts, the worst
-one is reported too. Beside them stands the time to read once the weights that a token needs.
+one is reported too. Beside them stands the time to read once the weights that a token needs, and
+the tokens/s of one sequence and of 16 at once. What sample.py does beside that, drawing a token
+from the logits, is not in these figures.
 
 attention: one layer of MHA, of grouped-query attention (GQA) that caches about as much as MLA, of
 MLA and of MLA-o. It compares their times, forward and backward and in decoding, and their FLOPs,
@@ -76,6 +78,7 @@ from train import (TrainOptions, compiled, current_options, make_optimizers, pre
                    split_options, train_step)
 
 CACHED_TOKENS = 16  # decoded in a round, fewer if the context is short; grouped latents: a group
+DECODED_TOGETHER = 16  # sequences
 Context = Annotated[int, Range(least=2)]  # a token to go on from, and one to decode
 
 
@@ -194,8 +197,9 @@ class Subject:
             raise UserError(f'block_size={c.block_size}: decoding takes two tokens, one to go on '
                             'from and one to decode')
         self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.context - 1)
-        self.idx = torch.randint(c.vocab_size, (1, self.context), device=device)
+        self.idx = torch.randint(c.vocab_size, (DECODED_TOGETHER, self.context), device=device)
         self.cache = model.init_cache(1, self.context)
+        self.cache_of_many = model.init_cache(DECODED_TOGETHER, self.context)
         # of an embedding a token needs one row, unless it is the head too
         embeddings = {id(module.weight) for module in model.modules()
                       if isinstance(module, nn.Embedding)} - {id(model.head_weight())}
@@ -203,23 +207,28 @@ class Subject:
                   if id(parameter) not in embeddings]
         self.weights = torch.cat(needed).to(self.machine.precision)
 
-    @torch.no_grad()
+    def decode_cached(self, idx, cache):
+        """Milliseconds of each of the last tokens of idx, with the cache."""
+        first, milliseconds = self.context - self.n_cached, []
+        cache.n_tokens = 0
+        self.model(idx[:, :first], cache=cache)
+        for t in range(first, self.context):
+            token = idx[:, t:t + 1]
+            milliseconds.append(1e3 * clock(self.machine.device, self.model, token, cache=cache))
+        return milliseconds
+
+    @torch.inference_mode()
     def decode(self):
-        """Milliseconds: of each of the last tokens with the cache, of the very last one without it,
-        and of reading the weights."""
-        device, model = self.machine.device, self.model.eval()
-        first = self.context - self.n_cached
+        """Milliseconds: of each of the last tokens with the cache, of one sequence and of many, of
+        the very last one without it, and of reading the weights."""
+        device, model, one = self.machine.device, self.model.eval(), self.idx[:1]
         last = torch.full((1, 1), self.context - 1, device=device)
-        cached = []
         with self.machine.autocast():
-            self.cache.n_tokens = 0
-            model(self.idx[:, :first], cache=self.cache)
-            for t in range(first, self.context):
-                token = self.idx[:, t:t + 1]
-                cached.append(1e3 * clock(device, model, token, cache=self.cache))
-            uncached = 1e3 * clock(device, model, self.idx, positions=last)
+            cached = self.decode_cached(one, self.cache)
+            many = self.decode_cached(self.idx, self.cache_of_many)
+            uncached = 1e3 * clock(device, model, one, positions=last)
             read = 1e3 * clock(device, self.weights.sum)
-        return dict(cached=cached, uncached=uncached, read=read)
+        return dict(cached=cached, many=many, uncached=uncached, read=read)
 
     def measure(self):
         """Milliseconds of a step, and of decoding for a causal model."""
@@ -228,6 +237,11 @@ class Subject:
 
     def median(self, name):
         return statistics.median(measured[name] for measured in self.milliseconds)
+
+    def median_of_each(self, name):
+        """The same, of each token that was decoded."""
+        return [statistics.median(token)
+                for token in zip(*(measured[name] for measured in self.milliseconds))]
 
     def report(self, peak, memory):
         """What --json=True prints of it. peak: FLOP/s of matrix products; memory: bytes."""
@@ -240,11 +254,13 @@ class Subject:
             peak_memory_bytes=memory)
         if not self.causal:
             return line
-        rounds = zip(*(measured['cached'] for measured in self.milliseconds))
-        cached = [statistics.median(token) for token in rounds]  # of each token
+        cached, many = self.median_of_each('cached'), self.median_of_each('many')
         return line | dict(
             context=self.context, decode_ms_per_token=statistics.mean(cached),
             decode_ms_per_token_worst=max(cached),
+            decode_tokens_per_s=1e3 / statistics.mean(cached),
+            decode_together=DECODED_TOGETHER,
+            decode_tokens_per_s_together=1e3 * DECODED_TOGETHER / statistics.mean(many),
             decode_ms_per_token_uncached=self.median('uncached'),
             weights_read_ms=self.median('read'),
             cache_bytes_per_token=self.model.cache_bytes_per_token(self.machine.precision),
@@ -315,16 +331,19 @@ def show(lines):
     if not decoding:
         return
     print('\ndecoding, ms a token\n')
-    print(f'{"":22}{"context":>9}{"cached":>9}{"worst":>9}{"uncached":>10}{"weights":>9}'
-          f'{"ratio":>7}{"cache bytes a token":>23}')
-    print(f'{"":58}{"read":>10}{"formula / counted":>31}')
+    together = f'1 / {DECODED_TOGETHER} at once'
+    print(f'{"":20}{"context":>8}{"cached":>8}{"worst":>8}{"uncached":>9}{"weights":>8}{"ratio":>7}'
+          f'{"tokens/s":>17}{"cache bytes":>18}')
+    print(f'{"":53}{"read":>8}{together:>24}{"formula / counted":>18}')
     for line in decoding:
         ms, read = line['decode_ms_per_token'], line['weights_read_ms']
-        print(f'{line["config"]:22}{line["context"]:9,}{ms:9.2f}'
-              f'{line["decode_ms_per_token_worst"]:9.2f}'
-              f'{line["decode_ms_per_token_uncached"]:10.2f}{read:9.2f}{ms / read:7.1f}'
-              f'{line["cache_bytes_per_token"]:13,.0f} / '
-              f'{line["cache_bytes_per_token_counted"]:,.0f}')
+        rates = f'{line["decode_tokens_per_s"]:,.0f} / {line["decode_tokens_per_s_together"]:,.0f}'
+        n_bytes = (f'{line["cache_bytes_per_token"]:,.0f} / '
+                   f'{line["cache_bytes_per_token_counted"]:,.0f}')
+        print(f'{line["config"]:20}{line["context"]:8,}{ms:8.2f}'
+              f'{line["decode_ms_per_token_worst"]:8.2f}'
+              f'{line["decode_ms_per_token_uncached"]:9.2f}{read:8.2f}{ms / read:7.1f}'
+              f'{rates:>17}{n_bytes:>18}')
 
 
 # --------------------------------------------------------------------------------------------------
