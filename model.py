@@ -120,15 +120,25 @@ def rope_table(length, rope_dims, theta):
 
 
 def rope_until(table, end):
-    """The rotary table up to position end - 1; None if there is none."""
-    return None if table is None else table[:, :end]
+    """The rotary table up to position end - 1; None if there is none. In a static step, where end
+    is a tensor, only the row of that position."""
+    if table is None:
+        return None
+    return table.index_select(1, end - 1) if isinstance(end, torch.Tensor) else table[:, :end]
+
+
+def rows_until(weight, end, T):
+    """The rows of the T positions up to end - 1; T is 1 in a static step, where end is a tensor."""
+    if isinstance(end, torch.Tensor):
+        return weight.index_select(0, end - 1)
+    return weight[end - T:end]
 
 
 def rotate(x, table):
     """Rotates the first rope_dims dimensions of x (..., T, d), whose positions are the last T of
     the table. Dimension i forms a pair with i + rope_dims/2."""
     # the table is float32 even under autocast: in bfloat16 neighbours would share an angle
-    cos, sin = table[:, table.size(1) - x.size(-2):]
+    cos, sin = table[:, table.size(1) - x.size(-2):].unbind()
     half = cos.size(-1)
     a, b, rest = x.split((half, half, x.size(-1) - 2 * half), dim=-1)
     a, b = a * cos - b * sin, b * cos + a * sin
@@ -241,6 +251,7 @@ class Attention(nn.Module):
     """
 
     options = ()
+    static_step = False  # whether `heads` gives, with a StaticCache, what it gives with a Cache
     window = None  # keys that a query sees at most; GroupedLatent sets it
     n_channels = 1  # parallel copies that are folded into the batch; ChannelBlock sets it
 
@@ -292,6 +303,8 @@ class Attention(nn.Module):
         source stands at the positions of x."""
         source = x if source is None else source
         source_rope = rope if source_rope is None else source_rope
+        if isinstance(context.get('cache'), StaticCache):
+            context['key_mask'] = context['cache'].filled
         return self.o_proj(self.heads(x, source, rope=rope, source_rope=source_rope, **context))
 
     def attend(self, q, k, v, key_mask=None):
@@ -307,6 +320,7 @@ class MHA(Attention):
     """Multi-head attention; with n_kv_head < n_head, grouped-query attention."""
 
     options = ('n_kv_head', 'qk_norm', 'bias')
+    static_step = True
 
     def __init__(self, config, source_width=None):
         super().__init__(config, source_width)
@@ -378,6 +392,8 @@ class MLA(Attention):
         self.v_head_dim = config.v_head_dim or config.head_dim
         self.q_latent, self.shared_key = config.q_latent, config.rope_key == 'shared'
         self.kv_latent = config.kv_latent
+        # keys of each head that are rotated again need the angles of all positions, not of the last
+        self.static_step = self.shared_key or not self.rope_dims
         q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
         k_width = q_width - self.n_head * self.rope_dims if self.shared_key else q_width
         if self.q_latent:
@@ -424,7 +440,7 @@ class MLA(Attention):
             if x.size(1) == 1 and self.causal and self.n_channels == 1:
                 if self.window is not None:
                     latent, k_rope = latent[:, -self.window:], k_rope[:, -self.window:]
-                return self.absorbed(q[:, :, 0], latent, k_rope, source_rope)
+                return self.absorbed(q[:, :, 0], latent, k_rope, source_rope, key_mask)
 
         k = split_heads(self.k_b_proj(latent), self.n_head)
         v = split_heads(self.v_b_proj(latent), self.n_head)
@@ -435,10 +451,11 @@ class MLA(Attention):
             k = rotate(k, source_rope)
         return self.attend(q, k, v, key_mask)
 
-    def absorbed(self, q, latent, k_rope, source_rope):
-        """`heads` for one token of generation: q (B, H, d), latent (B, S, L), k_rope (B, S, r) ->
-        (B, 1, H*dv). k_b_proj is applied to the query, and v_b_proj to the weighted sum of the
-        latents, instead of both to S latents (DeepSeek-V2, section 2.1.2)."""
+    def absorbed(self, q, latent, k_rope, source_rope, key_mask=None):
+        """`heads` for one token of generation: q (B, H, d), latent (B, S, L), k_rope (B, S, r),
+        key_mask (1, 1, 1, S) or None -> (B, 1, H*dv). k_b_proj is applied to the query, and
+        v_b_proj to the weighted sum of the latents, instead of both to S latents (DeepSeek-V2,
+        section 2.1.2)."""
         to_k = self.k_b_proj.weight.unflatten(0, (self.n_head, -1))  # (H, d or d-r, L)
         to_v = self.v_b_proj.weight.unflatten(0, (self.n_head, -1))  # (H, dv, L)
         q_rotated, q_plain = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
@@ -450,11 +467,15 @@ class MLA(Attention):
             k_rotated = split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head)
             k_rotated = rotate(k_rotated, source_rope)  # (B, H, S, r)
             scores = (k_rotated @ q_rotated[..., None])[..., 0]
-        q_absorbed = (q_plain[:, :, None] @ to_k)[:, :, 0]  # (B, H, L)
+        # heads first: a matrix of a head is read once for all sequences
+        q_absorbed = (q_plain.transpose(0, 1) @ to_k).transpose(0, 1)  # (H, B, L) -> (B, H, L)
         scores = scores + q_absorbed @ latent.transpose(1, 2)
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, :, 0], -math.inf)
         weights = (scores * self.head_dim ** -0.5).softmax(dim=-1)
-        read = weights @ latent  # (B, H, L)
-        return join_heads(read[:, :, None] @ to_v.transpose(1, 2))  # (B, H, 1, dv) -> (B, 1, H*dv)
+        read = (weights @ latent).transpose(0, 1)  # (B, H, L) -> (H, B, L)
+        y = read @ to_v.transpose(1, 2)  # (H, B, dv)
+        return y.transpose(0, 1).flatten(1)[:, None]  # -> (B, 1, H*dv)
 
     def cache_width(self):
         return self.kv_latent + self.rope_dims * self.shared_key
@@ -985,15 +1006,23 @@ class LanguageModel(nn.Module):
         """
         raise NotImplementedError
 
-    def embed(self, idx, start):
-        """Tokens idx (B, T) from position `start` on -> (B, T, D)."""
+    def embed(self, idx, end):
+        """Tokens idx (B, T), the last of which is at position end - 1 -> (B, T, D)."""
         x = self.tok_emb(idx)
         return self.vocab_proj(x) if self.config.vocab_rank else x
 
     def states(self, idx, key_mask=None, cache=None):
         """idx (B, T) -> (final hidden states (B, T, D), terms as in `body`)."""
-        start = 0 if cache is None else cache.n_tokens
-        end = start + idx.size(1)
+        end = idx.size(1) + (0 if cache is None else cache.n_tokens)
+        if not isinstance(cache, StaticCache):
+            self.check_call(idx, end, key_mask, cache)
+        x, terms = self.body(self.dropout(self.embed(idx, end)), end, key_mask, cache)
+        if cache is not None:
+            cache.n_tokens = end
+        return self.norm(x), terms
+
+    def check_call(self, idx, end, key_mask, cache):
+        """Raises ValueError if a call of `states`, up to position end - 1, contradicts itself."""
         if cache is None and end > self.config.block_size:
             raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}')
         if cache is not None and end > cache.length:
@@ -1002,10 +1031,6 @@ class LanguageModel(nn.Module):
             raise ValueError(f'{idx.size(0)} sequences, but the cache was made for {cache.batch}')
         if key_mask is not None and self.config.block.causal:
             raise ValueError('a causal model takes no key_mask: give it sequences of one length')
-        x, terms = self.body(self.dropout(self.embed(idx, start)), end, key_mask, cache)
-        if cache is not None:
-            cache.n_tokens = end
-        return self.norm(x), terms
 
     def hidden(self, idx, key_mask=None, cache=None):
         """idx (B, T) int64 -> final hidden states (B, T, D).
@@ -1059,6 +1084,10 @@ class LanguageModel(nn.Module):
         """An empty cache for `batch` sequences of up to `length` tokens, at most block_size."""
         check_cache(self, length)
         return Cache(batch, length, head_of_cache(self, batch))
+
+    def has_static_step(self):
+        """Whether a step of generation can have shapes that never change, as compiling it takes."""
+        return all(attention.static_step for attention in attentions_of(self))
 
     def generate(self, idx, max_new_tokens, **sampling):
         """idx (B, T) -> (B, T + n), n <= max_new_tokens: the prompt, then what `stream` yields."""
@@ -1116,10 +1145,10 @@ class Transformer(LanguageModel):
     def make_blocks(self, c):
         self.blocks = nn.ModuleList(Block(c.block_of(i)) for i in range(c.n_layer))
 
-    def embed(self, idx, start):
-        x = super().embed(idx, start)
+    def embed(self, idx, end):
+        x = super().embed(idx, end)
         if self.config.learned_positions:
-            x = x + self.pos_emb.weight[start:start + idx.size(1)]
+            x = x + rows_until(self.pos_emb.weight, end, idx.size(1))
         return x
 
     def body(self, x, end, key_mask, cache):
@@ -1130,7 +1159,7 @@ class Transformer(LanguageModel):
 
     def before_head(self, x, end):
         if self.config.subtract_next_position:
-            x = x - self.pos_emb.weight[end - x.size(1) + 1:end + 1]
+            x = x - rows_until(self.pos_emb.weight, end + 1, x.size(1))
         return x
 
 
@@ -1341,6 +1370,9 @@ class GroupedLatent(LanguageModel):
     def init_cache(self, batch, length):
         check_cache(self, length)
         return GroupedCache(self.config, batch, length, head_of_cache(self, batch))
+
+    def has_static_step(self):
+        return False  # how many slots are new changes from token to token
 
     def cache_numbers_per_token(self):
         return grouped_cache_numbers(self)
@@ -1729,6 +1761,33 @@ class Cache:
         return sum(buffer.nbytes for buffers in self.buffers.values() for buffer in buffers)
 
 
+class StaticCache:
+    """The Cache of a model for steps of one token whose shapes never change, so that a step can be
+    compiled. n_tokens is a tensor; `extend` returns the buffers whole, and attention masks the rows
+    that are not yet `filled`. Where nothing is compiled, Cache reads less."""
+
+    def __init__(self, cache):
+        """Takes over the buffers of a Cache that has seen the prompt."""
+        self.batch, self.length, self.head = cache.batch, cache.length, cache.head
+        self.buffers = cache.buffers
+        buffers = [buffer for buffers in self.buffers.values() for buffer in buffers]
+        for buffer in buffers:  # what is masked counts zero times, which is not enough for a NaN
+            buffer.narrow(-2, cache.n_tokens, self.length - cache.n_tokens).zero_()
+        self.n_tokens = torch.tensor([cache.n_tokens], device=buffers[0].device)
+        self.rows = torch.arange(self.length, device=buffers[0].device)
+
+    def extend(self, owner, *new):
+        for buffer, x in zip(self.buffers[owner], new):
+            buffer.index_copy_(-2, self.n_tokens, x.detach())
+        return self.buffers[owner]
+
+    @property
+    def filled(self):
+        """The key_mask of the step: rows that earlier tokens have filled, and that of the new one.
+        """
+        return (self.rows <= self.n_tokens)[None, None, None]  # (1, 1, 1, length)
+
+
 class GroupedCache:
     """The cache of GroupedLatent: on every level, `across`, the keys and values of all slots, for
     blocks that attend across all groups; `open_group`, those of the open group, for blocks that
@@ -1779,7 +1838,7 @@ def head_of_cache(model, batch):
 
 
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-           stop=None, n_ids=None):
+           stop=None, n_ids=None, compile=False):
     """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, until there
     are max_new_tokens or each sequence has had the token `stop`, after which it only repeats it.
 
@@ -1787,7 +1846,7 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     whole window is computed anew for each token. temperature, top_k, top_p: see sample_token. seed:
     of the draws; None goes on with torch's own generator. Sequence i draws with seed + i, so beside
     others it becomes what it is alone, but for rounding. n_ids: only ids below it are drawn, as a
-    vocabulary may have rows without a meaning.
+    vocabulary may have rows without a meaning. compile: the step of one token; see static_step.
     """
     B, T = idx.shape
     size, end = model.config.block_size, T + max_new_tokens
@@ -1795,15 +1854,20 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
     text = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
     done = torch.zeros(B, dtype=torch.bool, device=idx.device)
     cache, first = model.init_cache(B, min(size, end)), max(0, T - size)
+    static, step = None, torch.compile(static_step, dynamic=False) if compile else None
     for t in range(T, end):
         if t - first > size:
             cache.n_tokens, first = 0, t - size
         new = text[:, first + cache.n_tokens:t]
         with torch.inference_mode():  # `text` is made and yielded outside: it may be trained on
-            last = None  # a prompt has many positions, of which the last one meets the vocabulary
-            if new.size(1) > 1:
-                last = torch.full((B, 1), new.size(1) - 1, device=idx.device)
-            logits = model(new, positions=last, cache=cache)[:, 0, :n_ids]  # (B, n_ids)
+            if compile and cache.n_tokens and new.size(1) == 1:
+                static = static or StaticCache(cache)
+                logits = step(model, new, static)
+                cache.n_tokens += 1
+            else:  # of many positions the last one meets the vocabulary
+                last = None if new.size(1) == 1 else idx.new_full((B, 1), new.size(1) - 1)
+                logits = model(new, positions=last, cache=cache)
+            logits = logits[:, 0, :n_ids]  # (B, 1, V) -> (B, n_ids)
             token = sample_token(logits, u[:, t - T], temperature, top_k, top_p)
             if stop is not None:
                 token = torch.where(done, stop, token)
@@ -1812,6 +1876,12 @@ def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, 
         yield text[:, t]
         if stop is not None and done.all():
             return
+
+
+def static_step(model, token, cache):
+    """token (B, 1) -> logits (B, 1, V). With a StaticCache no shape changes from token to token,
+    and it compiles once; see has_static_step."""
+    return model(token, cache=cache)
 
 
 def uniform_numbers(n_rows, n, seed=None):

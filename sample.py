@@ -36,6 +36,7 @@ class SampleOptions(MachineOptions):
     max_new_tokens: Count = 300  # tokens to write, fewer where the document ends
     temperature: NotNegative = 0.8  # divides the logits; 0 = always the likeliest token
     top_k: Count | None = 200  # draw from the k likeliest tokens only; None = all
+    compile: bool = False  # takes a minute on a CPU, so it pays for many tokens only
     top_p: Positive | None = None  # draw from the fewest tokens that together reach p; None = all
 
     def __post_init__(self):
@@ -64,7 +65,7 @@ def draw(model, tokenizer, prompt, options, machine, first, n):
         for tokens in model.stream(
                 idx, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                 top_p=options.top_p, seed=options.seed + first, stop=tokenizer.eot,
-                n_ids=tokenizer.eot + 1):
+                n_ids=tokenizer.eot + 1, compile=options.compile):
             yield tokens.tolist()
 
 
@@ -121,6 +122,9 @@ def main():
     if not model.config.block.causal:
         raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: '
                         'take a causal run')
+    if options.compile and not model.has_static_step():
+        raise UserError(f'{options.out_dir}: compiling takes a step whose shapes never change, and '
+                        "grouped latents and rope_key='per_head' have none: leave out --compile")
     start, block_size = read_start(options.start), model.config.block_size
     prompt = [tokenizer.eot, *tokenizer.encode(start)]  # every document starts with <|endoftext|>
     if len(prompt) > block_size:

@@ -1,8 +1,11 @@
 """A cache takes the bytes that it says and changes no logit; sampling draws from the distribution
 that its options name."""
 
+import math
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import model as m
 from model import Cache, sample_token, uniform_numbers
@@ -28,6 +31,33 @@ def test_cached_logits_are_the_uncached_ones(name, batch, pieces):
     with torch.no_grad():
         again = model(idx[:, 7:9], cache=cache)
     assert (again - whole[:, 7:9]).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_static_steps_give_the_same_logits(name):
+    """A step on a StaticCache, in inference mode as in generation, is compiled once for all tokens
+    and all caches of a size."""
+    model = tiny(**EVERY[name]).eval()
+    assert model.has_static_step() == ('rope_key' in EVERY[name] or 'kv_latent' not in EVERY[name])
+    if not model.has_static_step():
+        return
+    torch._dynamo.reset()  # it compiles a function for eight models at most
+    compilations = CompileCounter()
+    step = torch.compile(m.static_step, dynamic=False, fullgraph=True, backend=compilations)
+    for batch, prompt in ((1, 5), (1, 3), (3, 5)):
+        idx, cache = tokens(batch, 16), model.init_cache(batch, 16)
+        with torch.inference_mode():
+            whole = model(idx)
+            model(idx[:, :prompt], cache=cache)
+            for buffers in cache.buffers.values():
+                for buffer in buffers:
+                    buffer[..., prompt:, :] = math.nan  # as fresh memory may be
+            static = m.StaticCache(cache)
+            for t in range(prompt, 16):
+                logits = step(model, idx[:, t:t + 1], static)
+                assert (logits - whole[:, t:t + 1]).abs().max() < 1e-9
+        assert static.n_tokens == 16
+    assert compilations.frame_count == 2  # one for each batch
 
 
 def test_a_cache_is_static():

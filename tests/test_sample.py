@@ -21,14 +21,15 @@ from run import load_run
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
          '--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=8', '--max_iters=2',
          '--eval_iters=1', '--log_interval=1', '--device=cpu']
+LATENT = ['--attention=mla', '--kv_latent=8', '--rope_dims=4']
 ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True']
 
 
 @pytest.fixture(scope='module')
 def runs(tmp_path_factory):
-    """Two causal runs and an encoder: decoder, encdec, encoder."""
+    """Three causal runs and an encoder: decoder, encdec, latent, encoder."""
     return train_runs(tmp_path_factory.mktemp('runs'), SMALL,
-                      dict(decoder=[], encdec=ENCDEC, encoder=['--causal=False']))
+                      dict(decoder=[], encdec=ENCDEC, latent=LATENT, encoder=['--causal=False']))
 
 
 @pytest.fixture
@@ -132,6 +133,7 @@ def test_a_long_start_says_what_is_dropped(folder, script, capsys):
     ([], 'which run? --out_dir=RUN'),
     (['--out_dir=decoder', '--temperature=-0.5'], 'temperature=-0.5: takes a finite number from 0'),
     (['--out_dir=decoder', '--top_p=1.5'], 'top_p=1.5: takes a probability'),
+    (['--out_dir=latent', '--compile=True'], "rope_key='per_head' have none: leave out --compile"),
     (['--out_dir=decoder', '--top_k=0'], 'top_k=0: takes an int from 1'),
     (['--out_dir=decoder', '--start=FILE:nowhere.txt'],
      'FILE:nowhere.txt: cannot be read as text'),
