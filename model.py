@@ -1009,7 +1009,8 @@ class LanguageModel(nn.Module):
     def embed(self, idx, end):
         """Tokens idx (B, T), the last of which is at position end - 1 -> (B, T, D)."""
         x = self.tok_emb(idx)
-        return self.vocab_proj(x) if self.config.vocab_rank else x
+        # the residual stream has the precision of the embedding, under autocast too
+        return self.vocab_proj(x).type_as(x) if self.config.vocab_rank else x
 
     def states(self, idx, key_mask=None, cache=None):
         """idx (B, T) -> (final hidden states (B, T, D), terms as in `body`)."""
@@ -1203,7 +1204,7 @@ class EncoderDecoder(Transformer):
         embedded = x
         for block in self.encoder:
             x = block(x, rope=rope, cache=cache)
-        encoded, x = x, self.decoder_proj(x)
+        encoded, x = x, self.decoder_proj(x).type_as(x)  # a residual stream of full precision
         for block in self.decoder:
             x = block(x, encoded, rope=rope, cross_rope=cross_rope, cache=cache)
         return x, self.embedding_terms(embedded, encoded.detach()) if self.training else {}
@@ -1447,7 +1448,7 @@ class Down(nn.Module):
 
     def forward(self, x, slot_emb, plan):
         here, above = plan.at[self.level:self.level + 2]
-        y = self.in_proj(x)
+        y = self.in_proj(x).type_as(x)  # a residual stream of full precision
         for block in self.blocks:
             y = block(y, **here.inside)
         n_new = above.last - above.first  # so many of the new slots become slots of the level above
