@@ -123,14 +123,18 @@ def read_options(arguments, *known):
 
 def clock(device, work, *arguments, repeat=1, **keywords):
     """Seconds until the device has done work(*arguments, **keywords), `repeat` times."""
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    wait(device)
     start = time.perf_counter()
     for _ in range(repeat):
         work(*arguments, **keywords)
-    if device.type == 'cuda':
-        torch.cuda.synchronize(device)
+    wait(device)
     return time.perf_counter() - start
+
+
+def wait(device):
+    """Waits until a GPU has done all that it was given; a CPU always has."""
+    if device.type != 'cpu':
+        torch.accelerator.synchronize(device)
 
 
 def write_csv(path, lines):

@@ -26,8 +26,12 @@ from config import UserError
 from model import ConfigError, Range, flat_options, make_model, option_names
 from prepare import Tokenizer
 
-# bfloat16 matrix products of a GPU, dense FLOP/s, from the vendor's data sheets
-PEAK_BF16 = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'L40S': 362e12}
+# Bfloat16 matrix products of a GPU, dense FLOP/s, from the vendor's data sheets. The first name that
+# is part of the card's counts: an H100 in a PCIe slot is slower than one on a board of its own.
+PEAK_BF16 = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
+             'H200 NVL': 835e12, 'H200': 989e12, 'L40S': 362e12}
+
+NVIDIA_DRIVER = Path('/dev/nvidiactl')  # exists where there is one, whether torch can use it or not
 
 Seed = Annotated[int, Range(least=0, below=2 ** 63)]
 
@@ -58,6 +62,11 @@ class Machine:
         if name == 'auto':
             mps = torch.backends.mps.is_available()
             name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+            if name == 'cpu' and self.world > 1 and NVIDIA_DRIVER.exists():
+                raise UserError(f'{self.world} processes would share the CPU, because torch '
+                                f'{torch.__version__} cannot use the NVIDIA GPU that is here: update '
+                                'its driver, install a build of torch that fits it, or use '
+                                '--device=cpu')
         try:
             self.device = torch.device(f'cuda:{self.local_rank}' if name == 'cuda' else name)
             torch.empty(1, device=self.device)
@@ -71,6 +80,9 @@ class Machine:
         self.bf16 = options.dtype == 'bfloat16' or options.dtype == 'auto' and supported
         self.precision = torch.bfloat16 if self.bf16 else torch.float32
         torch.set_float32_matmul_precision('high')  # TF32 where there is any
+        # cuDNN's attention plans anew for every length that it meets, and generation has a new
+        # length at every token; the flash kernels that remain need no plan
+        torch.backends.cuda.enable_cudnn_sdp(False)
         if self.cuda:
             torch.cuda.set_device(self.device)
         if self.world > 1:

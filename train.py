@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -261,7 +262,8 @@ class Loader:
             raise UserError(f'token id {windows.max()} is past vocab_size={self.vocab_size}: '
                             'prepare the data again')
         if self.causal:
-            return torch.from_numpy(windows[:, :-1]), torch.from_numpy(windows[:, 1:].copy())
+            # contiguous, because a strided tensor goes to a GPU by a copy that blocks
+            return tuple(torch.from_numpy(part.copy()) for part in (windows[:, :-1], windows[:, 1:]))
         masked = windows.copy()
         # a test window keeps its mask, however many others are scored with it
         keys = numbers if self.fixed is None else starts
@@ -499,15 +501,27 @@ def compiled(options, model, machine):
     """The model's compiled form, on CUDA or with --compile=True; else the model itself."""
     if not (machine.cuda if options.compile is None else options.compile):
         return model
-    compiler = os.environ.get('CXX', 'clang++' if sys.platform == 'darwin' else 'g++')
-    if not shutil.which(compiler):
-        raise UserError(f'torch.compile needs a C++ compiler and there is no {compiler}: install '
-                        'it, set CXX, or use --compile=False')
+    if machine.cuda:  # Triton compiles a piece of C that starts its kernels
+        language, variable, names = 'C', 'CC', ('gcc', 'clang')
+    else:
+        language, variable = 'C++', 'CXX'
+        names = ('clang++',) if sys.platform == 'darwin' else ('g++',)
+    if variable in os.environ:
+        names = os.environ[variable],
+    if not any(map(shutil.which, names)):
+        raise UserError(f'torch.compile needs a {language} compiler and there is no '
+                        f'{" or ".join(names)}: install it, set {variable}, or use --compile=False')
+    header = Path(sysconfig.get_path('include'), 'Python.h')
+    if not header.exists():
+        raise UserError(f'torch.compile needs {header}, which is not there: install the headers of '
+                        "python (Debian's package is python3-dev), or use --compile=False")
     if machine.device.type == 'cpu':
         # else threads add up an embedding's gradient in whatever order they finish
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    return torch.compile(model, dynamic=False)  # static shapes
+    # Static shapes. The counts of compiled forms are kept apart, because after eight models in one
+    # process, as in bench.py, torch would run the next ones uncompiled and say nothing.
+    return torch.compile(model, dynamic=False, isolate_recompiles=True)
 
 
 def accumulation(options, world):
@@ -653,13 +667,18 @@ def train(options, model, forward, checkpoint, machine, data):
                                          device_ids=[machine.device] if machine.cuda else None)
     run, T = open_run(options, model, checkpoint, machine, data), model.config.block_size
     tokens_a_step = options.batch_size * T
-    run.say(f'{machine.describe()}, {"bfloat16" if machine.bf16 else "float32"}'
+    over = f', {machine.world} processes over {dist.get_backend()}' if machine.world > 1 else ''
+    run.say(f'{machine.describe()}{over}, {"bfloat16" if machine.bf16 else "float32"}'
             f'{"" if forward is model else ", compiled"}; a step is {options.batch_size} sequences '
             f'of {T} tokens (processes x accumulation x micro-batch: {machine.world} x '
             f'{n_accumulation} x {micro}), of which {data.train.share_with_border():.0%} cross a '
             f'document border; run folder {run.folder}')
-    signals, watch = catch_signals(), Stopwatch(seconds)
-    first_step, reported = step, (step, seconds)
+    signals = catch_signals()
+    if forward is not model:
+        # A step without an optimizer changes nothing, but now the model is compiled: minutes that
+        # would count as training time. (An evaluation compiles its own form while the clock rests.)
+        train_step(runner, [], data.train, step, options, machine, micro, n_accumulation)
+    watch, first_step, reported = Stopwatch(seconds), step, (step, seconds)
 
     while True:
         # the processes decide alike: one signal stops all of them, and the first one's clock counts

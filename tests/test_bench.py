@@ -1,6 +1,7 @@
 """bench.py on models small enough to time in a test: what it reports, not how fast it is."""
 
 import csv
+import functools
 import json
 import math
 import re
@@ -19,8 +20,8 @@ import bench
 from config import UserError
 from conftest import REPOSITORY, train_runs, write_corpus
 from model import make_model
-from run import load_checkpoint, pyplot
-from train import TrainOptions
+from run import Machine, MachineOptions, load_checkpoint, pyplot
+from train import TrainOptions, compiled
 
 SMALL = ['--n_layer=1', '--vocab_size=300', '--rounds=1', '--context=40', '--micro_batch_size=2',
          '--device=cpu']
@@ -102,6 +103,39 @@ def test_attention_layers(workspace, script, capsys, monkeypatch):
     q, kv, r = 24, 8, 16  # 3/14 and 1/14 of 128, as multiples of 8; half of a head
     weights = 128 * (q + kv + r) + q * 128 + kv * (128 - 4 * r + 128) + 128 * 128
     assert mflop['MLA'] == pytest.approx(3 * (2 * weights + 4 * 128 * 8.5) / 1e6)
+
+
+def test_the_clock_waits_for_every_kind_of_gpu(monkeypatch):
+    waited = []
+    monkeypatch.setattr(torch.accelerator, 'synchronize', waited.append)
+    for kind in ('cpu', 'cuda', 'mps'):
+        bench.clock(torch.device(kind), lambda: None)
+    assert [device.type for device in waited] == ['cuda', 'cuda', 'mps', 'mps']
+
+
+@pytest.mark.parametrize('name, peak', [
+    ('NVIDIA A100-SXM4-80GB', 312e12), ('NVIDIA H100 80GB HBM3', 989e12),
+    ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 NVL', 835e12), ('NVIDIA H200', 989e12),
+    ('NVIDIA GeForce RTX 4090', None)])
+def test_the_peak_of_a_gpu(monkeypatch, name, peak):
+    machine = Machine(MachineOptions(device='cpu', dtype='bfloat16'))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(machine, 'describe', lambda: name)
+    assert machine.mfu(1e12) == (peak and 1e12 / peak)
+
+
+def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
+    compile, counters = torch.compile, torch._dynamo.utils.counters
+    monkeypatch.setattr(torch, 'compile', functools.partial(compile, backend='eager'))
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda on: None)
+    counters.clear()
+    machine, idx = Machine(MachineOptions(device='cpu')), torch.zeros(1, 8, dtype=torch.long)
+    runners = [compiled(TrainOptions(compile=True), make_model(
+        'transformer', vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16 + 2 * i), machine)
+        for i in range(10)]
+    for runner in runners * 2:  # the second time nothing is compiled
+        runner(idx, idx)
+    assert counters['stats']['unique_graphs'] == 10 and not counters['recompile_limit']
 
 
 def test_grouped_query_attention_caches_no_less_than_mla():

@@ -237,7 +237,11 @@ def test_latent_loss_sees_real_latents_only():
     cos = F.cosine_similarity(predicted, seen['into'][0, 1:n], dim=-1)
     assert torch.allclose(out['latent_loss'], (1 - cos).mean())
     assert torch.allclose(out['loss'], out['cross_entropy'] + out['latent_loss'])
-    assert model(idx[:, :6], idx[:, :6])['latent_loss'] == 0
+    for T in (3, 6):  # no latent, and one: nothing to predict, but a gradient all the same
+        model.zero_grad(set_to_none=True)
+        out = model(idx[:, :T], idx[:, :T])
+        out['loss'].backward()
+        assert out['latent_loss'] == 0 and not model.latent_head.weight.grad.any()
     assert set(model.eval()(idx, idx)) == {'loss'}
 
 

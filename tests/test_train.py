@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import prepare
+import run
 import train
 from config import UserError
 from conftest import REPOSITORY, corpus, shell
@@ -99,6 +100,7 @@ def test_a_sequence_is_a_function_of_seed_and_number_alone():
     assert not torch.equal(together[0], make(seed=4).batch(numbers)[0])
     idx, targets = make(causal=True).batch(numbers)
     assert torch.equal(idx[:, 1:], targets[:, :-1])
+    assert idx.is_contiguous() and targets.is_contiguous()  # or a copy to a GPU blocks
 
 
 def test_processes_and_accumulation_share_one_global_order():
@@ -317,8 +319,6 @@ RESUMED = {
     for name, value in RESUMED.items()])
 def test_a_resumed_run_is_bit_identical(data, script, arguments):
     def run(*more):
-        # each run as in a process of its own: after many models in one, torch.compile gives up
-        torch._dynamo.reset()
         script(train, *small(arguments), *more)
 
     run('--out_dir=straight')
@@ -362,6 +362,7 @@ def test_two_processes_give_the_losses_of_one(data, script):
         script(train, *SMALL, *arguments, f'--out_dir={name}1')
         run = shell(*torchrun, *SMALL, *arguments, '--micro_batch_size=2', f'--out_dir={name}2')
         assert run.returncode == 0, run.stderr
+        assert ', 2 processes over gloo, ' in run.stdout
         one, two = metrics(f'{name}1'), metrics(f'{name}2')
         assert len(one) == len(two) == 9
         for a, b in zip(one, two):
@@ -479,6 +480,32 @@ def test_max_seconds_ends_the_run_and_its_schedule(data, script, monkeypatch):
     highest = max(line['lr'] for line in lines)
     assert 1.2 < lines[-1]['seconds'] < 3 and lines[-1]['lr'] < 0.2 * highest
     assert metrics()[-1]['step'] == lines[-1]['step']
+
+
+def test_compiling_is_no_training_time_and_changes_nothing(data, script, monkeypatch):
+    class Compiled(torch.nn.Module):
+        """Takes 1,000 seconds of a clock to compile, with gradients and without, and one to run."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.model, self.forms = model, set()
+
+        def forward(self, *batch):
+            nonlocal now
+            now += 1 if torch.is_grad_enabled() in self.forms else 1000
+            self.forms.add(torch.is_grad_enabled())
+            return self.model(*batch)
+
+    now, options = 0, [*SMALL, '--max_iters=100', '--optimizer=muon', '--dropout=0.1']
+    monkeypatch.setattr(train.time, 'perf_counter', lambda: now)
+    monkeypatch.setattr(train, 'compiled', lambda options, model, machine: Compiled(model))
+    script(train, *options, '--max_seconds=6', '--schedule=wsd', '--out_dir=timed')
+    assert [line['seconds'] for line in metrics('timed') if 'lr' in line] == [1, 2, 3, 4, 5, 6]
+    script(train, *SMALL, *options[-2:], '--out_dir=compiled')
+    monkeypatch.undo()
+    monkeypatch.chdir(data)
+    script(train, *SMALL, *options[-2:])
+    same_state('run/ckpt.pt', 'compiled/ckpt.pt')
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, script, capsys, monkeypatch):
@@ -620,6 +647,43 @@ def test_what_the_environment_says_is_checked(data, script, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', 'abc')
     with pytest.raises(UserError, match='WORLD_SIZE=abc in the environment'):
         script(train, *SMALL)
+
+
+def test_processes_do_not_fall_back_to_the_cpu_beside_a_gpu(tmp_path, monkeypatch):
+    """As with a driver that is too old for torch."""
+    monkeypatch.setenv('WORLD_SIZE', '8')
+    monkeypatch.setattr(run, 'NVIDIA_DRIVER', tmp_path)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    with pytest.raises(UserError, match='8 processes would share the CPU.*or use --device=cpu'):
+        run.Machine(TrainOptions())
+
+
+@pytest.mark.parametrize('cuda, absent, message', [
+    (False, 'g++', 'needs a C.. compiler and there is no g..: install it, set CXX'),
+    (False, 'clang++', 'needs a C.. compiler and there is no clang..: install it, set CXX'),
+    (True, 'gcc', None),  # clang is enough
+    (True, 'gcc clang', 'needs a C compiler and there is no gcc or clang: install it, set CC'),
+    (False, 'Python.h', 'needs .*Python.h, which is not there: install the headers of python'),
+    (True, 'Python.h', 'needs .*Python.h, which is not there: install the headers of python'),
+])
+def test_what_compiling_needs(tmp_path, monkeypatch, cuda, absent, message):
+    for variable in ('CC', 'CXX'):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(train.sys, 'platform', 'darwin' if absent == 'clang++' else 'linux')
+    monkeypatch.setattr(train.shutil, 'which', lambda name: name not in absent.split())
+    monkeypatch.setattr(train.sysconfig, 'get_path', lambda name: tmp_path)
+    if absent != 'Python.h':
+        (tmp_path / 'Python.h').touch()
+    monkeypatch.setattr(torch, 'compile', lambda model, **options: f'compiled {model}')
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda on: None)
+    machine = SimpleNamespace(cuda=cuda, device=torch.device('cuda' if cuda else 'cpu'))
+    options = TrainOptions(compile=None if cuda else True)
+    if message is None:
+        assert train.compiled(options, 'model', machine) == 'compiled model'
+        return
+    with pytest.raises(UserError, match=f'{message}.*or use --compile=False'):
+        train.compiled(options, 'model', machine)
 
 
 def test_help_shows_what_a_config_sets(script, capsys):
