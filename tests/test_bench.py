@@ -127,7 +127,7 @@ def test_the_peak_of_a_gpu(monkeypatch, name, peak):
 def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
     compile, counters = torch.compile, torch._dynamo.utils.counters
     monkeypatch.setattr(torch, 'compile', functools.partial(compile, backend='eager'))
-    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda on: None)
+    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda *_, **__: None)
     counters.clear()
     machine, idx = Machine(MachineOptions(device='cpu')), torch.zeros(1, 8, dtype=torch.long)
     runners = [compiled(TrainOptions(compile=True), make_model(
