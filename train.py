@@ -37,6 +37,7 @@ from run import (Machine, MachineOptions, Run, best_checkpoint, build, describe,
                  load_weights, model_options_of, provenance)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
+MASKS = 'splitmix64'  # how they are drawn, in every checkpoint: with other ones no run goes on
 WSD_DECAY = 0.4  # the last part of a wsd schedule, in which the learning rate falls
 OpenShare = Annotated[float, Range(above=0, below=1)]
 REFUSED = {
@@ -212,6 +213,19 @@ def print_facts(options, facts):
 # data: every sequence, and every mask, is a function of the seed and of its number alone
 
 
+def hashed(*numbers):
+    """64 random bits, as uint64, that are a function of these whole numbers or arrays of them, which
+    broadcast. Each number chooses an output of the generator splitmix64 (Steele et al. 2014), which
+    is the seed for the next: so many draws at once cost no generator object each."""
+    bits = np.zeros(1, dtype=np.uint64)
+    for number in numbers:
+        bits = bits + (np.array(number, dtype=np.uint64, ndmin=1) + 1) * 0x9E3779B97F4A7C15
+        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9
+        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB
+        bits = bits ^ bits >> 31
+    return bits
+
+
 class Loader:
     """Windows of a token file by sequence number, masked for an encoder.
 
@@ -256,30 +270,34 @@ class Loader:
         """What a model takes for these sequences: (idx, targets), for an encoder (idx, targets,
         positions)."""
         starts = self.starts(numbers)
-        windows = [self.tokens[start:start + self.width] for start in starts]
-        windows = np.stack(windows).astype(np.int64)  # (B, width)
+        windows = self.tokens[starts[:, None] + np.arange(self.width)]  # (B, width)
+        windows = windows.astype(np.int64)
         if windows.max() >= self.vocab_size:
             raise UserError(f'token id {windows.max()} is past vocab_size={self.vocab_size}: '
                             'prepare the data again')
         if self.causal:
             # contiguous, because a strided tensor goes to a GPU by a copy that blocks
-            return tuple(torch.from_numpy(part.copy()) for part in (windows[:, :-1], windows[:, 1:]))
+            return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
         masked = windows.copy()
         # a test window keeps its mask, however many others are scored with it
-        keys = numbers if self.fixed is None else starts
-        positions = np.stack([self.mask(row, int(key)) for row, key in zip(masked, keys)])
+        positions = self.mask(masked, np.array(numbers) if self.fixed is None else starts)
         targets = np.take_along_axis(windows, positions, axis=1)  # (B, M)
         return tuple(map(torch.from_numpy, (masked, targets, positions)))
 
-    def mask(self, window, key):
-        """Picks n_masked positions and corrupts them in place: 80% become <|mask|>, 10% a random
-        token, 10% stay."""
-        rng = np.random.default_rng((self.seed, key, 1))
-        positions = np.sort(rng.permutation(self.block_size)[:self.n_masked])
-        draw = rng.random(self.n_masked)
-        noise = rng.integers(len(self.tokenizer.ranks), size=self.n_masked)
-        noise = np.where(draw < 0.9, noise, window[positions])
-        window[positions] = np.where(draw < 0.8, self.tokenizer.mask, noise)
+    def mask(self, windows, keys):
+        """Picks n_masked positions in each of the windows (B, T) and corrupts them in place: 80%
+        become <|mask|>, 10% a random token, 10% stay. Returns the positions, (B, M). The windows
+        have a key each; what is drawn is a hash of seed, key and position."""
+        keys = keys[:, None]  # (B, 1)
+        order = hashed(self.seed, keys, np.arange(self.block_size))  # (B, T): the lowest are masked
+        positions = np.argpartition(order, self.n_masked - 1, axis=1)[:, :self.n_masked]
+        positions.sort(axis=1)
+        draw = hashed(self.seed, keys, positions, 1) * 2.0 ** -64  # from 0 to 1, as are those below
+        noise = hashed(self.seed, keys, positions, 2) % len(self.tokenizer.ranks)
+        kept = np.take_along_axis(windows, positions, axis=1)
+        noise = np.where(draw < 0.9, noise.astype(np.int64), kept)
+        corrupted = np.where(draw < 0.8, self.tokenizer.mask, noise)
+        np.put_along_axis(windows, positions, corrupted, axis=1)
         return positions
 
     def share_with_border(self):
@@ -607,8 +625,9 @@ def open_run(options, model, checkpoint, machine, data):
         resumed_step = checkpoint['step']
     facts = facts_of(options, model)
     project = 'causal-pretrain' if model.config.block.causal else 'encoder-pretrain'
-    run = Run(options.out_dir, flat, facts, origin | dict(started_from=before), data.tokenizer,
-              machine, resumed_step, project if options.wandb else None)
+    origin |= dict(started_from=before, masks=MASKS)
+    run = Run(options.out_dir, flat, facts, origin, data.tokenizer, machine, resumed_step,
+              project if options.wandb else None)
     if machine.first:
         print_facts(options, facts)
     return run
@@ -774,6 +793,9 @@ def check_resumable(state, model, data, folder):
     if state['model'].keys() != model.state_dict().keys():
         raise UserError(f'{folder}: was made by an earlier version, whose matrices were laid out '
                         f'differently, and with them the state of the optimizer; use {new}')
+    if not model.config.block.causal and state['provenance'].get('masks') != MASKS:
+        raise UserError(f'{folder}: was made by an earlier version, which drew other masks; use '
+                        f'{new}')
 
 
 if __name__ == '__main__':

@@ -124,25 +124,43 @@ def test_processes_and_accumulation_share_one_global_order():
     assert all(seen == in_order for seen in taken.values())
 
 
+def share_is(events, wanted):
+    """Whether the share of true events is the wanted one, to five standard errors."""
+    return abs(events.mean() - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / events.size)
+
+
 def test_masking_statistics():
-    tokens = np.random.default_rng(0).integers(0, 256, 60_000)
+    tokens, n = np.random.default_rng(0).integers(0, 256, 60_000), 4000
     loader = Loader(tokens, 100, 259, BYTES, causal=False, seed=1, mask_prob=0.15)
-    idx, targets, positions = loader.batch(range(500))
-    plain = torch.from_numpy(np.stack([tokens[s:s + 100] for s in loader.starts(range(500))]))
-    assert positions.shape == targets.shape == (500, 15)  # a fixed number a sequence
-    assert all(len(set(row.tolist())) == 15 for row in positions)
-    assert torch.equal(plain.gather(1, positions), targets)
-    changed = torch.zeros_like(plain, dtype=torch.bool).scatter_(1, positions, True)
-    assert torch.equal(idx[~changed], plain[~changed])
-    seen = idx.gather(1, positions)
-    masked, kept = (seen == BYTES.mask).float().mean(), (seen == targets).float().mean()
-    noise = seen[(seen != BYTES.mask) & (seen != targets)]
-    shares = (masked, 0.8), (kept, 0.1 + 0.1 / 256), (len(noise) / 7500, 0.1 * 255 / 256)
-    for share, wanted in shares:
-        assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 7500)
-    assert noise.max() < 256 and len(noise.unique()) > 200  # any real token, no special one
-    counts = torch.bincount(positions.flatten(), minlength=100)
-    assert ((counts - 75).abs() < 5 * math.sqrt(75)).all()  # no position is preferred
+    idx, targets, positions = (part.numpy() for part in loader.batch(range(n)))
+    plain = np.stack([tokens[s:s + 100] for s in loader.starts(range(n))])
+    assert positions.shape == targets.shape == (n, 15)  # a fixed number a sequence
+    assert (np.diff(positions) > 0).all()
+    assert (np.take_along_axis(plain, positions, 1) == targets).all()
+    chosen = np.zeros(plain.shape, dtype=bool)
+    np.put_along_axis(chosen, positions, True, axis=1)
+    assert (idx == plain)[~chosen].all()
+    seen = np.take_along_axis(idx, positions, 1)
+    masked, kept = seen == BYTES.mask, seen == targets
+    noise = seen[~masked & ~kept]
+    assert share_is(masked, 0.8) and share_is(kept, 0.1 + 0.1 / 256)
+    assert noise.max() < 256  # any real token alike, no special one
+    counts = np.bincount(noise, minlength=256)
+    assert abs(counts - counts.mean()).max() < 5 * math.sqrt(counts.mean())
+    # no position is preferred, and what happens to one does not depend on where it is
+    assert all(share_is(column, 0.15) for column in chosen.T)
+    assert all(share_is(masked[positions == t], 0.8) for t in range(100))
+    # nothing is carried over: to the next position, window, or epoch, or from seed to seed
+    pair = 0.15 * 14 / 99  # of positions of one window, which has 15 of 100
+    assert share_is(chosen[:, 1:] & chosen[:, :-1], pair)
+    assert share_is(chosen[1:] & chosen[:-1], 0.15 ** 2)
+    assert share_is(masked[:, 1:] & masked[:, :-1], 0.8 ** 2)
+    assert share_is(masked[1:] & masked[:-1], 0.8 ** 2)
+    for seed, first in ((1, loader.n_windows), (2, 0)):
+        other = Loader(tokens, 100, 259, BYTES, causal=False, seed=seed).batch(range(first, first + n))
+        again = np.zeros(plain.shape, dtype=bool)
+        np.put_along_axis(again, other[2].numpy(), True, axis=1)
+        assert share_is(chosen & again, 0.15 ** 2)
 
 
 def test_evaluation_is_the_mean_over_all_windows_whatever_the_batch():
@@ -420,6 +438,18 @@ def test_a_run_of_an_earlier_version_is_read_but_not_resumed(data, script, name,
     with pytest.raises(UserError, match=message):
         script(train, *small(arguments), '--init_from=resume')
     script(train, *small(arguments), '--init_from=run', '--out_dir=on', '--max_iters=1')
+
+
+def test_a_run_with_other_masks_is_not_resumed(data, script):
+    """Encoders of earlier versions drew them otherwise; causal models have none."""
+    for arguments in ([], ENCODER):
+        script(train, *SMALL, *arguments, '--max_iters=1')
+        state = load_checkpoint('run/ckpt.pt')
+        del state['provenance']['masks']
+        save_checkpoint(Path('run/ckpt.pt'), state)
+        with (pytest.raises(UserError, match='drew other masks; use --init_from=RUN --out_dir=NEW')
+              if arguments else contextlib.nullcontext()):
+            script(train, *SMALL, *arguments, '--init_from=resume', '--max_iters=2')
 
 
 def test_scratch_moves_an_earlier_run_aside(data, script, capsys):
