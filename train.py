@@ -6,6 +6,7 @@
     python train.py config/grouped.py --help                         # its options and their values
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -306,6 +307,26 @@ class Loader:
         starts = np.linspace(0, len(self.tokens) - self.width, 10_000).astype(np.int64)
         return np.mean([(self.tokens[start + 1:start + self.block_size] == self.tokenizer.eot).any()
                         for start in starts])
+
+
+class Ahead:
+    """A Loader that makes the next batch in a thread while the model works on this one. The numbers
+    of the next batch are expected to be larger by `stride`; if others are asked for, they are made
+    then."""
+
+    def __init__(self, loader, stride):
+        self.loader, self.stride = loader, stride
+        self.thread = concurrent.futures.ThreadPoolExecutor(1)  # one, for the order of an epoch
+        self.expected, self.prepared = None, None
+
+    def batch(self, numbers):
+        """Loader.batch for a range of numbers."""
+        if numbers != self.expected:
+            self.prepared = self.thread.submit(self.loader.batch, numbers)
+        batch = self.prepared.result()
+        self.expected = range(numbers.start + self.stride, numbers.stop + self.stride)
+        self.prepared = self.thread.submit(self.loader.batch, self.expected)
+        return batch
 
 
 class Data(NamedTuple):
@@ -692,11 +713,11 @@ def train(options, model, forward, checkpoint, machine, data):
             f'of {T} tokens (processes x accumulation x micro-batch: {machine.world} x '
             f'{n_accumulation} x {micro}), of which {data.train.share_with_border():.0%} cross a '
             f'document border; run folder {run.folder}')
-    signals = catch_signals()
+    signals, batches = catch_signals(), Ahead(data.train, stride=micro * machine.world)
     if forward is not model:
         # A step without an optimizer changes nothing, but now the model is compiled: minutes that
         # would count as training time. (An evaluation compiles its own form while the clock rests.)
-        train_step(runner, [], data.train, step, options, machine, micro, n_accumulation)
+        train_step(runner, [], batches, step, options, machine, micro, n_accumulation)
     watch, first_step, reported = Stopwatch(seconds), step, (step, seconds)
 
     while True:
@@ -734,7 +755,7 @@ def train(options, model, forward, checkpoint, machine, data):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group['lr'] = lr
-        means, norm = train_step(runner, optimizers, data.train, step, options, machine, micro,
+        means, norm = train_step(runner, optimizers, batches, step, options, machine, micro,
                                  n_accumulation)
         step += 1
 

@@ -124,6 +124,19 @@ def test_processes_and_accumulation_share_one_global_order():
     assert all(seen == in_order for seen in taken.values())
 
 
+def test_the_next_batch_is_made_ahead():
+    loader = Loader(np.arange(1000) % 256, 16, 259, BYTES, causal=False, seed=3)
+    made, ahead = [], train.Ahead(loader, stride=4)
+    batch_of = loader.batch
+    loader.batch = lambda numbers: made.append(numbers) or batch_of(numbers)
+    asked = range(0, 2), range(4, 6), range(8, 10), range(4, 6), range(8, 10)
+    for numbers in asked:
+        for part, wanted in zip(ahead.batch(numbers), batch_of(numbers), strict=True):
+            assert torch.equal(part, wanted)
+    ahead.thread.shutdown()
+    assert made == [*asked[:3], range(12, 14), *asked[3:], range(12, 14)]
+
+
 def share_is(events, wanted):
     """Whether the share of true events is the wanted one, to five standard errors."""
     return abs(events.mean() - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / events.size)
