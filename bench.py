@@ -1,6 +1,6 @@
 """How fast configs are on this machine, and which of several runs is better.
 
-    python bench.py config/mla.py config/mla_o.py --micro_batch_size=32
+    python bench.py config/mla.py config/mla_o.py
     python bench.py                              # all configs; on a CPU this takes long
     python bench.py attention                    # one layer: from which width on do latents pay?
     python bench.py sweep config/mha.py config/mla.py --seed=1,2,3 --jobs=2
@@ -10,7 +10,7 @@
 With configs it measures training and decoding, in turns, and reports the median of several rounds.
 Weights and tokens are random.
 
-Training: steps of train.py on micro_batch_size sequences, or batch_size if that is not set. It
+Training: steps of train.py on as many sequences as it takes at a time (micro_batch_size). It
 reports tokens/s; the useful FLOPs as a share of the FLOP/s that a large matrix product reaches on
 this machine; and the peak memory of a process that does nothing else.
 
@@ -74,8 +74,8 @@ from model import (ARCHITECTURES, BlockConfig, Cache, Count, ModelConfig, Range,
                    flat_options, make_attention, rope_table)
 from run import (Machine, MachineOptions, best_checkpoint, build, load_checkpoint,
                  mean_and_interval, pyplot, save_figure, save_text)
-from train import (TrainOptions, compiled, current_options, make_optimizers, predicted_share,
-                   split_options, train_step)
+from train import (TrainOptions, accumulation, compiled, current_options, make_optimizers,
+                   predicted_share, split_options, train_step)
 
 CACHED_TOKENS = 16  # decoded in a round, fewer if the context is short; grouped latents: a group
 DECODED_TOGETHER = 16  # sequences
@@ -184,7 +184,8 @@ class Subject:
         self.optimizers = make_optimizers(self.model, self.recipe)
         c, share = self.model.config, predicted_share(self.recipe, self.model.config)
         self.causal = c.block.causal
-        self.data = RandomBatch(self.recipe.micro_batch_size or self.recipe.batch_size, c, share)
+        n_sequences, _ = accumulation(self.recipe, c.block_size, machine)
+        self.data = RandomBatch(n_sequences, c, share)
         self.flops = self.data.n_tokens * self.model.flops_per_token(c.block_size, share)
         self.milliseconds = []  # a dict for each round
 
@@ -193,9 +194,10 @@ class Subject:
         train_step(self.runner.train(), self.optimizers, self.data, 0, self.recipe, self.machine,
                    self.data.n_sequences, 1)
 
-    def prepare_decoding(self, context):
-        """Makes what `decode` needs: a sequence, a cache, and the weights that a token needs."""
-        c, model, device = self.model.config, self.model, self.machine.device
+    def prepare_decoding(self, context, decoder):
+        """Makes what `decode` needs: a sequence, a cache, and the weights that a token needs. decoder:
+        the Machine with the precision that sample.py has."""
+        c, model, device, self.decoder = self.model.config, self.model, decoder.device, decoder
         self.context = min(context, c.block_size)
         if self.context < 2:
             raise UserError(f'block_size={c.block_size}: decoding takes two tokens, one to go on '
@@ -209,7 +211,7 @@ class Subject:
                       if isinstance(module, nn.Embedding)} - {id(model.head_weight())}
         needed = [parameter.detach().flatten() for parameter in model.parameters()
                   if id(parameter) not in embeddings]
-        self.weights = torch.cat(needed).to(self.machine.precision)
+        self.weights = torch.cat(needed).to(decoder.precision)
 
     def decode_cached(self, idx, cache):
         """Milliseconds of each of the last tokens of idx, with the cache."""
@@ -227,7 +229,7 @@ class Subject:
         the very last one without it, and of reading the weights."""
         device, model, one = self.machine.device, self.model.eval(), self.idx[:1]
         last = torch.full((1, 1), self.context - 1, device=device)
-        with self.machine.autocast():
+        with self.decoder.autocast():
             cached = self.decode_cached(one, self.cache)
             many = self.decode_cached(self.idx, self.cache_of_many)
             uncached = 1e3 * clock(device, model, one, positions=last)
@@ -251,7 +253,8 @@ class Subject:
         """What --json=True prints of it. peak: FLOP/s of matrix products; memory: bytes."""
         seconds = self.median('step') / 1e3
         line = dict(
-            config=self.name, params=self.model.n_params(), sequences=self.data.n_sequences,
+            config=self.name, dtype=str(self.machine.precision).removeprefix('torch.'),
+            params=self.model.n_params(), sequences=self.data.n_sequences,
             block_size=self.model.config.block_size,
             train_tokens_per_s=self.data.n_tokens / seconds,
             train_matmul_share=self.flops / seconds / peak, matmul_peak_flops_per_s=peak,
@@ -267,7 +270,7 @@ class Subject:
             decode_tokens_per_s_together=1e3 * DECODED_TOGETHER / statistics.mean(many),
             decode_ms_per_token_uncached=self.median('uncached'),
             weights_read_ms=self.median('read'),
-            cache_bytes_per_token=self.model.cache_bytes_per_token(self.machine.precision),
+            cache_bytes_per_token=self.model.cache_bytes_per_token(self.decoder.precision),
             cache_bytes_per_token_counted=self.cache.n_bytes() / self.context)
 
 
@@ -297,12 +300,12 @@ def peak_memory(path, overrides):
 
 def measure_configs(paths, overrides, options):
     """The lines of the report, after a round to warm up and `rounds` rounds that count."""
-    machine = Machine(options)
+    machine, decoder = Machine(options), Machine(options, trains=False)
     subjects = [Subject(path, overrides, machine) for path in paths]
     memory = [memory_of(path, overrides) for path in paths]
     for subject in subjects:
         if subject.causal:
-            subject.prepare_decoding(options.context)
+            subject.prepare_decoding(options.context, decoder)
     peaks = []
     for i in range(options.rounds + 1):
         end = '\n' if i == options.rounds else ''
@@ -323,7 +326,7 @@ def measure_configs(paths, overrides, options):
 def show(lines):
     """Prints a table of training, and one of decoding."""
     peak = lines[0]['matmul_peak_flops_per_s'] / 1e9
-    print(f'training: matrix products reach {peak:,.0f} GFLOP/s here\n')
+    print(f'training in {lines[0]["dtype"]}: matrix products reach {peak:,.0f} GFLOP/s here\n')
     print(f'{"":22}{"parameters":>12}{"sequences":>16}{"tokens/s":>11}{"of the peak":>13}'
           f'{"memory, GB":>12}')
     for line in lines:

@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -45,7 +46,7 @@ class MachineOptions:
     """Machine"""
 
     device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
-    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 on a GPU that has it
+    dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 where it is faster
     seed: Seed = 1337  # of weights, order of the data, masks and dropout
 
 
@@ -53,8 +54,9 @@ class Machine:
     """Where this process runs: its device and precision, and its place among the processes that
     torchrun has started."""
 
-    def __init__(self, options):
-        """options: MachineOptions. Raises UserError if there is no such device."""
+    def __init__(self, options, trains=True):
+        """options: MachineOptions. trains: whether it is to train; without, a CPU computes in float32
+        unless the options say otherwise. Raises UserError if there is no such device."""
         self.rank = number_from_environment('RANK', 0)
         self.local_rank = number_from_environment('LOCAL_RANK', 0)
         self.world = number_from_environment('WORLD_SIZE', 1)
@@ -76,9 +78,6 @@ class Machine:
         if self.device.type == 'meta':
             raise UserError('--device=meta: computes nothing; use --dry_run=True to see sizes')
         self.cuda = self.device.type == 'cuda'
-        supported = self.cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        self.bf16 = options.dtype == 'bfloat16' or options.dtype == 'auto' and supported
-        self.precision = torch.bfloat16 if self.bf16 else torch.float32
         torch.set_float32_matmul_precision('high')  # TF32 where there is any
         # cuDNN's attention plans anew for every length that it meets, and generation has a new
         # length at every token; the flash kernels that remain need no plan
@@ -87,6 +86,13 @@ class Machine:
             torch.cuda.set_device(self.device)
         if self.world > 1:
             self.connect()
+        self.bf16 = options.dtype == 'bfloat16'
+        if options.dtype == 'auto' and self.cuda:
+            self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        elif options.dtype == 'auto' and self.device.type == 'cpu' and trains:
+            votes, = self.total(bfloat16_is_faster())
+            self.bf16 = votes > self.world / 2
+        self.precision = torch.bfloat16 if self.bf16 else torch.float32
 
     def connect(self):
         """Joins the other processes. Besides the group for gradients there are two over gloo, which
@@ -151,6 +157,21 @@ class Machine:
         name = self.describe()
         peak = next((peak for gpu, peak in PEAK_BF16.items() if gpu in name), None)
         return flops_per_second / self.world / peak if peak and self.bf16 else None
+
+
+def bfloat16_is_faster():
+    """Whether this CPU multiplies matrices of bfloat16 at least 1.5 times as fast as of float32.
+    Those with units for it do so 2 to 8 times as fast; others emulate it."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.ones(2, 512, 512, dtype=dtype)
+        times = []
+        for _ in range(8):  # the first ones prepare
+            start = time.perf_counter()
+            torch.mm(a, b)
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] * 1.5 <= seconds[torch.float32]
 
 
 def number_from_environment(name, default):

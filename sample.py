@@ -117,7 +117,7 @@ def describe(samples, eot, seconds):
 def main():
     values, _ = config.load(sys.argv[1:], SampleOptions, doc=__doc__, takes_config=False)
     options = SampleOptions(**values)
-    machine = Machine(options)
+    machine = Machine(options, trains=False)
     model, tokenizer, _ = load_run(options.out_dir, machine.device)
     if not model.config.block.causal:
         raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: '

@@ -39,6 +39,10 @@ from run import (Machine, MachineOptions, Run, best_checkpoint, build, describe,
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
 MASKS = 'splitmix64'  # how they are drawn, in every checkpoint: with other ones no run goes on
+# That a device takes at a time if micro_batch_size does not say. Fresh memory costs a CPU more than
+# the arithmetic (RESULTS.md, "Speed"); a GPU would wait for the launches of small kernels
+# (unmeasured).
+TOKENS_AT_A_TIME = dict(cpu=2 ** 12, mps=2 ** 14, cuda=2 ** 15)
 WSD_DECAY = 0.4  # the last part of a wsd schedule, in which the learning rate falls
 OpenShare = Annotated[float, Range(above=0, below=1)]
 REFUSED = {
@@ -58,7 +62,7 @@ class TrainOptions(MachineOptions, DataOptions):
 
     arch: str = 'transformer'  # architecture, a key of model.ARCHITECTURES
     batch_size: Count = 32  # sequences a step, over all processes and accumulation
-    micro_batch_size: Count | None = None  # sequences a device takes at a time; None = its share
+    micro_batch_size: Count | None = None  # sequences a device takes at a time; None: see README
     max_iters: Count = 5000  # optimizer steps
     max_seconds: Positive | None = None  # stop after this training time; the schedule follows it
     learning_rate: Positive = 1e-3  # highest learning rate
@@ -563,13 +567,18 @@ def compiled(options, model, machine):
     return torch.compile(model, dynamic=False, isolate_recompiles=True)
 
 
-def accumulation(options, world):
-    """(sequences that a device takes at a time, how often it does so in a step)."""
-    share, rest = divmod(options.batch_size, world)
-    micro = min(options.micro_batch_size or share, share)
+def accumulation(options, block_size, machine):
+    """(sequences that a device takes at a time, how often it does so in a step). If the options do
+    not say, it is as many as TOKENS_AT_A_TIME allow, or one."""
+    share, rest = divmod(options.batch_size, machine.world)
+    if options.micro_batch_size is None:
+        most = TOKENS_AT_A_TIME.get(machine.device.type, 2 ** 12) // block_size
+        micro = next((n for n in range(min(most, share), 0, -1) if share % n == 0), 1)
+    else:
+        micro = min(options.micro_batch_size, max(1, share))
     if rest or share % micro:
-        raise UserError(f'batch_size={options.batch_size} does not divide into {world} processes x '
-                        f'micro_batch_size={micro}: change one of them')
+        raise UserError(f'batch_size={options.batch_size} does not divide into {machine.world} '
+                        f'processes x micro_batch_size={micro}: change one of them')
     return micro, share // micro
 
 
@@ -692,7 +701,7 @@ def report(run, options, machine, step, now, lr, means, grad_norm, seconds_a_ste
 def train(options, model, forward, checkpoint, machine, data):
     """Trains to the end, or until a signal. forward: the model or its compiled form. checkpoint:
     the one to go on from, or None."""
-    micro, n_accumulation = accumulation(options, machine.world)
+    micro, n_accumulation = accumulation(options, model.config.block_size, machine)
     optimizers = make_optimizers(model, options)
     step, seconds, best = 0, 0.0, math.inf
     if checkpoint:
@@ -795,7 +804,7 @@ def main():
     model.to(machine.device)
     forward = compiled(options, model, machine)
     if options.eval_only:
-        micro, _ = accumulation(options, machine.world)
+        micro, _ = accumulation(options, model.config.block_size, machine)
         scores = evaluate(model, forward, data, micro, machine)
         if machine.first:
             print(f'step {state["step"]} of {origin} on {data.val.fixed:,} validation sequences of '

@@ -25,7 +25,6 @@ learned_positions = True
 # recipe: the cosine of a run of 700,000 steps, stopped early, so that after the warmup the rate is
 # nearly constant
 batch_size = 800
-micro_batch_size = 50
 max_iters = 9_000
 lr_decay_iters = 700_000
 learning_rate = 9e-4

@@ -28,7 +28,6 @@ mlp = 'swiglu'
 
 # recipe: GPT-2's; 4,000 steps are 18 epochs of WikiText-103, which has 118 million tokens
 batch_size = 512
-micro_batch_size = 32
 max_iters = 4_000
 learning_rate = 1e-3
 schedule = 'cosine'

@@ -103,6 +103,15 @@ def test_a_sequence_is_a_function_of_seed_and_number_alone():
     assert idx.is_contiguous() and targets.is_contiguous()  # or a copy to a GPU blocks
 
 
+@pytest.mark.parametrize('batch_size, block_size, world, device, expected', [
+    (256, 128, 1, 'cpu', (32, 8)), (256, 128, 4, 'cuda', (64, 1)), (800, 200, 1, 'cpu', (20, 40)),
+    (6, 5000, 2, 'cpu', (1, 3)), (7, 100, 1, 'cuda', (7, 1)), (94, 128, 1, 'cpu', (2, 47))])
+def test_a_device_takes_what_fits_it(batch_size, block_size, world, device, expected):
+    machine = SimpleNamespace(world=world, device=torch.device(device))
+    options = TrainOptions(batch_size=batch_size)
+    assert train.accumulation(options, block_size, machine) == expected
+
+
 def test_processes_and_accumulation_share_one_global_order():
     """A step takes the same sequences over 1, 2 and 4 processes, in micro-batches of any size."""
     taken = {}
@@ -114,7 +123,7 @@ def test_processes_and_accumulation_share_one_global_order():
                 for rank in range(world):
                     machine = SimpleNamespace(rank=rank, world=world, device='cpu')
                     options = TrainOptions(batch_size=12, micro_batch_size=micro)
-                    _, n = train.accumulation(options, world)
+                    _, n = train.accumulation(options, 8, machine)
                     for k in range(n):
                         numbers.extend(train.numbers_of(step, k, options, machine, micro))
                 assert len(set(numbers)) == 12
