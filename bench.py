@@ -21,8 +21,8 @@ the tokens/s of one sequence and of 16 at once. What sample.py does beside that,
 from the logits, is not in these figures.
 
 attention: one layer of MHA, of grouped-query attention (GQA) that caches about as much as MLA, of
-MLA and of MLA-o. It compares their times, forward and backward and in decoding, and their FLOPs,
-over widths, heads, latents and lengths.
+MLA, of MLA-o and of their relatives. It compares their times, forward and backward and in decoding,
+and their FLOPs, over widths, heads, latents and lengths.
 
 sweep: one run of train.py for each config and each combination of the values, which are separated
 by commas. A run goes to out/sweep-CONFIG, into a folder that is named after the options on the
@@ -361,27 +361,38 @@ WIDTHS, LENGTHS, HEADS = (128, 256, 512, 1024, 2048), (128, 512, 2048), (32, 64)
 MORE_WIDTHS = 4096, 8192  # nothing is timed at these, FLOPs alone are counted
 # widths of the query, key-value and output latents, as shares of the width of the layer
 LATENTS = {'DeepSeek-V3': (3 / 14, 1 / 14, 3 / 14), 'half of it': (3 / 28, 1 / 28, 3 / 28)}
-KINDS = 'MHA', 'GQA', 'MLA', 'MLA-o'
 PAIRS = ('MLA', 'MHA'), ('MLA', 'GQA'), ('MLA-o', 'MLA')  # the first is compared to the second
 MEASURED = dict(train_us_a_token='forward and backward', decode_us='decoding')
 COSTS = MEASURED | dict(mflop_a_token='FLOPs')
 
 
-def make_layer(kind, width, head_dim, latents):
-    """One attention. Half of the dimensions of a head are rotary; MLA has them on a key that all
-    heads share. GQA has the fewest key heads with which it caches at least as much as MLA."""
+def layer_options(width, head_dim, latents):
+    """{kind: options of a BlockConfig} of the attentions at one size. Half of the dimensions of a
+    head are rotary; MLA and what is like it have them on a key that all heads share. GQA has the
+    fewest key heads with which it caches at least as much as MLA, and GTA as many."""
     n_head = width // head_dim
     q, kv, o = (max(8, round(width * share / 8) * 8) for share in LATENTS[latents])
-    options = dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2)
-    if kind == 'GQA':
-        mla_caches = kv + head_dim // 2
-        possible = [n for n in range(1, n_head + 1) if n_head % n == 0]
-        enough = [n for n in possible if 2 * n * head_dim >= mla_caches]
-        options['n_kv_head'] = enough[0] if enough else n_head
-    elif kind != 'MHA':
-        options |= dict(attention='mla', q_latent=q, kv_latent=kv, rope_key='shared',
-                        o_latent=o if kind == 'MLA-o' else None)
-    return make_attention(BlockConfig(**options))
+    possible = [n for n in range(1, n_head + 1) if n_head % n == 0]
+    enough = [n for n in possible if 2 * n * head_dim >= kv + head_dim // 2]
+    few = dict(n_kv_head=enough[0] if enough else n_head)
+    mla = dict(attention='mla', q_latent=q, kv_latent=kv, rope_key='shared')
+    kinds = {
+        'MHA': {}, 'GQA': few, 'MLA': mla, 'MLA-o': mla | dict(o_latent=o),
+        'MLA-o, 2 groups': mla | dict(o_latent=o // 2, o_groups=2),
+        'GLA': mla | dict(kv_latent=kv // 2, kv_groups=2),
+        'MLRA': mla | dict(kv_latent=kv // 2, kv_branches=2), 'GTA': few | dict(attention='gta'),
+        'MFA': dict(attention='mfa', q_latent=q), 'TPA': dict(attention='tpa', q_rank=6, kv_rank=2),
+        'MHA, gate': dict(gate=True), 'MLA, gate': mla | dict(gate=True),
+        'MHA, sink': dict(sink=True), 'MLA, sink': mla | dict(sink=True)}
+    return {kind: dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2, **options)
+            for kind, options in kinds.items()}
+
+
+KINDS = tuple(layer_options(WIDTHS[0], HEADS[0], 'DeepSeek-V3'))
+
+
+def make_layer(kind, width, head_dim, latents):
+    return make_attention(BlockConfig(**layer_options(width, head_dim, latents)[kind]))
 
 
 def layer_flops(layer, T):
@@ -390,7 +401,7 @@ def layer_flops(layer, T):
 
 
 def formulas(width, T, head_dim, latents):
-    """{kind: what is known without measuring} of the four attentions at one size."""
+    """{kind: what is known without measuring} of the attentions at one size."""
     lines = {}
     for kind in KINDS:
         with torch.device('meta'):
@@ -429,8 +440,8 @@ class Layer:
 
 
 def measure_layers(width, T, head_dim, latents, rounds, machine):
-    """{kind: a line of the csv} of the four attentions at one size, on T tokens or 1,024, if that
-    is more."""
+    """{kind: a line of the csv} of the attentions at one size, on T tokens or 1,024, if that is
+    more."""
     x = torch.randn(max(1, 1024 // T), T, width, device=machine.device, requires_grad=True)
     layers = {kind: Layer(make_layer(kind, width, head_dim, latents), x, machine)
               for kind in KINDS}
@@ -477,8 +488,10 @@ def attention(overrides):
         table[head_dim, latents, T, width] = lines
         shown = ' | '.join(' '.join(f'{cost_ratio(lines, a, b, cost):5.2f}' for a, b in PAIRS)
                            for cost in COSTS)
-        print(f'latents {latents:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}',
-              flush=True)
+        print(f'latents {latents:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}')
+        times = [' '.join(f'{cost_ratio(lines, kind, "MHA", cost):.2f}' for cost in COSTS)
+                 for kind in KINDS]
+        print('    of MHA: ' + '; '.join(map(' '.join, zip(KINDS[4:], times[4:]))), flush=True)
     # what is not measured stays empty
     write_csv(folder / 'attention.csv',
               [line for size in sorted(table) for line in table[size].values()])

@@ -20,13 +20,14 @@ import torch.nn as nn
 from safetensors import SafetensorError, safe_open
 
 from config import UserError
-from model import (MLA, BlockConfig, ConfigError, LanguageModel, OutputLatent, Transformer,
-                   flat_options, make_attention, make_model)
+from model import (ARCHITECTURES, MLA, BlockConfig, ConfigError, LanguageModel, OutputLatent,
+                   Transformer, flat_options, make_attention, make_model)
 
 # options that a model has to have for its weights to fit DeepSeek-V3's layout
 DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', mlp='swiglu',
                 final_norm=True, bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None,
-                vocab_rank=None, n_dense=0)
+                vocab_rank=None, n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False,
+                o_groups=1)
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have a scale for each 128 x 128 block
 
 
@@ -247,40 +248,53 @@ def to_deepseek(model, split=False):
 # output latents
 
 
-def add_output_latent(model, rank, init='svd', norm='none'):
+def add_output_latent(model, rank, init='svd', norm='none', n_groups=1):
     """Replaces every linear o_proj of a model's attentions by an OutputLatent of this rank, in
     place; returns the model.
 
     model: one of ours, or one of transformers whose attentions have an o_proj, such as
     DeepseekV3ForCausalLM or LlamaForCausalLM. init: 'svd', the best product of this rank (at full
-    rank nothing changes), or 'xavier', new weights. norm: see OutputLatent; other than 'none' it
-    changes the outputs at any rank. To reload what was saved, do the same to a new model and load
-    the weights. Raises ConfigError, before anything is changed.
+    rank nothing changes), or 'xavier', new weights. norm, n_groups: see OutputLatent; a norm other
+    than 'none' changes the outputs at any rank. To reload what was saved, do the same to a new
+    model and load the weights. Raises ConfigError, before anything is changed.
     """
     found = {name: module for name, module in model.named_modules()
              if isinstance(getattr(module, 'o_proj', None), nn.Linear)}
     ours = isinstance(model, LanguageModel)
-    if ours and model.config.block.attention == 'mla':  # its first n_dense layers stay as they are
-        found = {name: module for name, module in found.items() if isinstance(module, MLA)}
     if not found:
         raise ConfigError('no attention of this model has a linear o_proj')
     for name, module in found.items():
-        full = min(module.o_proj.weight.shape)
+        n_head = module.n_head if ours else module.config.num_attention_heads
+        if n_head % n_groups:
+            raise ConfigError(f'{name} has {n_head} heads, which are not divisible by '
+                              f'o_groups={n_groups}')
+        full = min(module.o_proj.out_features, module.o_proj.in_features // n_groups)
         if not 0 < rank <= full:
             raise ConfigError(f'an output latent of {rank}: {name}.o_proj takes 1 to {full}')
     if init not in ('svd', 'xavier') or norm not in ('none', 'sum', 'head'):
         raise ConfigError(f"init={init!r}, norm={norm!r}: takes 'svd' or 'xavier', and 'none', "
                           "'sum' or 'head'")
+    if ours:  # its first n_dense layers stay as they are
+        arch = next(name for name, (kind, _) in ARCHITECTURES.items() if type(model) is kind)
+        options = flat_options(model.config) | dict(o_latent=rank, o_norm=norm, o_groups=n_groups)
+        with torch.device('meta'):
+            wanted = make_model(arch, **options)
+        found = {name: module for name, module in found.items()
+                 if isinstance(wanted.get_submodule(name).o_proj, OutputLatent)}
+        model.config = wanted.config
     for module in found.values():
         old = module.o_proj
         n_head = module.n_head if ours else module.config.num_attention_heads
         new = OutputLatent(n_head, old.in_features, rank, old.out_features, norm,
-                           bias=old.bias is not None).to(old.weight)
+                           old.bias is not None, n_groups).to(old.weight)
         if init == 'svd':
             weight = old.weight.detach()
             weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            weight = weight.unflatten(1, (n_groups, -1)).transpose(0, 1)  # (G, D, H*dv/G)
             u, s, v = torch.linalg.svd(weight, full_matrices=False)
-            a, b = s[:rank, None].sqrt() * v[:rank], u[:, :rank] * s[:rank].sqrt()
+            s = s[:, None, :rank].sqrt()
+            a = (s.mT * v[:, :rank]).flatten(0, 1)  # (G*R, H*dv/G)
+            b = (u[:, :, :rank] * s).transpose(0, 1).flatten(1)  # (D, G*R)
             new.load_state_dict({'o_a_proj.weight': a, 'o_b_proj.weight': b}, strict=False)
         else:
             nn.init.xavier_uniform_(new.o_a_proj.weight)
@@ -288,8 +302,6 @@ def add_output_latent(model, rank, init='svd', norm='none'):
         if old.bias is not None:
             new.o_b_proj.bias = old.bias
         module.o_proj = new
-    if ours and model.config.block.attention == 'mla':
-        model.config.block.o_latent, model.config.block.o_norm = rank, norm
     return model
 
 

@@ -1,7 +1,7 @@
 """Transformers with latent attention, in one file that reads from top to bottom.
 
     pieces           norms, matrices, rotary positions, softmax attention
-    attention        what an attention has to provide; MHA; MLA and, with an output latent, MLA-o
+    attention        what an attention has to provide; MHA; MLA; their relatives; the output latent
     block            feed-forward, residual block, block with cross-attention
     options          every option of a model, with its range
     language model   what all architectures share, and where weights get their first values
@@ -13,7 +13,8 @@ Symbols, here and in every shape comment:
     B  sequences                       T  new tokens, those that ask     S  tokens attended to
     D  n_embd, width of the stream     V  vocab_size                     H  n_head (Hkv: n_kv_head)
     d  head_dim (dv: of a value head)  r  rope_dims                      L  kv_latent
-    R  rank: of an output latent, of the vocabulary, of a feed-forward   W  window, in tokens
+    R  rank: of an output latent, of the vocabulary, of a feed-forward, of factors in TPA
+    W  window, in tokens
     M  predicted positions a sequence in masked-language modelling
     N  rows that meet the vocabulary: B*T, or B*M
 
@@ -25,7 +26,7 @@ In grouped latents also:
 
 Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); grouped queries, Ainslie
 et al. 2023 (2305.13245); MLA, DeepSeek-V2 (2405.04434, section 2.1) and DeepSeek-V3 (2412.19437,
-section 2.1.1).
+section 2.1.1). Those of its relatives stand with their classes.
 """
 
 import math
@@ -49,14 +50,21 @@ class ConfigError(ValueError):
 class RMSNorm(nn.RMSNorm):
     """RMSNorm with eps 1e-6. The result has the precision of the input, and so does the gain while
     it is applied: the fused kernel wants one precision, and under autocast latents are bfloat16.
-    latent_of: if it norms a latent, the width that the latent replaces; see init_weights."""
+    latent_of: if it norms a latent, the width that the latent replaces; see init_weights.
+    n_parts: x is so many vectors of this width side by side, and each is normed by itself."""
 
-    def __init__(self, width, latent_of=None):
+    def __init__(self, width, latent_of=None, n_parts=1):
         super().__init__(width, eps=1e-6)
-        self.latent_of = latent_of
+        self.latent_of, self.n_parts = latent_of, n_parts
+        self.weight = nn.Parameter(torch.ones(n_parts * width))
 
     def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).type_as(x)
+        gain = self.weight.to(x.dtype)
+        if self.n_parts == 1:
+            return F.rms_norm(x, self.normalized_shape, gain, self.eps).type_as(x)
+        parts = x.unflatten(-1, (self.n_parts, -1))  # (..., n_parts, width)
+        parts = F.rms_norm(parts, self.normalized_shape, eps=self.eps).flatten(-2)
+        return (parts * gain).type_as(x)
 
 
 def make_norm(kind, width):
@@ -91,12 +99,31 @@ class Linear(nn.Linear):
     writes: its output is added to the residual stream, so it starts smaller (see init_weights).
     on_source: it is applied to the tokens that are attended to, to make keys or values. In
     cross-attention those are other tokens than those that ask, and so its FLOPs count for others.
-    second: it reads what another matrix made, with no norm between: the two stand for one matrix.
+    fan: its products with the numbers of another matrix stand for one matrix, with no norm between;
+    starting with variance 1/fan makes them as large as the numbers of the other. If it reads a rank
+    that the other made, that is the rank.
+    n_groups: see grouped_linear.
     """
 
-    def __init__(self, n_in, n_out, bias=False, writes=False, on_source=False, second=False):
-        super().__init__(n_in, n_out, bias=bias)
-        self.writes, self.on_source, self.second = writes, on_source, second
+    def __init__(self, n_in, n_out, bias=False, writes=False, on_source=False, fan=None,
+                 n_groups=1):
+        super().__init__(n_in // n_groups, n_out, bias=bias)
+        self.writes, self.on_source, self.fan = writes, on_source, fan
+        self.n_groups = n_groups
+
+    def forward(self, x):
+        if self.n_groups == 1:
+            return super().forward(x)
+        return grouped_linear(x, self.weight, self.n_groups)
+
+
+def grouped_linear(x, weight, n_groups):
+    """A block-diagonal product: each of the n_groups parts of x (..., n_in) meets its own part of
+    the rows of weight (n_out, n_in/n_groups) and gives its own part of the result (..., n_out)."""
+    if n_groups == 1:
+        return F.linear(x, weight)
+    x, weight = x.unflatten(-1, (n_groups, -1)), weight.unflatten(0, (n_groups, -1))
+    return torch.einsum('...gi,goi->...go', x, weight).flatten(-2)
 
 
 def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
@@ -105,7 +132,7 @@ def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
     if rank is None:
         return Linear(n_in, n_out, bias, writes=writes)
     norm = [RMSNorm(rank, latent_of=n_in)] if inner_norm else []
-    second = Linear(rank, n_out, bias, writes=writes, second=not inner_norm)
+    second = Linear(rank, n_out, bias, writes=writes, fan=None if inner_norm else rank)
     return nn.Sequential(Linear(n_in, rank), *norm, second)
 
 
@@ -153,13 +180,14 @@ def join_heads(y):
     return y.transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
 
 
-def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None):
+def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sink=None):
     """Softmax attention with scale 1/sqrt(d):
     q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv).
 
     key_mask: (B, S) bool, True = may be attended to, or a mask that broadcasts to (B, H, T, S).
     causal: the T queries stand at the last T of the S positions and see nothing later; with a
     window they see only the last `window` keys, their own included.
+    sink: (H,) or None, see fused_attention.
     """
     T, S, d, dv = q.size(2), k.size(2), q.size(-1), v.size(-1)
     # Flash kernels want heads of one width. Padding with zeros changes no product, and it costs
@@ -171,7 +199,8 @@ def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None):
 
     windowed = window is not None and window < S
     if windowed and T == S:
-        return join_heads(attend_in_windows(q, k, v, window, dropout_p, d ** -0.5)[..., :dv])
+        y = attend_in_windows(q, k, v, window, sink, dropout_p=dropout_p, scale=d ** -0.5)
+        return join_heads(y[..., :dv])
     if windowed:
         S = min(S, T + window - 1)  # the first query sees no key before these
         k, v = k[:, :, -S:], v[:, :, -S:]
@@ -184,21 +213,39 @@ def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None):
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if windowed:
             mask = mask.triu(S - T - window + 1)
-    y = softmax_attention(q, k, v, mask, dropout_p, d ** -0.5, causal and mask is None and T > 1)
+    y = softmax_attention(q, k, v, sink, mask, is_causal=causal and mask is None and T > 1,
+                          dropout_p=dropout_p, scale=d ** -0.5)
     return join_heads(y[..., :dv])
 
 
-def softmax_attention(q, k, v, mask, dropout_p, scale, is_causal=False):
-    """F.scaled_dot_product_attention; on a CPU in steps where it is slower than that: with dropout,
-    for which it has no kernel, and in bfloat16 over few keys, where its backward pass is slow."""
-    grouped = q.size(1) != k.size(1)
+def softmax_attention(q, k, v, sink, mask, is_causal=False, *, scale, dropout_p):
+    """F.scaled_dot_product_attention. sink (H,) or None: a logit of each head that counts in the
+    denominator of the softmax and takes no value (gpt-oss, arXiv 2508.10925).
+
+    The sink is a key before all others, whose value is zero. In a further dimension it is 1, and
+    queries are the logit; so the fused kernels do it, which have no sink of their own.
+    """
+    if sink is not None:
+        logit = (sink / scale).to(q.dtype)[:, None, None].expand(*q.shape[:1], -1, q.size(2), 1)
+        q = F.pad(torch.cat((q, logit), dim=-1), (0, 0, int(is_causal), 0))
+        k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
+        k[:, :, 0, -1] = 1.0
+        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
+    # A CPU has no kernel with dropout, and the backward pass of the one for bfloat16 is slow
     few = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
-    if not (dropout_p or few) or q.device.type != 'cpu' or torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(
+    if (dropout_p or few) and q.device.type == 'cpu' and not torch.compiler.is_compiling():
+        y = attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p)
+    else:
+        y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=grouped)
-    if grouped:
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+            enable_gqa=q.size(1) != k.size(1))
+    # is_causal lets query i see key i and those before: a query in front keeps the two in step
+    return y if sink is None else y[:, :, int(is_causal):, :-1]
+
+
+def attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p):
+    """F.scaled_dot_product_attention, for a CPU on which that is slower."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     scores = q @ (k * scale).transpose(-2, -1)  # (B, H, T, S)
@@ -208,7 +255,7 @@ def softmax_attention(q, k, v, mask, dropout_p, scale, is_causal=False):
     return (dropout(weights, dropout_p) if dropout_p else weights) @ v
 
 
-def attend_in_windows(q, k, v, window, dropout_p, scale):
+def attend_in_windows(q, k, v, window, sink, **options):
     """Causal attention in which a query sees the last `window` keys, (B, H, T, d) -> (B, H, T, dv).
 
     The sequence is cut into n = T/W blocks, which are folded into the batch. A block meets its own
@@ -226,7 +273,7 @@ def attend_in_windows(q, k, v, window, dropout_p, scale):
     mask = mask.repeat(n, 1, 1)  # (n, W, 2W)
     mask[0, :, :window] = False  # there is no block before the first
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*n, H, ., d)
-    y = softmax_attention(q, k, v, mask.repeat(B, 1, 1)[:, None], dropout_p, scale)
+    y = softmax_attention(q, k, v, sink, mask.repeat(B, 1, 1)[:, None], **options)
     return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
 
 
@@ -239,8 +286,9 @@ class Attention(nn.Module):
 
     options      names of the fields of BlockConfig that this attention has and others may not have
     check        raises ConfigError on options that contradict each other
-    __init__     builds the projections. The last one is `o_proj`. A Linear that writes into the
-                 residual stream says writes=True, one for keys or values says on_source=True
+    __init__     builds the projections; `make_queries` and `make_output` build those of the queries
+                 and `o_proj`. A Linear that writes into the residual stream says writes=True, one
+                 for keys or values says on_source=True
     heads        what the heads have read. It gives queries, keys and values to self.attend; if it
                  computes attention in another way, it has to obey causal, window and n_channels
     cache_width  how many numbers `heads` gives to the cache for each token
@@ -248,6 +296,15 @@ class Attention(nn.Module):
 
     and name it in ATTENTIONS. make_attention checks what it can. Everything else follows: every
     architecture, FLOPs, cache bytes, initial weights, optimizer groups, checkpoints.
+
+    Every attention can have an output latent (MLA-o, see OutputLatent) and
+
+    gate=True    what the heads have read passes a gate, the sigmoid of a projection of the layer's
+                 input, (B, T, D) -> (B, T, H*dv), element by element (arXiv 2505.06708)
+    sink=True    each head has one learned logit more in the denominator of its softmax, so that it
+                 can read little; see fused_attention (gpt-oss, arXiv 2508.10925)
+
+    Neither caches anything.
     """
 
     options = ()
@@ -261,8 +318,36 @@ class Attention(nn.Module):
         super().__init__()
         self.source_width = source_width or config.n_embd
         self.n_head, self.head_dim = config.n_head, config.head_dim
-        self.v_head_dim, self.rope_dims = config.head_dim, config.rope_dims
+        self.v_head_dim, self.rope_dims = config.v_head_dim or config.head_dim, config.rope_dims
+        self.n_softmax = config.n_head * config.kv_branches  # each head has one, but for MLRA
         self.causal, self.dropout = config.causal, config.attention_dropout
+        v_width = self.n_head * self.v_head_dim
+        self.gate_proj = Linear(config.n_embd, v_width) if config.gate else None
+        self.sink = nn.Parameter(torch.zeros(self.n_softmax)) if config.sink else None
+
+    def make_queries(self, config, bias=False):
+        """The matrices that `queries` applies: one, or two with a normed latent in between."""
+        width, self.q_latent = self.n_head * self.head_dim, config.q_latent
+        if self.q_latent:
+            self.q_a_proj = Linear(config.n_embd, self.q_latent)
+            self.q_a_norm = RMSNorm(self.q_latent, latent_of=config.n_embd)
+            self.q_b_proj = Linear(self.q_latent, width, bias)
+        else:
+            self.q_proj = Linear(config.n_embd, width, bias)
+
+    def queries(self, x):
+        """Those of all heads, (B, T, D) -> (B, H, T, d)."""
+        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_latent else self.q_proj(x)
+        return split_heads(q, self.n_head)
+
+    def make_output(self, config, bias=False):
+        """The matrix o_proj, or with o_latent the two of an output latent."""
+        v_width = self.n_head * self.v_head_dim
+        if config.o_latent:
+            self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd,
+                                       config.o_norm, bias, config.o_groups)
+        else:
+            self.o_proj = Linear(v_width, config.n_embd, bias, writes=True)
 
     @classmethod
     def check(cls, config):
@@ -284,13 +369,21 @@ class Attention(nn.Module):
 
     def matrices(self):
         """What each head does to a normed token: {part: (heads (H, d, n), basis (n, D) or None)}.
-        The matrix of a head is heads[h] @ basis; where basis is None, n is D.
+        The matrix of a head is heads[h] @ basis; where basis is None, n is D. If groups of heads
+        have a basis each, it is (groups, n, D).
 
         Parts: q, k, v, o, and q_rope and k_rope for the rotated dimensions, which stand apart; a
         part without dimensions is left out. For o it is the transpose of what a head writes. Gains
-        of the attention's norms are folded in.
+        of the attention's norms are folded in; a gate is not, as it is another for each token.
         """
         raise NotImplementedError(f'{type(self).__name__} has no matrices')
+
+    def query_matrices(self):
+        """(heads, basis) of `queries`, as in `matrices`."""
+        if not self.q_latent:
+            return self.q_proj.weight.unflatten(0, (self.n_head, -1)), None  # (H, d, D)
+        basis = self.q_a_norm.weight[:, None] * self.q_a_proj.weight  # (q_latent, D)
+        return self.q_b_proj.weight.unflatten(0, (self.n_head, -1)), basis
 
     def output_matrices(self):
         """The part o of `matrices`."""
@@ -299,39 +392,80 @@ class Attention(nn.Module):
         return self.o_proj.weight.t().unflatten(0, (self.n_head, -1)), None  # (H, dv, D)
 
     def forward(self, x, *, source=None, rope=None, source_rope=None, **context):
-        """`heads` and o_proj. Without a source x attends to itself, without a source_rope the
-        source stands at the positions of x."""
+        """`heads`, the gate and o_proj. Without a source x attends to itself, without a source_rope
+        the source stands at the positions of x."""
         source = x if source is None else source
         source_rope = rope if source_rope is None else source_rope
         if isinstance(context.get('cache'), StaticCache):
             context['key_mask'] = context['cache'].filled
-        return self.o_proj(self.heads(x, source, rope=rope, source_rope=source_rope, **context))
+        y = self.heads(x, source, rope=rope, source_rope=source_rope, **context)
+        if self.gate_proj is not None:
+            y = y * torch.sigmoid(self.gate_proj(x))
+        return self.o_proj(y)
 
     def attend(self, q, k, v, key_mask=None):
         dropout_p = self.dropout if self.training else 0.0
-        return attend(q, k, v, self.causal, key_mask, dropout_p, self.window)
+        return attend(q, k, v, self.causal, key_mask, dropout_p, self.window, self.sink)
+
+    # An attention that need not make keys and values of what it caches has a second way to read,
+    # for the one new token of a step of generation; these are the parts of it. H/n heads share one
+    # of the n tensors that they compare with and read.
+
+    def one_step(self, x, cache):
+        return cache is not None and x.size(1) == 1 and self.causal
+
+    def in_window(self, *cached):
+        """What one query may see of cached tensors (B, ..., S, width)."""
+        if self.window is None:
+            return cached
+        return [x[..., -self.window:, :] for x in cached]
+
+    def products(self, q, cached):
+        """One query of each head, q (B, H, w), times what is cached, (B, n, S, w): (B, H, S)."""
+        return (q.unflatten(1, (cached.size(1), -1)) @ cached.mT).flatten(1, 2)
+
+    def read(self, scores, cached, key_mask):
+        """Means of what is cached, (B, n, S, w), with the softmax of scores (B, H, S): (B, H, w).
+        """
+        weights = self.weights(scores, key_mask).unflatten(1, (cached.size(1), -1))  # (B, n, H/n, S)
+        return (weights @ cached).flatten(1, 2)
+
+    def weights(self, scores, key_mask):
+        """The softmax of products q.k, (B, H, S) -> the same. key_mask: (1, 1, 1, S) or None."""
+        scores = scores * self.head_dim ** -0.5
+        if key_mask is not None:
+            scores = scores.masked_fill(~key_mask[:, :, 0], -math.inf)
+        if self.sink is None:
+            return scores.softmax(dim=-1)
+        sink = self.sink.to(scores.dtype)[:, None].expand(scores.size(0), -1, 1)  # (B, H, 1)
+        return torch.cat((sink, scores), dim=-1).softmax(dim=-1)[..., 1:]
 
     def score_flops(self, n_keys):
         """Forward FLOPs of a query over n_keys keys: q.k, and the weighted sum of v."""
-        return 2 * self.n_channels * self.n_head * (self.head_dim + self.v_head_dim) * n_keys
+        return 2 * self.n_channels * self.n_softmax * (self.head_dim + self.v_head_dim) * n_keys
+
+    def product_flops(self, queries, sources):
+        """Forward FLOPs, for so many rows, of products of what the matrices make."""
+        return 0
 
 
 class MHA(Attention):
-    """Multi-head attention; with n_kv_head < n_head, grouped-query attention."""
+    """Multi-head attention; with n_kv_head < n_head, grouped-query attention. The cache holds
+    2 Hkv d numbers a token."""
 
     options = ('n_kv_head', 'qk_norm', 'bias')
     static_step = True
 
-    def __init__(self, config, source_width=None):
+    def __init__(self, config, source_width=None, n_kv_head=None):
         super().__init__(config, source_width)
-        self.n_kv_head = config.n_kv_head or config.n_head
-        q_width, kv_width = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        self.q_proj = Linear(config.n_embd, q_width, config.bias)
+        self.n_kv_head = n_kv_head or config.n_kv_head or config.n_head
+        kv_width = self.n_kv_head * self.head_dim
+        self.make_queries(config, config.bias)
         self.k_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
         self.v_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
         self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
-        self.o_proj = Linear(q_width, config.n_embd, config.bias, writes=True)
+        self.make_output(config, config.bias)
 
     @classmethod
     def check(cls, config):
@@ -340,28 +474,48 @@ class MHA(Attention):
                               f'n_kv_head={config.n_kv_head}')
 
     def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
-        q = self.q_norm(split_heads(self.q_proj(x), self.n_head))  # (B, H, T, d)
+        q = self.q_norm(self.queries(x))  # (B, H, T, d)
         k = self.k_norm(split_heads(self.k_proj(source), self.n_kv_head))  # (B, Hkv, S, d)
         v = split_heads(self.v_proj(source), self.n_kv_head)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, source_rope)
         if cache is not None:
             k, v = cache.extend(self, k, v)
+        if self.sink is not None and self.one_step(x, cache):
+            k, v = self.in_window(k, v)  # fused_attention would copy all of them
+            y = self.read(self.products(q[:, :, 0], k), v, key_mask)
+            return y.flatten(1)[:, None]  # (B, H, d) -> (B, 1, H*d)
         return self.attend(q, k, v, key_mask)
 
     def cache_width(self):
         return 2 * self.n_kv_head * self.head_dim
 
     def matrices(self):
-        r = self.rope_dims
-        q = self.q_proj.weight.unflatten(0, (self.n_head, -1))  # (H, d, D)
+        r, (q, q_basis) = self.rope_dims, self.query_matrices()
         k = self.k_proj.weight.unflatten(0, (self.n_kv_head, -1))  # (Hkv, d, D)
         v = self.v_proj.weight.unflatten(0, (self.n_kv_head, -1))
         if isinstance(self.q_norm, RMSNorm):
             q, k = q * self.q_norm.weight[:, None], k * self.k_norm.weight[:, None]
-        parts = dict(v=(v, None), o=self.output_matrices(), q=(q[:, r:], None),
-                     q_rope=(q[:, :r], None), k=(k[:, r:], None), k_rope=(k[:, :r], None))
+        parts = dict(v=(v, None), o=self.output_matrices(), q=(q[:, r:], q_basis),
+                     q_rope=(q[:, :r], q_basis), k=(k[:, r:], None), k_rope=(k[:, :r], None))
         return {name: part for name, part in parts.items() if part[0].size(1)}
+
+
+class MFA(MHA):
+    """Multi-matrix factorization attention (arXiv 2412.19255): queries go through a normed latent
+    of q_latent numbers, so that there can be many heads, and wide ones (head_dim may exceed
+    n_embd / n_head). They share one key and one value head. The cache holds 2 d numbers a token.
+    """
+
+    options = ('q_latent', 'qk_norm', 'bias')
+
+    def __init__(self, config, source_width=None):
+        super().__init__(config, source_width, n_kv_head=1)
+
+    @classmethod
+    def check(cls, config):
+        if not config.q_latent:
+            raise ConfigError("attention='mfa' needs q_latent, the width of its query latent")
 
 
 class MLA(Attention):
@@ -378,166 +532,313 @@ class MLA(Attention):
     dimensions of each head are rotated. 'shared' (DeepSeek): all heads share one rotated key of
     rope_dims, which is neither normed nor scaled, and have head_dim - rope_dims of their own.
 
-    The cache holds the latent and the shared key, nothing a head. But with 'per_head', generation
-    has to make the rotated keys of all cached tokens again at each step, S*H*r*L multiply-adds a
-    layer. At 8 heads of 32 and a latent of 32 the scores and weighted sums of a token then take
-    about 17 times the arithmetic of MHA if 32 dimensions rotate (9 times if 16 do), where with a
-    shared key of 16 they take 1.25 times.
+    kv_groups=g, GLA (arXiv 2505.21487): there are g latents, each with a norm of its own, and the
+    i-th is read by the i-th H/g heads. kv_branches=n, MLRA (2603.02188): each head reads n latents
+    by n attentions with the same query, and what they have read is added and divided by sqrt(n).
+    That is GLA with n times the heads, until the sum. With both there are n*g latents, and a head
+    reads n of them.
+
+    The cache holds the n g latents and the shared key, n g L + r numbers, nothing a head. But with
+    'per_head', generation has to make the rotated keys of all cached tokens again at each step,
+    S*H*r*L multiply-adds a layer. At 8 heads of 32 and a latent of 32 the scores and weighted sums
+    of a token then take about 17 times the arithmetic of MHA if 32 dimensions rotate (9 times if 16
+    do), where with a shared key of 16 they take 1.25 times.
     """
 
-    options = ('q_latent', 'kv_latent', 'o_latent', 'rope_key', 'v_head_dim', 'o_norm')
+    options = ('q_latent', 'kv_latent', 'kv_groups', 'kv_branches', 'rope_key', 'v_head_dim')
 
     def __init__(self, config, source_width=None):
         super().__init__(config, source_width)
-        self.v_head_dim = config.v_head_dim or config.head_dim
-        self.q_latent, self.shared_key = config.q_latent, config.rope_key == 'shared'
-        self.kv_latent = config.kv_latent
+        self.shared_key, self.kv_latent = config.rope_key == 'shared', config.kv_latent
         # keys of each head that are rotated again need the angles of all positions, not of the last
         self.static_step = self.shared_key or not self.rope_dims
-        q_width, v_width = self.n_head * self.head_dim, self.n_head * self.v_head_dim
-        k_width = q_width - self.n_head * self.rope_dims if self.shared_key else q_width
-        if self.q_latent:
-            self.q_a_proj = Linear(config.n_embd, self.q_latent)
-            self.q_a_norm = RMSNorm(self.q_latent, latent_of=config.n_embd)
-            self.q_b_proj = Linear(self.q_latent, q_width)
-        else:
-            self.q_proj = Linear(config.n_embd, q_width)
-        self.kv_a_proj = Linear(self.source_width, self.kv_latent, on_source=True)
-        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.source_width)
-        self.k_b_proj = Linear(self.kv_latent, k_width, on_source=True)
-        self.v_b_proj = Linear(self.kv_latent, v_width, on_source=True)
+        self.n_branches = config.kv_branches
+        self.n_latents = n = config.kv_groups * config.kv_branches
+        k_head_dim = self.head_dim - self.rope_dims if self.shared_key else self.head_dim
+        self.make_queries(config)
+        self.kv_a_proj = Linear(self.source_width, n * self.kv_latent, on_source=True)
+        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.source_width, n_parts=n)
+        self.k_b_proj = Linear(n * self.kv_latent, self.n_softmax * k_head_dim, on_source=True,
+                               n_groups=n)
+        self.v_b_proj = Linear(n * self.kv_latent, self.n_softmax * self.v_head_dim, on_source=True,
+                               n_groups=n)
         if self.shared_key:
             self.k_rope_proj = Linear(self.source_width, self.rope_dims, on_source=True)
-        if config.o_latent:
-            self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd,
-                                       config.o_norm)
-        else:
-            self.o_proj = Linear(v_width, config.n_embd, writes=True)
+        self.make_output(config)
 
     @classmethod
     def check(cls, config):
         if not config.kv_latent:
             raise ConfigError(f'attention={config.attention!r} needs kv_latent, the width of its '
                               'key-value latent')
-        if config.o_norm != 'none' and not config.o_latent:
-            raise ConfigError(f'o_norm={config.o_norm!r} normalises the output latent: '
-                              'set o_latent')
+        if config.n_head % config.kv_groups:
+            raise ConfigError(f'n_head={config.n_head} is not divisible by '
+                              f'kv_groups={config.kv_groups}')
         if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
             raise ConfigError("rope_key='shared' needs rope_dims between 2 and "
                               f'head_dim-1={config.head_dim - 1}: the other dimensions of a key '
                               'belong to its head')
 
     def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
-        q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_latent else self.q_proj(x)
-        q = split_heads(q, self.n_head)  # (B, H, T, d)
+        q = self.queries(x)  # (B, H, T, d)
         q = q if rope is None else rotate(q, rope)
-        latent = self.kv_a_norm(self.kv_a_proj(source))  # (B, S, L)
+        if self.n_branches > 1:
+            q = q.repeat(1, self.n_branches, 1, 1)  # (B, n*H, T, d), branch by branch
+        latent = self.kv_a_norm(self.kv_a_proj(source))  # (B, S, n*g*L)
         k_rope = latent[..., :0]  # (B, S, r or 0)
         if self.shared_key:
             k_rope = rotate(self.k_rope_proj(source), source_rope)
         if cache is not None:
             latent, k_rope = cache.extend(self, latent, k_rope)
-            if x.size(1) == 1 and self.causal and self.n_channels == 1:
-                if self.window is not None:
-                    latent, k_rope = latent[:, -self.window:], k_rope[:, -self.window:]
-                return self.absorbed(q[:, :, 0], latent, k_rope, source_rope, key_mask)
-
-        k = split_heads(self.k_b_proj(latent), self.n_head)
-        v = split_heads(self.v_b_proj(latent), self.n_head)
-        if self.shared_key:
-            k_rope = k_rope[:, None].expand(-1, self.n_head, -1, -1)  # (B, S, r) -> (B, H, S, r)
-            k = torch.cat((k_rope, k), dim=-1)
-        elif source_rope is not None:
-            k = rotate(k, source_rope)
-        return self.attend(q, k, v, key_mask)
+        if self.one_step(x, cache) and self.n_channels == 1:
+            latent, k_rope = self.in_window(latent, k_rope)
+            y = self.absorbed(q[:, :, 0], latent, k_rope, source_rope, key_mask)
+        else:
+            k = split_heads(self.k_b_proj(latent), self.n_softmax)  # (B, n*H, S, d or d-r)
+            v = split_heads(self.v_b_proj(latent), self.n_softmax)
+            if self.shared_key:
+                k = torch.cat((k_rope[:, None].expand(-1, self.n_softmax, -1, -1), k), dim=-1)
+            elif source_rope is not None:
+                k = rotate(k, source_rope)
+            y = self.attend(q, k, v, key_mask)
+        if self.n_branches > 1:
+            # (B, T, n*H*dv) -> (B, T, H*dv)
+            y = y.unflatten(-1, (self.n_branches, -1)).sum(dim=-2) * self.n_branches ** -0.5
+        return y
 
     def absorbed(self, q, latent, k_rope, source_rope, key_mask=None):
-        """`heads` for one token of generation: q (B, H, d), latent (B, S, L), k_rope (B, S, r),
-        key_mask (1, 1, 1, S) or None -> (B, 1, H*dv). k_b_proj is applied to the query, and
-        v_b_proj to the weighted sum of the latents, instead of both to S latents (DeepSeek-V2,
-        section 2.1.2)."""
-        to_k = self.k_b_proj.weight.unflatten(0, (self.n_head, -1))  # (H, d or d-r, L)
-        to_v = self.v_b_proj.weight.unflatten(0, (self.n_head, -1))  # (H, dv, L)
+        """`heads` for one token of generation, without the sum over branches: q (B, n*H, d), latent
+        (B, S, n*g*L), k_rope (B, S, r), key_mask (1, 1, 1, S) or None -> (B, 1, n*H*dv). k_b_proj
+        is applied to the query, and v_b_proj to the weighted sum of the latents, instead of both to
+        S latents (DeepSeek-V2, section 2.1.2)."""
+        to_k = self.k_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, d or d-r, L)
+        to_v = self.v_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, dv, L)
         q_rotated, q_plain = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
-        scores = 0.0  # (B, H, S)
+        scores = 0.0  # (B, n*H, S)
         if self.shared_key:
             scores = q_rotated @ k_rope.transpose(1, 2)
         elif self.rope_dims:
             to_rotated, to_k = to_k.split(q_rotated.shape[-1:] + q_plain.shape[-1:], dim=1)
-            k_rotated = split_heads(F.linear(latent, to_rotated.flatten(0, 1)), self.n_head)
-            k_rotated = rotate(k_rotated, source_rope)  # (B, H, S, r)
-            scores = (k_rotated @ q_rotated[..., None])[..., 0]
+            k_rotated = grouped_linear(latent, to_rotated.flatten(0, 1), self.n_latents)
+            k_rotated = rotate(split_heads(k_rotated, self.n_softmax), source_rope)
+            scores = (k_rotated @ q_rotated[..., None])[..., 0]  # of (B, n*H, S, r)
         # heads first: a matrix of a head is read once for all sequences
-        q_absorbed = (q_plain.transpose(0, 1) @ to_k).transpose(0, 1)  # (H, B, L) -> (B, H, L)
-        scores = scores + q_absorbed @ latent.transpose(1, 2)
-        if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, :, 0], -math.inf)
-        weights = (scores * self.head_dim ** -0.5).softmax(dim=-1)
-        read = (weights @ latent).transpose(0, 1)  # (B, H, L) -> (H, B, L)
-        y = read @ to_v.transpose(1, 2)  # (H, B, dv)
-        return y.transpose(0, 1).flatten(1)[:, None]  # -> (B, 1, H*dv)
+        q_absorbed = (q_plain.transpose(0, 1) @ to_k).transpose(0, 1)  # (n*H, B, L) -> (B, n*H, L)
+        latent = split_heads(latent, self.n_latents)  # (B, n*g, S, L)
+        scores = scores + self.products(q_absorbed, latent)
+        read = self.read(scores, latent, key_mask).transpose(0, 1)  # (B, n*H, L) -> (n*H, B, L)
+        y = read @ to_v.transpose(1, 2)  # (n*H, B, dv)
+        return y.transpose(0, 1).flatten(1)[:, None]  # -> (B, 1, n*H*dv)
 
     def cache_width(self):
-        return self.kv_latent + self.rope_dims * self.shared_key
+        return self.n_latents * self.kv_latent + self.rope_dims * self.shared_key
 
     def matrices(self):
-        r = self.rope_dims
-        if self.q_latent:
-            q_proj = self.q_b_proj
-            q_basis = self.q_a_norm.weight[:, None] * self.q_a_proj.weight  # (q_latent, D)
-        else:
-            q_proj, q_basis = self.q_proj, None
-        basis = self.kv_a_norm.weight[:, None] * self.kv_a_proj.weight  # (L, D)
-        q, k, v = (layer.weight.unflatten(0, (self.n_head, -1))  # (H, ., q_latent or D or L)
-                   for layer in (q_proj, self.k_b_proj, self.v_b_proj))
+        """With branches, each head stands there once for each."""
+        r, n, (q, q_basis) = self.rope_dims, self.n_branches, self.query_matrices()
+        o, o_basis = self.output_matrices()
+        basis = self.kv_a_norm.weight[:, None] * self.kv_a_proj.weight  # (n*g*L, D)
+        if self.n_latents > 1:
+            basis = basis.unflatten(0, (self.n_latents, -1))  # (n*g, L, D)
+        k, v = (layer.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, ., L)
+                for layer in (self.k_b_proj, self.v_b_proj))
         if self.shared_key:
             k, k_rope = (k, basis), (self.k_rope_proj.weight[None], None)
         else:
             k, k_rope = (k[:, r:], basis), (k[:, :r], basis)
-        parts = dict(v=(v, basis), o=self.output_matrices(), q=(q[:, r:], q_basis),
+        if n > 1:
+            q, o = q.repeat(n, 1, 1), o.repeat(n, 1, 1) * n ** -0.5
+        if o_basis is not None and o_basis.dim() == 3:
+            o_basis = o_basis.repeat(n, 1, 1)
+        parts = dict(v=(v, basis), o=(o, o_basis), q=(q[:, r:], q_basis),
                      q_rope=(q[:, :r], q_basis), k=k, k_rope=k_rope)
         return {name: part for name, part in parts.items() if part[0].size(1)}
+
+
+class GTA(Attention):
+    """Grouped-tied attention (arXiv 2505.21487). A group of heads has one vector of d numbers: it
+    is their value, and its first d - r are also their key, behind one rotated key of rope_dims = r
+    that all heads share. As published, r is d/2. Without rotary positions keys are values.
+
+        x -- q_proj -> rotate -----------------> q of each head
+        x -- k_rope_proj -> rotate (cached) ---> the first r dimensions of k, the same in all groups
+        x -- kv_proj (cached) -----------------> v of each group; its first d - r: the others of k
+
+    The cache holds Hkv d + r numbers a token.
+    """
+
+    options = ('n_kv_head',)
+    static_step = True
+    check = MHA.check
+
+    def __init__(self, config, source_width=None):
+        super().__init__(config, source_width)
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.make_queries(config)
+        self.kv_proj = Linear(self.source_width, self.n_kv_head * self.head_dim, on_source=True)
+        if self.rope_dims:
+            self.k_rope_proj = Linear(self.source_width, self.rope_dims, on_source=True)
+        self.make_output(config)
+
+    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+        q = self.queries(x)  # (B, H, T, d)
+        v = split_heads(self.kv_proj(source), self.n_kv_head)  # (B, Hkv, S, d)
+        k_rope = source[..., :0]  # (B, S, r or 0)
+        if self.rope_dims:
+            q, k_rope = rotate(q, rope), rotate(self.k_rope_proj(source), source_rope)
+        if cache is not None:
+            v, k_rope = cache.extend(self, v, k_rope)
+        if self.one_step(x, cache):
+            return self.tied(q[:, :, 0], *self.in_window(v, k_rope), key_mask)
+        plain = v[..., :self.head_dim - self.rope_dims]
+        k = torch.cat((k_rope[:, None].expand(-1, self.n_kv_head, -1, -1), plain), dim=-1)
+        return self.attend(q, k, v, key_mask)
+
+    def tied(self, q, v, k_rope, key_mask):
+        """`heads` for one token of generation, which copies no keys: q (B, H, d), v (B, Hkv, S, d),
+        k_rope (B, S, r) -> (B, 1, H*d)."""
+        r, d = self.rope_dims, self.head_dim
+        scores = self.products(q[..., r:], v[..., :d - r]) + q[..., :r] @ k_rope.transpose(1, 2)
+        return self.read(scores, v, key_mask).flatten(1)[:, None]  # (B, H, d) -> (B, 1, H*d)
+
+    def cache_width(self):
+        return self.n_kv_head * self.head_dim + self.rope_dims
+
+    def matrices(self):
+        r, (q, _) = self.rope_dims, self.query_matrices()
+        v = self.kv_proj.weight.unflatten(0, (self.n_kv_head, -1))  # (Hkv, d, D)
+        parts = dict(v=(v, None), o=self.output_matrices(), q=(q[:, r:], None),
+                     q_rope=(q[:, :r], None), k=(v[:, :self.head_dim - r], None))
+        if r:
+            parts['k_rope'] = self.k_rope_proj.weight[None], None
+        return {name: part for name, part in parts.items() if part[0].size(1)}
+
+
+class TPA(Attention):
+    """Tensor product attention (arXiv 2501.06425). The queries of all heads, a matrix H x d for
+    each token, are the mean of q_rank products of a vector over the heads and one over the
+    channels, and both are linear in the token. So are keys and values, with kv_rank. q_rank=None:
+    queries straight from x.
+
+        q[h, c] = 1/R sum_i a[i, h] b[i, c]     a = q_head_proj(x) (R, H), b = q_channel_proj(x)
+
+    Rotating the vectors over the channels rotates their products. The cache holds the vectors,
+    2 R (H + d) numbers a token. As no matrix of a head makes its key of a token, there are no
+    `matrices`.
+    """
+
+    options = ('q_rank', 'kv_rank')
+    static_step = True
+
+    def __init__(self, config, source_width=None):
+        super().__init__(config, source_width)
+        self.q_rank, self.kv_rank = config.q_rank, config.kv_rank
+        if self.q_rank:
+            self.q_head_proj, self.q_channel_proj = self.factors(config.n_embd, self.q_rank)
+        else:
+            self.make_queries(config)
+        self.k_head_proj, self.k_channel_proj = self.factors(self.source_width, self.kv_rank, True)
+        self.v_head_proj, self.v_channel_proj = self.factors(self.source_width, self.kv_rank, True)
+        self.make_output(config)
+
+    def factors(self, width, rank, on_source=False):
+        """The matrices of vectors over the heads and over the channels. The former start so large,
+        sqrt(rank), that the mean of the products is as large as a product of width terms."""
+        return (Linear(width, rank * self.n_head, on_source=on_source, fan=width / rank),
+                Linear(width, rank * self.head_dim, on_source=on_source))
+
+    @classmethod
+    def check(cls, config):
+        if not config.kv_rank:
+            raise ConfigError("attention='tpa' needs kv_rank, of its keys and of its values")
+
+    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+        if self.q_rank:
+            q_head = split_heads(self.q_head_proj(x), self.q_rank)  # (B, R, T, H)
+            q = split_heads(self.q_channel_proj(x), self.q_rank)  # (B, R, T, d)
+        else:
+            q = self.queries(x)  # (B, H, T, d)
+        k_head, k, v_head, v = (
+            split_heads(layer(source), self.kv_rank)  # (B, R, S, H or d)
+            for layer in (self.k_head_proj, self.k_channel_proj,
+                          self.v_head_proj, self.v_channel_proj))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, source_rope)
+        if self.q_rank:
+            q = mean_of_products(q_head, q)
+        if cache is not None:
+            k_head, k, v_head, v = cache.extend(self, k_head, k, v_head, v)
+        if self.one_step(x, cache):
+            return self.factored(q, *self.in_window(k_head, k, v_head, v), key_mask)
+        return self.attend(q, mean_of_products(k_head, k), mean_of_products(v_head, v), key_mask)
+
+    def factored(self, q, k_head, k, v_head, v, key_mask):
+        """`heads` for one token of generation, which makes no keys and values of the heads:
+        q (B, H, 1, d), k_head and v_head (B, R, S, H), k and v (B, R, S, d) -> (B, 1, H*d)."""
+        q = q.transpose(1, 2)  # (B, 1, H, d)
+        scores = (q @ k.transpose(2, 3) * k_head.transpose(2, 3)).mean(dim=1)  # (B, H, S)
+        weights = self.weights(scores, key_mask)[:, None] * v_head.transpose(2, 3)  # (B, R, H, S)
+        return (weights @ v).mean(dim=1).flatten(1)[:, None]
+
+    def cache_width(self):
+        return 2 * self.kv_rank * (self.n_head + self.head_dim)
+
+    def product_flops(self, queries, sources):
+        products = queries * (self.q_rank or 0) + sources * 2 * self.kv_rank
+        return 2 * self.n_channels * self.n_head * self.head_dim * products
+
+
+def mean_of_products(head, channel):
+    """(B, R, T, H), (B, R, T, d) -> (B, H, T, d), the mean over R of the outer products."""
+    head = head.permute(0, 2, 3, 1) / head.size(1)  # (B, T, H, R)
+    return (head @ channel.transpose(1, 2)).transpose(1, 2)
 
 
 class OutputLatent(nn.Module):
     """The output projection of MLA-o, (B, T, H*dv) -> (B, T, D), through a latent of `rank` numbers
     that all heads share: each head has a matrix into it, and one shared matrix leads out of it.
 
-    norm: 'none'; 'sum', RMSNorm of the latent; 'head', RMSNorm of each head's contribution to the
-    latent with a gain of its own, then their sum over sqrt(H).
+    n_groups=G (DeepSeek-V4, arXiv 2606.19348): the heads stand in G groups with a latent of `rank`
+    numbers each, and the one matrix leads out of all G of them.
+    norm: 'none'; 'sum', RMSNorm of the latents; 'head', RMSNorm of each head's contribution to its
+    latent with a gain of its own, then their sum over the square root of their number.
     """
 
-    def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False):
+    def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False, n_groups=1):
         super().__init__()
-        self.n_head, self.norm = n_head, norm
-        self.o_a_proj = Linear(n_in, rank)
-        self.o_b_proj = Linear(rank, n_out, bias, writes=True, second=norm == 'none')
+        self.n_head, self.norm, self.n_groups = n_head, norm, n_groups
+        self.o_a_proj = Linear(n_in, n_groups * rank, n_groups=n_groups)
+        self.o_b_proj = Linear(n_groups * rank, n_out, bias, writes=True,
+                               fan=rank if norm == 'none' else None)
         if norm == 'head':
             self.gain = nn.Parameter(torch.ones(n_head, rank))
-        self.o_norm = RMSNorm(rank) if norm == 'sum' else nn.Identity()
+        self.o_norm = RMSNorm(n_groups * rank) if norm == 'sum' else nn.Identity()
 
     def forward(self, y):
         if self.norm != 'head':
             return self.o_b_proj(self.o_norm(self.o_a_proj(y)))
-        y = y.unflatten(-1, (self.n_head, -1))  # (B, T, H, dv)
-        per_head = self.o_a_proj.weight.unflatten(1, (self.n_head, -1))  # (R, H, dv)
-        latent = torch.einsum('bthd,rhd->bthr', y, per_head)
-        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain
-        latent = latent.sum(dim=2) / math.sqrt(self.n_head)  # (B, T, H, R) -> (B, T, R)
-        return self.o_b_proj(latent)
+        G, H = self.n_groups, self.n_head // self.n_groups
+        y = y.unflatten(-1, (G, H, -1))  # (B, T, G, H/G, dv)
+        per_head = self.o_a_proj.weight.unflatten(1, (H, -1)).unflatten(0, (G, -1))
+        latent = torch.einsum('btghd,grhd->btghr', y, per_head)
+        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain.unflatten(0, (G, H))
+        latent = latent.sum(dim=3) / math.sqrt(H)  # (B, T, G, H/G, R) -> (B, T, G, R)
+        return self.o_b_proj(latent.flatten(2))
 
     def matrices(self):
-        """The part o of Attention.matrices: heads (H, dv, R) and basis (R, D)."""
-        heads = self.o_a_proj.weight.t().unflatten(0, (self.n_head, -1))
+        """The part o of Attention.matrices: heads (H, dv, R) and basis (R, D), or (G, R, D)."""
+        G, H = self.n_groups, self.n_head // self.n_groups
+        heads = self.o_a_proj.weight.unflatten(0, (G, -1)).unflatten(2, (H, -1))  # (G, R, H/G, dv)
+        heads = heads.permute(0, 2, 3, 1).flatten(0, 1)  # (H, dv, R)
         basis = self.o_b_proj.weight.t()
         if self.norm == 'head':
             heads = heads * self.gain[:, None]
         elif self.norm == 'sum':
             basis = self.o_norm.weight[:, None] * basis
-        return heads, basis
+        return heads, basis if G == 1 else basis.unflatten(0, (G, -1))
 
 
-ATTENTIONS = {'mha': MHA, 'mla': MLA}
+ATTENTIONS = {'mha': MHA, 'mla': MLA, 'gta': GTA, 'mfa': MFA, 'tpa': TPA}
 
 
 def make_attention(config, source_width=None):
@@ -671,15 +972,22 @@ class BlockConfig:
     dropout: Share = 0.0  # on the embeddings and on what each branch adds
     attention_dropout: Share | None = None  # on the attention weights; None = dropout
     bias: bool = False  # biases in the attention projections
-    attention: str = 'mha'  # mha, mla, or another key of model.ATTENTIONS
-    n_kv_head: Count | None = None  # mha: key and value heads (grouped queries); None = n_head
-    qk_norm: bool = False  # mha: RMSNorm on the queries and keys of a head
-    q_latent: Count | None = None  # mla: width of the query latent; None = queries straight from x
-    kv_latent: Count | None = None  # mla: width of the key-value latent
-    o_latent: Count | None = None  # mla: width of the output latent (MLA-o); None = dense output
-    o_norm: Literal['none', 'sum', 'head'] = 'none'  # mla: norm of the output latent
+    attention: str = 'mha'  # mha, mla, gta, mfa, tpa, or another key of model.ATTENTIONS
+    n_kv_head: Count | None = None  # mha, gta: key and value heads (grouped); None = n_head
+    qk_norm: bool = False  # mha, mfa: RMSNorm on the queries and keys of a head
+    q_latent: Count | None = None  # mla, mfa: width of the query latent; None = straight from x
+    kv_latent: Count | None = None  # mla: width of a key-value latent
+    kv_groups: Count = 1  # mla: latents; each is read by its own n_head / kv_groups heads (GLA)
+    kv_branches: Count = 1  # mla: latents that a head reads, each by an attention (MLRA)
     v_head_dim: Count | None = None  # mla: width of a value head; None = head_dim
     rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: who has the rotated key
+    q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
+    kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
+    gate: bool = False  # what the heads have read passes a sigmoid of the layer's input
+    sink: bool = False  # a learned logit a head in the denominator of the softmax
+    o_latent: Count | None = None  # width of the output latent (MLA-o); None = dense output
+    o_norm: Literal['none', 'sum', 'head'] = 'none'  # norm of the output latent
+    o_groups: Count = 1  # output latents; n_head / o_groups heads write into each
     rope_dims: CountOrZero = 0  # rotary dimensions of a head, its first ones; 0 = none
     norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
     mlp: Literal['gelu', 'swiglu', 'relu2'] = 'gelu'  # feed-forward
@@ -706,6 +1014,11 @@ class BlockConfig:
             if getattr(self, name) != default:
                 raise ConfigError(f'attention={self.attention!r} has no {name}: '
                                   f'leave it at {default}')
+        if not self.o_latent and (self.o_norm, self.o_groups) != ('none', 1):
+            raise ConfigError(f'o_norm={self.o_norm!r}, o_groups={self.o_groups}: belong to an '
+                              'output latent: set o_latent')
+        if self.n_head % self.o_groups:
+            raise ConfigError(f'n_head={self.n_head} is not divisible by o_groups={self.o_groups}')
         ATTENTIONS[self.attention].check(self)
 
     @staticmethod
@@ -716,8 +1029,9 @@ class BlockConfig:
         return [name for name in names if name not in own]
 
     def dense(self):
-        """The same block with plain attention and undecomposed feed-forwards."""
-        defaults = {name: getattr(BlockConfig, name) for name in self.foreign_options('mha')}
+        """The same block with plain attention and undecomposed matrices."""
+        names = *self.foreign_options('mha'), 'o_latent', 'o_norm', 'o_groups'
+        defaults = {name: getattr(BlockConfig, name) for name in names}
         return replace(self, attention='mha', mlp_rank=None, **defaults)
 
 
@@ -937,15 +1251,15 @@ def init_weights(model):
       stream (Linear.writes)
     embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
     embedding of a slot in its group         N(0, init_std)          half of that
-    bias                                     0                       0
+    bias, sink                               0                       0
     gain of a norm, skip or depth            as built: 1             as built: 1
 
     and with scale_latents, the default, so that what goes through a latent of L numbers instead of
     D starts as large as without it:
 
     gain of the norm of a latent             sqrt(D/L)               1
-    second of two matrices that stand for    N(0, 1/sqrt(L))         N(0, 1/sqrt(L))
-      one (Linear.second)                      if it writes: /sqrt(n)  a tenth of that
+    one of two matrices that stand for       N(0, 1/sqrt(fan))       as any other
+      one (Linear.fan)                         if it writes: /sqrt(n)
 
     n counts the matrices that write into one stack of blocks, so that the variance at its end does
     not grow with its depth (GPT-2). None is for grouped latents: if everything starts small, they
@@ -962,15 +1276,15 @@ def init_weights(model):
                 slot = 0.5 if name == 'slot_emb' else 1.0
                 nn.init.normal_(module.weight, std=std or slot * module.embedding_dim ** -0.5)
             elif isinstance(module, (nn.Linear, ChannelLinear)):
-                fan_in = std is None or scaled and getattr(module, 'second', False)
-                scale = module.weight.size(-1) ** -0.5 if fan_in else std
+                fan = getattr(module, 'fan', None) if std and scaled else None
+                scale = fan ** -0.5 if fan else std or module.weight.size(-1) ** -0.5
                 if getattr(module, 'writes', False):
                     scale *= n_writers ** -0.5 if std else 0.1
                 nn.init.normal_(module.weight, std=scale)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, RMSNorm) and module.latent_of and std and scaled:
-                L = module.weight.numel()
+                L, = module.normalized_shape
                 nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
 
 
@@ -984,7 +1298,7 @@ class LanguageModel(nn.Module):
         self.config = c
         self.tok_emb = nn.Embedding(c.vocab_size, c.vocab_rank or D)
         if c.vocab_rank:
-            self.vocab_proj = Linear(c.vocab_rank, D, second=True)
+            self.vocab_proj = Linear(c.vocab_rank, D, fan=c.vocab_rank)
         self.dropout = make_dropout(c.block.dropout)
         self.norm = make_norm(c.block.norm, D) if c.final_norm else nn.Identity()
         if not c.tie_embeddings:
@@ -1590,16 +1904,19 @@ class ChannelLinear(nn.Module):
         self.n_channels = n_channels
         self.writes = getattr(layer, 'writes', False)
         self.on_source = getattr(layer, 'on_source', False)
+        self.fan, self.n_groups = getattr(layer, 'fan', None), getattr(layer, 'n_groups', 1)
         self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
         self.bias = None
         if layer.bias is not None:
             self.bias = nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
 
     def forward(self, x):
-        x = x.unflatten(0, (self.n_channels, -1))  # (C, B, T, n_in)
-        y = x.flatten(1, 2) @ self.weight.transpose(1, 2)  # (C, B*T, n_out)
+        T, C, n_groups = x.size(1), self.n_channels, self.n_groups
+        x = x.reshape(C, -1, n_groups, x.size(-1) // n_groups).transpose(1, 2)  # (C, ., B*T, .)
+        y = x @ self.weight.unflatten(1, (n_groups, -1)).mT  # (C, n_groups, B*T, n_out/n_groups)
+        y = y.transpose(1, 2).flatten(2)  # (C, B*T, n_out)
         y = y if self.bias is None else y + self.bias
-        return y.view(-1, x.size(2), y.size(-1))
+        return y.view(-1, T, y.size(-1))
 
 
 def make_channels(module, n_channels):
@@ -1946,7 +2263,7 @@ def block_flops(module, queries, sources, keys):
             rows = sources if getattr(part, 'on_source', False) else queries
             total += 2 * part.weight.numel() * rows
         elif isinstance(part, Attention):
-            total += part.score_flops(keys) * queries
+            total += part.score_flops(keys) * queries + part.product_flops(queries, sources)
         elif isinstance(part, ChannelBlock):  # each channel goes through the shared feed-forwards
             total += (part.n_channels - 1) * block_flops(part.shared, queries, sources, keys)
     return total

@@ -37,7 +37,8 @@ import torch
 import config
 from config import UserError
 from deepseek import Checkpoint, read_attention
-from model import Block, ChannelBlock, CountOrZero, CrossBlock, PoolBlock, Range
+from model import (Attention, Block, ChannelBlock, CountOrZero, CrossBlock, PoolBlock, Range,
+                   attentions_of)
 from run import Seed, best_checkpoint, load_run, pyplot, save_figure, save_text
 
 # products of two parts; the first is the side on which heads are stacked
@@ -66,6 +67,14 @@ class SvdOptions:
 # reading: the parts of a layer are what Attention.matrices returns, {part: (heads, basis or None)}
 
 
+def whole(heads, basis):
+    """The matrices of the heads of a part, (H, d, D)."""
+    if basis is None:
+        return heads
+    basis = basis.view(-1, *basis.shape[-2:])  # (groups of heads, or 1, n, D)
+    return (heads.unflatten(0, (len(basis), -1)) @ basis[:, None]).flatten(0, 1)
+
+
 class Layer(NamedTuple):
     name: str
     read: Callable  # returns its parts
@@ -91,6 +100,10 @@ def read_run(folder):
     model, _, _ = load_run(folder)
     if any(isinstance(module, ChannelBlock) for module in model.modules()):
         raise UserError(f'{folder}: has parallel channels, which svd.py cannot read')
+    for attention in attentions_of(model):
+        if type(attention).matrices is Attention.matrices:
+            raise UserError(f'{folder}: no matrix of a head makes its keys and values of a token '
+                            f'in {type(attention).__name__}, so that svd.py cannot read it')
     files = [best_checkpoint(folder)]
     for name, block in model.requires_grad_(False).named_modules():
         if isinstance(block, Block):
@@ -159,8 +172,8 @@ def spectra(parts, stacked):
 
 def thinned(heads, basis):
     """Matrices (H, d, n) with the singular values of heads @ basis."""
-    if basis is None:
-        return heads
+    if basis is None or basis.dim() == 3:  # coordinates in bases of their own cannot be stacked
+        return whole(heads, basis)
     # basis.T = Q R with orthonormal columns Q, so heads @ basis = (heads @ R.T) @ Q.T
     r = torch.linalg.qr(basis.t().double(), mode='r').R
     return (heads.double() @ r.t()).float()
@@ -241,9 +254,9 @@ def subspaces(part, shared):
     that alone."""
     heads, basis = part
     if shared and basis is not None:
-        matrices = [basis]
+        matrices = basis.view(-1, *basis.shape[-2:])
     else:
-        matrices = heads if basis is None else heads @ basis
+        matrices = whole(heads, basis)
     return [torch.linalg.qr(matrix.t()).Q for matrix in matrices]
 
 

@@ -173,13 +173,16 @@ def start_model(options, model_options, state):
     if state is None:
         return build(options.arch, model_options)
     rank, norm = model_options.get('o_latent'), model_options.get('o_norm', 'none')
+    n_groups = model_options.get('o_groups', 1)
     cut = rank and options.init_from != 'resume' and not state['options'].get('o_latent')
     if cut:
-        model_options = model_options | dict(o_latent=None, o_norm='none')
+        model_options = model_options | dict(o_latent=None, o_norm='none', o_groups=1)
     model = build(options.arch, model_options)
     load_weights(model, state, origin_of(options))
     try:
-        return add_output_latent(model, rank, options.o_latent_init, norm) if cut else model
+        if cut:
+            add_output_latent(model, rank, options.o_latent_init, norm, n_groups)
+        return model
     except ConfigError as error:
         raise UserError(str(error)) from None
 

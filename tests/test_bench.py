@@ -92,7 +92,7 @@ def test_attention_layers(workspace, script, capsys, monkeypatch):
         monkeypatch.setattr(bench, name, value)
     script(bench, 'attention', '--rounds=1', '--results=here')
     out, lines = capsys.readouterr().out, list(csv.DictReader(open('here/attention.csv')))
-    assert len(lines) == 2 * 2 * 3 * 4  # latents, lengths, widths, kinds
+    assert len(lines) == 2 * 2 * 3 * len(bench.KINDS)  # latents, lengths, widths, kinds
     assert Path('here/attention.png').stat().st_size > 10_000
     assert all((line['train_us_a_token'] == '') == (line['width'] == '256') for line in lines)
     assert ('MLA-o against MLA, FLOPs: cheaper from width (T 16 / 32) DeepSeek-V3, '

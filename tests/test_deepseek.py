@@ -173,9 +173,23 @@ def test_svd_is_the_best_product_and_the_config_follows():
     assert torch.equal(rebuilt(tokens(1, 9)), model(tokens(1, 9)))
 
 
-def test_dense_first_layers_stay():
-    model = add_output_latent(ours(n_dense=1), 10)
-    assert [isinstance(block.attn.o_proj, OutputLatent) for block in model.blocks] == [False, True]
+@pytest.mark.parametrize('arch, options', [
+    ('transformer', dict(n_dense=1)),
+    ('transformer', dict(n_dense=1, attention='mha', q_latent=None, kv_latent=None,
+                         rope_key='per_head', bias=True)),
+    ('encoder_decoder', dict(cross_n_head=4))])
+def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options):
+    """At full rank nothing changes, and the config rebuilds the model."""
+    model, idx = make_model(arch, **OURS | options).eval(), tokens(1, 9)
+    before = model(idx)
+    add_output_latent(model, 32, n_groups=2)
+    assert_close(model(idx), before)
+    if arch == 'transformer':
+        cut = [isinstance(block.attn.o_proj, OutputLatent) for block in model.blocks]
+        assert cut == [False, True]
+    rebuilt = make_model(arch, **flat_options(model.config)).eval()
+    rebuilt.load_state_dict(model.state_dict())
+    assert torch.equal(rebuilt(idx), model(idx))
 
 
 @pytest.mark.parametrize('options, message', [
@@ -210,6 +224,11 @@ def test_from_deepseek_names_what_is_missing():
     (dict(mlp='gelu'), 'mlp=gelu: DeepSeek-V3 has swiglu'),
     (dict(rope_key='per_head'), 'rope_key=per_head: DeepSeek-V3 has shared'),
     (dict(n_dense=1), 'n_dense=1: DeepSeek-V3 has 0'),
+    (dict(gate=True), 'gate=True: DeepSeek-V3 has False'),
+    (dict(sink=True), 'sink=True: DeepSeek-V3 has False'),
+    (dict(kv_groups=2), 'kv_groups=2: DeepSeek-V3 has 1'),
+    (dict(kv_branches=2), 'kv_branches=2: DeepSeek-V3 has 1'),
+    (dict(o_latent=12, o_groups=2), 'o_groups=2: DeepSeek-V3 has 1'),
 ])
 def test_to_deepseek_refuses(options, message):
     with pytest.raises(ConfigError, match=message):
@@ -224,6 +243,8 @@ def test_to_deepseek_refuses_other_architectures():
 @pytest.mark.parametrize('arguments, message', [
     (dict(rank=65), 'an output latent of 65: blocks.0.attn.o_proj takes 1 to 64'),
     (dict(rank=0), 'an output latent of 0'),
+    (dict(rank=17, n_groups=4), 'an output latent of 17: blocks.0.attn.o_proj takes 1 to 16'),
+    (dict(rank=8, n_groups=3), 'blocks.0.attn has 4 heads, which are not divisible by o_groups=3'),
     (dict(rank=8, init='random'), "init='random'"),
 ])
 def test_add_output_latent_refuses_before_it_changes_anything(arguments, message):

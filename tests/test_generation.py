@@ -81,7 +81,7 @@ def test_a_cache_is_static():
         tiny(**MLA, causal=False).init_cache(1, 16)
 
 
-@pytest.mark.parametrize('name', ['mla', 'mla_shared', 'mla_o'])
+@pytest.mark.parametrize('name', ['mla', 'mla_shared', 'mla_o', 'gla', 'mlra', 'gta', 'tpa'])
 def test_single_tokens_are_absorbed(name, monkeypatch):
     """One token a step makes no keys and values of the whole context."""
     model = tiny(**VARIANTS[name]).eval()

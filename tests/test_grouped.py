@@ -34,12 +34,19 @@ GROUPED = {
     'gqa': dict(n_kv_head=2, n_channels=2, merge='mean', channel_mlp_mult=0.5),
     'window': dict(global_window=6),
     'window_mla': dict(MLA, global_window=3),
+    'gla': dict(MLA, rope_key='shared', kv_groups=2, sink=True, gate=True, o_latent=6, o_groups=2,
+                n_channels=2, upsample='attention'),
+    'mlra': dict(MLA, kv_branches=2, compress='perceiver', global_window=3),
+    'gta': dict(rope_dims=4, attention='gta', n_kv_head=2, sink=True, global_window=6),
+    'mfa': dict(attention='mfa', q_latent=12, n_channels=2),
+    'tpa': dict(rope_dims=4, attention='tpa', q_rank=3, kv_rank=2, n_channels=2,
+                upsample='attention', compress='perceiver', global_window=3),
     'three_levels': dict(latents=(5, 3, 1), widths=(16, 16, 24, 32)),
 }
 
 
 # the others are marked slow: pytest -m slow
-FAST = ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window')
+FAST = ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window', 'gla')
 VARIANTS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in GROUPED]
 
 
@@ -260,8 +267,7 @@ def test_flops_formula_is_what_happens(name):
         if up.upsample == 'repeat':
             counted -= 2 * k * up.up_proj.weight.numel()
         else:
-            kv = sum(2 * p.weight.numel() for p in up.up.modules()
-                     if getattr(p, 'on_source', False))
+            kv = m.block_flops(up.up, queries=0, sources=1, keys=0)
             counted -= 2 * (T // 7) * k * kv
     for attention in m.attentions_of(model):
         attention.score_flops = lambda keys: 0.0

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import layers
 import model as m
 from model import ConfigError, attentions_of, make_model
 from run import split_fused
@@ -38,9 +39,21 @@ VARIANTS = {
     'mla_o_head': dict(MLA, o_latent=12, o_norm='head'),
     'subspaces': dict(MLA, o_latent=12, mlp='swiglu', mlp_bias=True, mlp_rank=10, vocab_rank=14,
                       n_dense=1),
+    'gla': dict(MLA, rope_key='shared', kv_groups=2, sink=True),
+    'mlra': dict(MLA, kv_branches=3, kv_groups=2, v_head_dim=6, gate=True),
+    'gta': dict(ROPE, attention='gta', n_kv_head=2, head_dim=7, sink=True),
+    'gta_no_rope': dict(attention='gta', n_kv_head=1),
+    'mfa': dict(ROPE, attention='mfa', q_latent=12, head_dim=10, gate=True, bias=True),
+    'tpa': dict(ROPE, attention='tpa', q_rank=3, kv_rank=2, head_dim=7, sink=True),
+    'tpa_no_rope': dict(attention='tpa', kv_rank=1, o_latent=12),
+    'gqa_o_groups': dict(ROPE, n_kv_head=2, gate=True, sink=True, bias=True, o_latent=6,
+                         o_groups=2),
+    'mla_o_groups': dict(MLA, o_latent=6, o_groups=2, o_norm='head', sink=True),
 }
 
 
+RELATIVES = ('gla', 'mlra', 'gta', 'gta_no_rope', 'mfa', 'tpa', 'tpa_no_rope', 'gqa_o_groups',
+             'mla_o_groups')
 ENCDEC_VARIANTS = {
     'encdec': {},
     'encdec_subtract': dict(subtract_next_position=True, embedding_loss='mse'),
@@ -49,6 +62,10 @@ ENCDEC_VARIANTS = {
     'encdec_mla': dict(MLA, n_decoder_layer=1),
     'encdec_mla_o_shared': dict(MLA, o_latent=12, o_norm='sum', rope_key='shared', rope_dims=2,
                                 n_dense=1),
+    'encdec_mlra': dict(MLA, rope_key='shared', rope_dims=2, kv_branches=2, kv_groups=2, gate=True,
+                        sink=True, o_latent=6, o_groups=2, o_norm='sum', n_layer=1),
+    'encdec_gta': dict(ROPE, attention='gta', n_kv_head=2, n_layer=1),
+    'encdec_tpa': dict(ROPE, attention='tpa', q_rank=3, kv_rank=2, sink=True, n_layer=1),
 }
 SUBTRACT = {'subtract': dict(subtract_next_position=True)}
 EVERY = {name: dict(options, arch='encoder_decoder' if name in ENCDEC_VARIANTS else 'transformer')
@@ -246,6 +263,25 @@ def test_parameter_counts_of_the_encoder_decoder(options, count):
     assert model.n_params() - count == (201 if 'subtract_next_position' in options else 200) * 150
 
 
+def test_layers_of_other_code():
+    """And a layer of other weights is found out."""
+    files = sorted((GOLDEN / 'layers').glob('*.npz'))
+    assert {layers.kind_of(path) for path in files} == set(layers.LAYOUTS)
+    for path in files:
+        found = layers.differences(path)
+        assert len(found) >= 6 and max(found.values()) <= layers.TOLERANCE, path.stem
+
+
+def test_a_layer_that_differs_is_found(tmp_path, script, capsys):
+    arrays = dict(np.load(GOLDEN / 'layers/layer_gta.npz'))
+    arrays['grad:W_rope_k.weight'][0, 0] += 1e-4 * np.abs(arrays['grad:W_rope_k.weight']).max()
+    np.savez(tmp_path / 'layer_gta.npz', **arrays)
+    with pytest.raises(SystemExit) as end:
+        script(layers, tmp_path / 'layer_gta.npz')
+    assert end.value.code == 1
+    assert capsys.readouterr().out.endswith('too large: grad:W_rope_k.weight\n')
+
+
 # -- plain formulas, written out head by head ------------------------------------------------------
 
 
@@ -266,53 +302,98 @@ def rope_plain(x, rope_dims, theta=10000.0):
     return y
 
 
-def softmax_attention(q, k, v, causal):
+def softmax_attention(q, k, v, causal, sink=None):
     scores = q @ k.T / math.sqrt(q.size(-1))
     if causal:
         scores = scores.masked_fill(torch.ones_like(scores).triu(1).bool(), -math.inf)
-    return scores.softmax(-1) @ v
+    denominator = scores.exp().sum(-1, keepdim=True)
+    return scores.exp() / (denominator if sink is None else denominator + sink.exp()) @ v
+
+
+def apply(layer, x):
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def queries_plain(attn, x, c):
+    """Those of all heads, side by side; in TPA a list."""
+    if c.attention == 'tpa' and c.q_rank:
+        return products_plain(attn.q_head_proj, attn.q_channel_proj, x, c, c.q_rank, c.rope_dims)
+    if c.q_latent:
+        q = apply(attn.q_b_proj, rms(apply(attn.q_a_proj, x), attn.q_a_norm.weight))
+    else:
+        q = apply(attn.q_proj, x)
+    q = [rms(part, attn.q_norm.weight) if c.qk_norm else part for part in q.split(c.head_dim, -1)]
+    return [rope_plain(part, c.rope_dims) for part in q]
+
+
+def products_plain(over_heads, over_channels, x, c, rank, rope_dims):
+    """TPA: for each head, the mean over the ranks of a number times a rotated vector."""
+    a = apply(over_heads, x).unflatten(-1, (rank, c.n_head))
+    b = [rope_plain(part, rope_dims) for part in apply(over_channels, x).split(c.head_dim, -1)]
+    return [sum(a[:, i, h, None] * b[i] for i in range(rank)) / rank for h in range(c.n_head)]
+
+
+def keys_and_values_plain(attn, x, c):
+    """For each head a list of (k, v), one for each of its attentions."""
+    H, d, r = c.n_head, c.head_dim, c.rope_dims
+    if c.attention == 'tpa':
+        k = products_plain(attn.k_head_proj, attn.k_channel_proj, x, c, c.kv_rank, r)
+        v = products_plain(attn.v_head_proj, attn.v_channel_proj, x, c, c.kv_rank, 0)
+        return [[pair] for pair in zip(k, v)]
+    if c.attention == 'gta':
+        n = c.n_kv_head
+        shared = rope_plain(apply(attn.k_rope_proj, x), r) if r else x[:, :0]
+        v = [apply(attn.kv_proj, x)[:, g * d:(g + 1) * d] for g in range(n)]
+        return [[(torch.cat([shared, v[h // (H // n)][:, :d - r]], -1), v[h // (H // n)])]
+                for h in range(H)]
+    if c.attention in ('mha', 'mfa'):
+        n = 1 if c.attention == 'mfa' else c.n_kv_head or H
+        k, v = apply(attn.k_proj, x).split(d, -1), apply(attn.v_proj, x).split(d, -1)
+        k = [rope_plain(rms(part, attn.k_norm.weight) if c.qk_norm else part, r) for part in k]
+        return [[(k[h // (H // n)], v[h // (H // n)])] for h in range(H)]
+    dv, L, shared = c.v_head_dim or d, c.kv_latent, c.rope_key == 'shared'
+    own = d - r if shared else d  # dimensions of a key that come from its latent
+    k_shared = apply(attn.k_rope_proj, x) if shared else x[:, :0]
+    pairs = []
+    for h in range(H):
+        pairs.append([])
+        for branch in range(c.kv_branches):
+            i = branch * c.kv_groups + h // (H // c.kv_groups)
+            latent = rms(apply(attn.kv_a_proj, x)[:, i * L:(i + 1) * L],
+                         attn.kv_a_norm.weight[i * L:(i + 1) * L])
+            row = branch * H + h
+            k = latent @ attn.k_b_proj.weight[row * own:(row + 1) * own].T
+            v = latent @ attn.v_b_proj.weight[row * dv:(row + 1) * dv].T
+            pairs[h].append((rope_plain(torch.cat([k_shared, k], -1), r), v))
+    return pairs
 
 
 def attention_plain(attn, x, c):
     """One sequence x (T, D) through an attention module, from its weights alone."""
-    H, d = c.n_head, c.head_dim
-    if c.attention == 'mha':
-        Hkv = c.n_kv_head or H
-        q, k, v = (x @ layer.weight.T + (layer.bias if c.bias else 0)
-                   for layer in (attn.q_proj, attn.k_proj, attn.v_proj))
-        heads = []
-        for h in range(H):
-            g = h // (H // Hkv)
-            qh, kh, vh = q[:, h * d:(h + 1) * d], k[:, g * d:(g + 1) * d], v[:, g * d:(g + 1) * d]
-            if c.qk_norm:
-                qh, kh = rms(qh, attn.q_norm.weight), rms(kh, attn.k_norm.weight)
-            qh, kh = rope_plain(qh, c.rope_dims), rope_plain(kh, c.rope_dims)
-            heads.append(softmax_attention(qh, kh, vh, c.causal))
-        out = torch.cat(heads, -1) @ attn.o_proj.weight.T
-        return out + attn.o_proj.bias if c.bias else out
-
-    dv, r = c.v_head_dim or d, c.rope_dims if c.rope_key == 'shared' else 0
-    if c.q_latent:
-        q = rms(x @ attn.q_a_proj.weight.T, attn.q_a_norm.weight) @ attn.q_b_proj.weight.T
-    else:
-        q = x @ attn.q_proj.weight.T
-    latent = rms(x @ attn.kv_a_proj.weight.T, attn.kv_a_norm.weight)
-    k_shared = x @ attn.k_rope_proj.weight.T if r else x[:, :0]
-    k, v = latent @ attn.k_b_proj.weight.T, latent @ attn.v_b_proj.weight.T
-    heads = []
-    for h in range(H):
-        kh = torch.cat([k_shared, k[:, h * (d - r):(h + 1) * (d - r)]], -1)
-        qh, vh = q[:, h * d:(h + 1) * d], v[:, h * dv:(h + 1) * dv]
-        qh, kh = rope_plain(qh, c.rope_dims), rope_plain(kh, c.rope_dims)
-        heads.append(softmax_attention(qh, kh, vh, c.causal))
+    H, heads, dv = c.n_head, [], c.v_head_dim or c.head_dim
+    for h, (q, pairs) in enumerate(zip(queries_plain(attn, x, c),
+                                       keys_and_values_plain(attn, x, c))):
+        read = 0
+        for branch, (k, v) in enumerate(pairs):
+            sink = attn.sink[branch * H + h] if c.sink else None
+            read = read + softmax_attention(q, k, v, c.causal, sink) / math.sqrt(c.kv_branches)
+        if c.gate:
+            gate = x @ attn.gate_proj.weight[h * dv:(h + 1) * dv].T
+            read = read / (1 + torch.exp(-gate))
+        heads.append(read)
     if not c.o_latent:
-        return torch.cat(heads, -1) @ attn.o_proj.weight.T
-    o_a, o_b = attn.o_proj.o_a_proj.weight, attn.o_proj.o_b_proj.weight
-    parts = [head @ o_a[:, h * dv:(h + 1) * dv].T for h, head in enumerate(heads)]
-    if c.o_norm == 'head':
-        parts = [rms(part, attn.o_proj.gain[h]) / math.sqrt(H) for h, part in enumerate(parts)]
-    total = sum(parts)
-    return (rms(total, attn.o_proj.o_norm.weight) if c.o_norm == 'sum' else total) @ o_b.T
+        return apply(attn.o_proj, torch.cat(heads, -1))
+    R, size = c.o_latent, H // c.o_groups  # heads that write into a latent
+    latents = [0] * c.o_groups
+    for h, head in enumerate(heads):
+        g, i = h // size, h % size
+        part = head @ attn.o_proj.o_a_proj.weight[g * R:(g + 1) * R, i * dv:(i + 1) * dv].T
+        if c.o_norm == 'head':
+            part = rms(part, attn.o_proj.gain[h]) / math.sqrt(size)
+        latents[g] = latents[g] + part
+    latent = torch.cat(latents, -1)
+    latent = rms(latent, attn.o_proj.o_norm.weight) if c.o_norm == 'sum' else latent
+    return apply(attn.o_proj.o_b_proj, latent)
 
 
 @pytest.mark.parametrize('causal', [True, False])
@@ -410,7 +491,7 @@ def test_key_mask_hides_keys_only():
         tiny(**MLA)(idx, key_mask=mask)
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'gqa', 'mla_narrow_v', 'mla_wide_v'])
+@pytest.mark.parametrize('name', ['gpt2', 'gqa', 'mla_narrow_v', 'mla_wide_v', *RELATIVES])
 def test_attention_never_takes_the_unfused_path(name):
     model = tiny(dtype=torch.float32, **VARIANTS[name])
     from torch.profiler import ProfilerActivity, profile
@@ -506,8 +587,9 @@ def test_loss_without_any_target_is_zero():
     assert loss.item() == 0 and model.tok_emb.weight.grad.abs().max() == 0
 
 
-def test_loss_under_autocast_keeps_float32_gradients():
-    model, plain = tiny(dtype=torch.float32, **MLA), None
+@pytest.mark.parametrize('name', ['mla', *RELATIVES])
+def test_loss_under_autocast_keeps_float32_gradients(name):
+    model, plain = tiny(dtype=torch.float32, **VARIANTS[name]), None
     idx, targets = tokens(4, 16), tokens(4, 16, seed=2)
     with torch.autocast('cpu', torch.bfloat16):
         loss = model(idx, targets)['loss']
@@ -607,22 +689,31 @@ def test_flops_formula_is_what_happens(name, causal):
     c = model.config
     counted = counter.get_total_flops() / (2 * T)
     # the kernels pad the narrower heads, and without the flash kernel causal attention forms all
-    # T*T scores
+    # T*T scores; a sink is one key, one query (causal) and one dimension more
     for attention in attentions_of(model):
-        d, dv = attention.head_dim, attention.v_head_dim
+        d, dv, extra = attention.head_dim, attention.v_head_dim, attention.sink is not None
         useful = (d + dv) * ((T + 1) / 2 if causal else T)
-        counted -= 3 * 2 * attention.n_head * (2 * max(d, dv) * T - useful)
+        formed = 2 * (max(d, dv) + extra) * (T + extra) * (T + extra * causal) / T
+        counted -= 3 * 2 * attention.n_softmax * (formed - useful)
     assert math.isclose(model.flops_per_token(T, predicted=M / T), counted, rel_tol=1e-9)
 
 
-def test_cache_formula():
-    # layers x (keys and values) x float64
-    assert tiny().cache_bytes_per_token() == 2 * (2 * 32) * 8
-    assert tiny(**VARIANTS['gqa']).cache_bytes_per_token() == 2 * (2 * 16) * 8
-    assert tiny(**MLA).cache_bytes_per_token() == 2 * 8 * 8  # the latent alone
-    # the latent and the shared rotated key
-    assert tiny(**VARIANTS['mla_shared']).cache_bytes_per_token() == 2 * (8 + 4) * 8
-    assert tiny(**MLA).cache_bytes_per_token(torch.bfloat16) == 2 * 8 * 2
+@pytest.mark.parametrize('name, numbers', [
+    ('gpt2', 2 * 32),  # keys and values
+    ('gqa', 2 * 16),
+    ('mla', 8),  # the latent alone
+    ('mla_shared', 8 + 4),  # and the shared rotated key
+    ('gla', 2 * 8 + 4),
+    ('mlra', 3 * 2 * 8),
+    ('gta', 2 * 7 + 4),
+    ('gta_no_rope', 8),
+    ('mfa', 2 * 10),
+    ('tpa', (2 + 2) * (4 + 7)),
+])
+def test_cache_formula(name, numbers):
+    model = tiny(**VARIANTS[name])
+    assert model.cache_bytes_per_token() == 2 * numbers * 8  # layers, float64
+    assert model.cache_bytes_per_token(torch.bfloat16) == 2 * numbers * 2
 
 
 # -- initialisation, options -----------------------------------------------------------------------
@@ -669,11 +760,32 @@ def test_what_goes_through_a_latent_starts_as_large_as_without_it():
     assert too_small[:3] == pytest.approx([2, math.sqrt(8), math.sqrt(8)], rel=0.15)
 
 
+@pytest.mark.parametrize('options', [
+    dict(attention='mla', kv_latent=32, kv_groups=4, o_latent=32, o_groups=2),
+    dict(attention='mla', kv_latent=16, kv_branches=3),
+    dict(attention='gta', n_kv_head=2),
+    dict(attention='mfa', q_latent=64, head_dim=64),
+    dict(attention='tpa', q_rank=6, kv_rank=2, o_latent=16, o_groups=8),
+])
+def test_the_relatives_start_as_large_as_plain_attention(options):
+    torch.manual_seed(0)
+    sizes, seen = dict(n_embd=256, n_head=8, n_layer=1, vocab_size=50, init_std=0.05), {}
+    attn = make_model('transformer', **sizes, **options).blocks[0].attn
+    attn.attend = lambda *qkv: seen.update(zip('qkv', qkv)) or m.join_heads(qkv[0])
+    x = torch.randn(8, 64, 256)
+    attn.heads(x, x)
+    for part in 'qkv':
+        assert seen[part].std().item() == pytest.approx(0.05 * math.sqrt(256), rel=0.15), part
+    y = torch.randn(8, 64, attn.n_head * attn.v_head_dim)
+    wanted = 0.05 * math.sqrt(y.size(-1) / 2)  # two matrices write into the stream
+    assert attn.o_proj(y).std().item() == pytest.approx(wanted, rel=0.15)
+
+
 @pytest.mark.parametrize('options, message', [
     (dict(n_embd=30), 'not divisible by n_head'),
     (dict(rope_dims=5), 'even number'),
     (dict(rope_dims=10), 'up to head_dim=8'),
-    (dict(attention='mlx'), 'takes one of mha, mla'),
+    (dict(attention='mlx'), 'takes one of mha, mla, gta, mfa, tpa'),
     (dict(attention='mla'), 'needs kv_latent'),
     (dict(kv_latent=8), "attention='mha' has no kv_latent"),
     (dict(MLA, qk_norm=True), "attention='mla' has no qk_norm"),
@@ -683,6 +795,17 @@ def test_what_goes_through_a_latent_starts_as_large_as_without_it():
     (dict(MLA, rope_key='shared', rope_dims=0), "rope_key='shared' needs rope_dims"),
     (dict(MLA, rope_key='shared', rope_dims=8), "rope_key='shared' needs rope_dims"),
     (dict(n_kv_head=3), 'not divisible by n_kv_head'),
+    (dict(attention='gta', n_kv_head=3), 'not divisible by n_kv_head'),
+    (dict(attention='gta', qk_norm=True), "attention='gta' has no qk_norm"),
+    (dict(attention='mfa'), 'needs q_latent'),
+    (dict(attention='mfa', q_latent=8, n_kv_head=2), "attention='mfa' has no n_kv_head"),
+    (dict(attention='tpa'), 'needs kv_rank'),
+    (dict(attention='tpa', kv_rank=2, q_latent=8), "attention='tpa' has no q_latent"),
+    (dict(kv_groups=2), "attention='mha' has no kv_groups"),
+    (dict(kv_branches=2), "attention='mha' has no kv_branches"),
+    (dict(MLA, kv_groups=3), 'n_head=4 is not divisible by kv_groups=3'),
+    (dict(MLA, o_groups=2), 'set o_latent'),
+    (dict(MLA, o_latent=8, o_groups=3), 'n_head=4 is not divisible by o_groups=3'),
     (dict(vocab_rank=8, tie_embeddings=False), 'tie_embeddings=True'),
     (dict(n_dense=3), 'more than n_layer'),
     (dict(dropout=1.0), 'below 1'),
@@ -739,10 +862,13 @@ def test_one_batch_can_be_learned_by_heart(name):
 
 
 @pytest.mark.slow
-def test_compiled_without_graph_breaks_and_equal():
-    model = tiny(dtype=torch.float32, **VARIANTS['mla_o'], n_layer=1, causal=False)
+@pytest.mark.parametrize('name, backend', [('mla_o', 'inductor'), ('gqa_o_groups', 'inductor')]
+                         + [(name, 'aot_eager') for name in RELATIVES])
+def test_compiled_without_graph_breaks_and_equal(name, backend):
+    model = tiny(dtype=torch.float32, **VARIANTS[name], n_layer=1, causal=False)
     other = copy.deepcopy(model)
-    compiled = torch.compile(other, fullgraph=True)
+    torch.compiler.reset()  # there is a limit to how often one function is compiled
+    compiled = torch.compile(other, fullgraph=True, backend=backend)
     idx, targets = tokens(2, 16), tokens(2, 3, seed=2)
     positions = torch.tensor([[0, 4, 5], [9, 2, 15]])
     a, b = model(idx, targets, positions)['loss'], compiled(idx, targets, positions)['loss']

@@ -8,8 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import REPOSITORY, corpus, shell, write_corpus
+from model import BlockConfig, make_attention
 
 README = (REPOSITORY / 'README.md').read_text()
 BLOCKS = {language: re.findall(rf'```{language}\n(.*?)```', README, re.DOTALL)
@@ -170,6 +172,23 @@ def test_add_your_own_attention(copy):
     (copy / 'model.py').write_text(model.replace(old, f'{attention}\n\n{listing}'))
     out = run(command, *CUT_SHORT)
     assert 'step 2: loss' in out
+
+
+def test_cached_numbers_at_the_sizes_of_deepseek():
+    """The last column of the table of attentions, row by row."""
+    rows = re.findall(r'^\| `(?:mha|mla|gta|mfa|tpa)`.* ([\d,]+) \|$', README, re.MULTILINE)
+    plain, mla = dict(head_dim=128, rope_dims=64), dict(attention='mla', head_dim=192, rope_dims=64)
+    shared = dict(mla, rope_key='shared')
+    attentions = [plain, dict(plain, n_kv_head=8), dict(mla, kv_latent=512),
+                  dict(shared, kv_latent=512), dict(shared, kv_latent=256, kv_groups=2),
+                  dict(shared, kv_latent=128, kv_branches=4),
+                  dict(plain, attention='gta', n_kv_head=8),
+                  dict(attention='mfa', q_latent=1536, head_dim=256),
+                  dict(plain, attention='tpa', q_rank=6, kv_rank=2)]
+    with torch.device('meta'):
+        widths = [make_attention(BlockConfig(n_embd=7168, n_head=128, **options)).cache_width()
+                  for options in attentions]
+    assert rows == [f'{width:,}' for width in widths]
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -16,7 +16,7 @@ import svd
 from config import UserError
 from conftest import train_runs
 from deepseek import Checkpoint, to_deepseek
-from model import BlockConfig, make_attention
+from model import BlockConfig, join_heads, make_attention
 from run import load_run
 
 HF = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=4, hidden_size=40,
@@ -117,6 +117,11 @@ ATTENTIONS = {
     'mla_o': dict(attention='mla', kv_latent=12, o_latent=9),
     'mla_o_sum': dict(attention='mla', kv_latent=12, o_latent=9, o_norm='sum'),
     'mla_o_head': dict(attention='mla', kv_latent=12, o_latent=9, o_norm='head', rope_dims=8),
+    'gla': dict(attention='mla', kv_latent=12, kv_groups=2, rope_key='shared'),
+    'mlra': dict(attention='mla', kv_latent=12, kv_groups=2, kv_branches=3, o_latent=9, o_groups=4),
+    'gta': dict(attention='gta', n_kv_head=2, o_latent=9, o_groups=2, o_norm='head'),
+    'gta_no_rope': dict(attention='gta', rope_dims=0, o_latent=9, o_groups=2, o_norm='sum'),
+    'mfa': dict(attention='mfa', q_latent=10, head_dim=12),
 }
 
 
@@ -128,14 +133,13 @@ def test_matrices_are_what_an_attention_does(name):
     attention, seen = make_attention(BlockConfig(**options)).requires_grad_(False), {}
     for weight in attention.parameters():
         torch.nn.init.normal_(weight, mean=1.0 if weight.dim() == 1 else 0.0, std=0.3)
-    attention.attend = lambda q, k, v, key_mask: seen.update(q=q, k=k, v=v)
+    attention.attend = lambda q, k, v, key_mask: seen.update(q=q, k=k, v=v) or join_heads(v)
     x, r = torch.randn(1, 5, 32), attention.rope_dims
     unturned = torch.stack((torch.ones(5, r // 2), torch.zeros(5, r // 2))) if r else None
     attention.heads(x, x, rope=unturned, source_rope=unturned)
     (q_rope, q), (k_rope, k) = (seen[side].tensor_split([r], dim=-1) for side in 'qk')
     vectors = dict(q=q, k=k, v=seen['v'], q_rope=q_rope, k_rope=k_rope)
-    matrices = {part: heads if basis is None else heads @ basis
-                for part, (heads, basis) in attention.matrices().items()}
+    matrices = {part: svd.whole(*matrices) for part, matrices in attention.matrices().items()}
     assert set(matrices) == {'o'} | {part for part in vectors if vectors[part].size(-1)}
 
     def assert_same_direction(a, b):
@@ -143,8 +147,8 @@ def test_matrices_are_what_an_attention_does(name):
 
     for part in set(matrices) - {'o'}:
         assert_same_direction(x @ matrices[part].mT, vectors[part][0])
-    for h, matrix in enumerate(matrices['o']):
-        y = torch.zeros(1, 1, 4, attention.v_head_dim)
+    for i, matrix in enumerate(matrices['o']):  # with branches, each head several times
+        y, h = torch.zeros(1, 1, 4, attention.v_head_dim), i % 4
         y[..., h, :] = torch.randn(attention.v_head_dim)
         assert_same_direction(y[0, :, h] @ matrix, attention.o_proj(y.flatten(2))[0])
 
@@ -318,6 +322,27 @@ def test_channels_are_refused(tmp_path, script, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match='has parallel channels'):
         script(svd, 'grouped')
+
+
+def test_heads_without_matrices_are_refused(tmp_path, script, monkeypatch):
+    train_runs(tmp_path, RUN + PLAIN, dict(tpa=['--attention=tpa', '--kv_rank=2']))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='tpa: no matrix of a head .* in TPA'):
+        script(svd, 'tpa')
+
+
+def test_groups_of_heads_have_the_rank_of_their_latent(tmp_path, script, monkeypatch):
+    """GLA with grouped output latents: two latents of 3 for four heads, and noise of that kind."""
+    train_runs(tmp_path, RUN + PLAIN, dict(gla=[
+        '--n_head=4', '--rope_dims=2', '--attention=mla', '--kv_latent=3', '--kv_groups=2',
+        '--o_latent=5', '--o_groups=2']))
+    monkeypatch.chdir(tmp_path)
+    script(svd, 'gla', '--align=True')
+    found = read_result('gla')
+    for layer in (found['layers'][0], next(iter(found['noise'].values()))):
+        ranks = {kind: sum(value > 1e-6 * max(values['stacked']) for value in values['stacked'])
+                 for kind, values in layer['kinds'].items()}
+        assert (ranks['k'], ranks['v'], ranks['o'], ranks['q']) == (6, 6, 10, 24)
 
 
 LLAMA = dict(model_type='llama', num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import config
 import prepare
 import run
 import train
@@ -859,6 +860,21 @@ def test_every_config_takes_a_step(data, script, path):
     assert path.read_text().startswith('"""')
     script(train, path, *SHRUNK, *(['--block_size=96'] if 'grouped' in path.stem else []))
     assert metrics(f'out/{path.stem}')[-1]['step'] == 1
+
+
+def test_the_zoo_has_one_size_and_many_caches():
+    sizes, caches = {}, {}
+    for path in CONFIGS:
+        if path.stem.startswith('zoo'):
+            values, name = config.load([str(path)], *train.option_classes({}))
+            with torch.device('meta'):
+                model = make_model('transformer', **train.split_options(values)[1])
+            embedding = model.tok_emb.weight.numel()
+            sizes[name], caches[name] = model.n_params() - embedding, model.cache_bytes_per_token()
+    assert len(sizes) == 14 and max(sizes.values()) < 1.001 * min(sizes.values())
+    assert caches['zoo'] == 8 * caches['zoo_mqa'] == max(caches.values())
+    alike = 'zoo_mla', 'zoo_mla_per_head', 'zoo_gta', 'zoo_gla', 'zoo_mlra'
+    assert len({caches[name] for name in alike}) == 1
 
 
 def test_count_table_is_its_definition(data, script):

@@ -1,0 +1,6 @@
+"""zoo_mla.py with two latents of 32, each read by half of the heads (GLA), 80 cached numbers."""
+from config.zoo_mla import *
+
+kv_latent = 32
+kv_groups = 2
+mlp_hidden = 917

@@ -1,0 +1,9 @@
+"""zoo.py with multi-matrix factorization attention: heads of 64 that share one key and value head,
+and queries through a latent of 96; 128 cached numbers.
+"""
+from config.zoo import *
+
+attention = 'mfa'
+head_dim = 64
+q_latent = 96
+mlp_hidden = 800

@@ -1,0 +1,8 @@
+"""zoo_mla.py without a shared key: each head rotates 16 dimensions of its own, and the latent is as
+wide as latent and shared key there, 80 cached numbers.
+"""
+from config.zoo_mla import *
+
+kv_latent = 80
+rope_key = 'per_head'
+mlp_hidden = 880

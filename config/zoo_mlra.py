@@ -1,0 +1,8 @@
+"""zoo_mla.py with four latents of 16; each head reads all of them by four attentions (MLRA), 80
+cached numbers. Scores cost four times as much as in zoo_mla.py.
+"""
+from config.zoo_mla import *
+
+kv_latent = 16
+kv_branches = 4
+mlp_hidden = 901

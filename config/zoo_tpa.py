@@ -1,0 +1,9 @@
+"""zoo.py with tensor product attention: queries of rank 6, keys and values of rank 2, 160 cached
+numbers.
+"""
+from config.zoo import *
+
+attention = 'tpa'
+q_rank = 6
+kv_rank = 2
+mlp_hidden = 891
