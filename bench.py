@@ -204,8 +204,9 @@ class Subject:
                             'from and one to decode')
         self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.context - 1)
         self.idx = torch.randint(c.vocab_size, (DECODED_TOGETHER, self.context), device=device)
-        self.cache = model.init_cache(1, self.context)
-        self.cache_of_many = model.init_cache(DECODED_TOGETHER, self.context)
+        with self.machine.autocast():
+            self.cache = model.init_cache(1, self.context)
+            self.cache_of_many = model.init_cache(DECODED_TOGETHER, self.context)
         # of an embedding a token needs one row, unless it is the head too
         embeddings = {id(module.weight) for module in model.modules()
                       if isinstance(module, nn.Embedding)} - {id(model.head_weight())}

@@ -2150,9 +2150,14 @@ def check_cache(model, length):
 
 
 def head_of_cache(model, batch):
-    """A transposed copy of the head's weights: a CPU multiplies a single row by it faster."""
+    """A transposed copy of the head's weights, in the precision of products: a CPU multiplies a
+    single row by it faster."""
     weight = model.head_weight().detach()
-    return weight.t().contiguous() if batch == 1 and weight.device.type == 'cpu' else None
+    if batch > 1 or weight.device.type != 'cpu':
+        return None
+    if torch.is_autocast_enabled('cpu'):
+        weight = weight.to(torch.get_autocast_dtype('cpu'))
+    return weight.t().contiguous()
 
 
 def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,

@@ -60,6 +60,20 @@ def test_static_steps_give_the_same_logits(name):
     assert compilations.frame_count == 2  # one for each batch
 
 
+@pytest.mark.parametrize('name', ['gpt2', 'mla_shared', 'encdec_subtract'])
+def test_static_steps_generate_the_same_text(name, monkeypatch):
+    """From one token or more, and past the window."""
+    monkeypatch.setattr(torch, 'compile', lambda function, dynamic: function)
+    model = tiny(**EVERY[name]).eval()
+    steps, plain = [], m.static_step
+    monkeypatch.setattr(m, 'static_step', lambda *arguments: steps.append(1) or plain(*arguments))
+    for T in (1, 5):
+        idx = tokens(3, T)
+        compiled = model.generate(idx, 24, seed=0, compile=True)
+        assert torch.equal(compiled, model.generate(idx, 24, seed=0))
+        assert len(steps) == (15 if T == 1 else 26)  # until the text outgrows the cache of 16
+
+
 def test_a_cache_is_static():
     """Room is taken once, at the first token."""
     model = tiny(**MLA).eval()
