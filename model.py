@@ -293,6 +293,8 @@ class Attention(nn.Module):
                  computes attention in another way, it has to obey causal, window and n_channels
     cache_width  how many numbers `heads` gives to the cache for each token
     matrices     what each head does to a token; only svd.py asks for it
+    static_step  True, if with a cache it needs no more than `heads` of one new token, their rows of
+                 the rotary table and a key_mask of all rows of the cache; for sample.py --compile
 
     and name it in ATTENTIONS. make_attention checks what it can. Everything else follows: every
     architecture, FLOPs, cache bytes, initial weights, optimizer groups, checkpoints.
