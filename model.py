@@ -89,8 +89,14 @@ class Dropout(nn.Dropout):
         return dropout(x, self.p) if self.training else x
 
 
+def identity(x):
+    """Stands where there is no norm or dropout. As a module it would cost a small model 3% of its
+    time in generation, and a Dropout of 0 more."""
+    return x
+
+
 def make_dropout(p):
-    return Dropout(p) if p else nn.Identity()  # a Dropout of 0 costs time at every token
+    return Dropout(p) if p else identity
 
 
 class Linear(nn.Linear):
@@ -465,8 +471,8 @@ class MHA(Attention):
         self.make_queries(config, config.bias)
         self.k_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
         self.v_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
-        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else identity
+        self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else identity
         self.make_output(config, config.bias)
 
     @classmethod
