@@ -417,25 +417,56 @@ def parameter_groups(model):
     return layers, embeddings, vectors
 
 
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon for linear layers. Of parallel channels it orthogonalises each matrix by
-    itself. Its parameters share the memory of the weights, which have to be changed in place."""
+class Muon(torch.optim.Optimizer):
+    """Muon for linear layers (Jordan et al. 2024, kellerjordan.github.io/posts/muon): each matrix
+    takes a step along its momentum, orthogonalised. It computes what torch.optim.Muon does, but
+    matrices of one shape together: to a GPU a single one is 25 small kernels. Of parallel channels
+    it orthogonalises each matrix by itself. Its parameters share the memory of the weights, which
+    have to be changed in place."""
 
-    def __init__(self, layers, **options):
+    momentum = 0.95
+
+    def __init__(self, layers, lr, weight_decay):
         self.views = []  # (weight, index of a matrix in it, a parameter that shares its memory)
         for layer in layers:
             channels = isinstance(layer, ChannelLinear)
             for index in range(layer.n_channels) if channels else [...]:
                 view = nn.Parameter(layer.weight.data[index])
                 self.views.append((layer.weight, index, view))
-        super().__init__([view for _, _, view in self.views], **options)
+        super().__init__([view for _, _, view in self.views],
+                         dict(lr=lr, weight_decay=weight_decay))
 
-    def step(self, closure=None):
+    @torch.no_grad()
+    def step(self):
+        by_shape, group = {}, self.param_groups[0]
         for weight, index, view in self.views:
-            view.grad = weight.grad[index]
-        super().step(closure)
-        for _, _, view in self.views:
-            view.grad = None
+            state = self.state[view]
+            if not state:
+                state['momentum_buffer'] = torch.zeros_like(view)
+            alike = by_shape.setdefault(view.shape, ([], [], []))
+            for parts, part in zip(alike, (view, weight.grad[index], state['momentum_buffer'])):
+                parts.append(part)
+        for shape, (matrices, grads, momenta) in by_shape.items():
+            torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
+            updates = torch.stack(torch._foreach_lerp(grads, momenta, self.momentum))  # Nesterov's
+            updates = orthogonalized(updates).type_as(updates)  # (n, *shape)
+            # this scale makes them as large as AdamW's, so that both take the same learning rates
+            scale = 0.2 * math.sqrt(max(shape))
+            torch._foreach_mul_(matrices, 1 - group['lr'] * group['weight_decay'])
+            torch._foreach_add_(matrices, list(updates), alpha=-group['lr'] * scale)
+
+
+def orthogonalized(x):
+    """Matrices x (n, a, b) with singular values of about one, between 0.5 and 1.5, in bfloat16: five
+    Newton-Schulz iterations, whose polynomial is steepest at zero."""
+    wide = x.size(1) <= x.size(2)
+    x = (x if wide else x.mT).bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to one
+    for _ in range(5):
+        gram = x @ x.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, polynomial, x, beta=3.4445)
+    return x if wide else x.mT
 
 
 def make_optimizers(model, options):
@@ -448,8 +479,7 @@ def make_optimizers(model, options):
     adamw = torch.optim.AdamW(
         [dict(params=decayed), dict(params=vectors, weight_decay=0.0)],
         betas=(options.beta1, options.beta2), fused=True, **shared)
-    # Muon's updates are scaled to the size of AdamW's, so that both take the same learning rates
-    return [Muon(layers, adjust_lr_fn='match_rms_adamw', **shared), adamw] if muon else [adamw]
+    return [Muon(layers, **shared), adamw] if muon else [adamw]
 
 
 def learning_rate(options, step, seconds):

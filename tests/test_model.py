@@ -861,6 +861,19 @@ def test_one_batch_can_be_learned_by_heart(name):
     assert model.eval()(idx, targets)['loss'].item() < 0.1  # in evaluation the cross-entropy alone
 
 
+def test_compiled_loss_has_the_same_gradients():
+    """Compiled, the one-hot targets are made by a comparison instead of scatter_add_."""
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 8, dtype=torch.float64, requires_grad=True) for n in (7, 11))
+    targets = torch.tensor([3, -1, 10, 0, 3, -1, 5])
+    compiled = torch.compile(m.linear_cross_entropy, backend='eager', fullgraph=True)
+    results = []
+    for function in (m.linear_cross_entropy, compiled):
+        loss = function(x, weight, targets)['loss']
+        results.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    assert all(torch.allclose(a, b) for a, b in zip(*results))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name, backend', [('mla_o', 'inductor'), ('gqa_o_groups', 'inductor')]
                          + [(name, 'aot_eager') for name in RELATIVES])
