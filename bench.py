@@ -3,6 +3,7 @@
     python bench.py config/mla.py config/mla_o.py
     python bench.py                              # all configs; on a CPU this takes long
     python bench.py attention                    # one layer: from which width on do latents pay?
+    python bench.py attention --layer_widths=512,1024 --lengths=4096 --head_dims=64
     python bench.py sweep config/mha.py config/mla.py --seed=1,2,3 --jobs=2
     python bench.py sweep config/quick.py --learning_rate=3e-3,6e-3 --finetune="--seeds=3"
     python bench.py compare out/sweep-mha/* out/sweep-mla/*
@@ -21,8 +22,9 @@ the tokens/s of one sequence and of 16 at once. What sample.py does beside that,
 from the logits, is not in these figures.
 
 attention: one layer of MHA, of grouped-query attention (GQA) that caches about as much as MLA, of
-MLA, of MLA-o and of their relatives. It compares their times, forward and backward and in decoding,
-and their FLOPs, over widths, heads, latents and lengths.
+MLA, of MLA-o and of their relatives. It compares their times, forward and backward (compiled on
+CUDA) and in decoding, and their FLOPs, over widths, heads, latents and lengths. attention.csv has
+every size as soon as it is measured.
 
 sweep: one run of train.py for each config and each combination of the values, which are separated
 by commas. A run goes to out/sweep-CONFIG, into a folder that is named after the options on the
@@ -101,6 +103,28 @@ class BenchOptions(MachineOptions):
 
 
 @dataclass
+class AttentionOptions:
+    """Options of attention"""
+
+    layer_widths: tuple[Count, ...] = (128, 256, 512, 1024, 2048)  # of the layers that are timed
+    more_widths: tuple[Count, ...] = (4096, 8192)  # of layers whose FLOPs alone are counted
+    lengths: tuple[Count, ...] = (128, 512, 2048)  # of a sequence, tokens
+    head_dims: tuple[Count, ...] = (32, 64)  # widths of a head
+    tokens: Count | None = None  # timed at once, or one sequence; None = 1,024, on CUDA 65,536
+    compile: bool | None = None  # torch.compile; None = on CUDA only
+
+    def __post_init__(self):
+        for head_dim in self.head_dims:
+            if head_dim % 4:
+                raise UserError(f'head_dims={self.head_dims}: half of a head is rotary, in pairs: '
+                                'takes multiples of 4')
+            for width in self.layer_widths + self.more_widths:
+                if width % head_dim:
+                    raise UserError(f'head_dims={self.head_dims}: a layer {width} wide does not '
+                                    f'divide into heads of {head_dim}')
+
+
+@dataclass
 class SweepOptions:
     """Options of sweep, which takes those of training as well"""
 
@@ -113,12 +137,12 @@ TRAINING = (TrainOptions, BlockConfig, ModelConfig,
 KNOWN = BenchOptions, *TRAINING
 
 
-def read_options(arguments, *known):
-    """The BenchOptions of a command line. Options of training and of models are checked by name:
-    they are for the configs."""
+def read_options(arguments, *known, kind=BenchOptions):
+    """The BenchOptions of a command line, or its options of another kind. Options of training and
+    of models are checked by name: they are for the configs."""
     values, _ = config.load(arguments, *(known or KNOWN), doc=__doc__, takes_config=False)
-    names = {option.name for option in fields(BenchOptions)}
-    return BenchOptions(**{name: value for name, value in values.items() if name in names})
+    names = {option.name for option in fields(kind)}
+    return kind(**{name: value for name, value in values.items() if name in names})
 
 
 def clock(device, work, *arguments, repeat=1, **keywords):
@@ -358,8 +382,6 @@ def show(lines):
 # attention: one layer
 
 
-WIDTHS, LENGTHS, HEADS = (128, 256, 512, 1024, 2048), (128, 512, 2048), (32, 64)
-MORE_WIDTHS = 4096, 8192  # nothing is timed at these, FLOPs alone are counted
 # widths of the query, key-value and output latents, as shares of the width of the layer
 LATENTS = {'DeepSeek-V3': (3 / 14, 1 / 14, 3 / 14), 'half of it': (3 / 28, 1 / 28, 3 / 28)}
 PAIRS = ('MLA', 'MHA'), ('MLA', 'GQA'), ('MLA-o', 'MLA')  # the first is compared to the second
@@ -417,9 +439,10 @@ def formulas(width, T, head_dim, latents):
 class Layer:
     """An attention under measurement, with a cache that has all tokens of x but the last one."""
 
-    def __init__(self, attention, x, machine):
-        """x: (B, T, width), input and target of the gradient."""
+    def __init__(self, attention, x, sizes, machine):
+        """x: (B, T, width), input and target of the gradient. sizes: the AttentionOptions."""
         self.attention, self.x, self.machine = attention.to(machine.device), x, machine
+        self.runner = compiled(sizes, self.attention, machine)
         table = rope_table(x.size(1), attention.rope_dims, ModelConfig.rope_theta)
         self.rope = table.to(machine.device)
         self.cache = Cache(1, x.size(1))
@@ -429,7 +452,7 @@ class Layer:
 
     def forward_backward(self):
         with self.machine.autocast():
-            y = self.attention(self.x, rope=self.rope)
+            y = self.runner(self.x, rope=self.rope)
         y.backward(y.detach())
         self.attention.zero_grad()
         self.x.grad = None
@@ -440,11 +463,11 @@ class Layer:
             self.attention(new, rope=self.rope, cache=self.cache)
 
 
-def measure_layers(width, T, head_dim, latents, rounds, machine):
-    """{kind: a line of the csv} of the attentions at one size, on T tokens or 1,024, if that is
-    more."""
-    x = torch.randn(max(1, 1024 // T), T, width, device=machine.device, requires_grad=True)
-    layers = {kind: Layer(make_layer(kind, width, head_dim, latents), x, machine)
+def measure_layers(width, T, head_dim, latents, rounds, sizes, machine):
+    """{kind: a line of the csv} of the attentions at one size. sizes: the AttentionOptions."""
+    tokens = sizes.tokens or (65_536 if machine.cuda else 1024)
+    x = torch.randn(max(1, tokens // T), T, width, device=machine.device, requires_grad=True)
+    layers = {kind: Layer(make_layer(kind, width, head_dim, latents), x, sizes, machine)
               for kind in KINDS}
     for i in range(rounds + 1):
         for layer in layers.values():
@@ -453,6 +476,7 @@ def measure_layers(width, T, head_dim, latents, rounds, machine):
             if i > 0:  # the first round warms up
                 layer.train_seconds.append(train_seconds)
                 layer.decode_seconds.append(decode_seconds)
+    torch.compiler.reset()  # the layers of this size are not needed any more
     lines, n_tokens = formulas(width, T, head_dim, latents), x.size(0) * T
     for kind, layer in layers.items():
         lines[kind] |= dict(
@@ -475,65 +499,67 @@ def cost_ratio(lines, a, b, cost):
 
 
 def attention(overrides):
-    """Measures single layers: a csv, a table of ratios, a plot, and from which width on one
-    attention is cheaper than another."""
-    options = read_options(overrides, BenchOptions)
+    """Measures single layers: a csv, which has each size as soon as it is measured, a table of
+    ratios, a plot, and from which width on one attention is cheaper than another."""
+    options = read_options(overrides, BenchOptions, AttentionOptions)
+    sizes = read_options(overrides, BenchOptions, AttentionOptions, kind=AttentionOptions)
     machine, folder = Machine(options), config.make_folder(options.results, 'results')
     table = {}  # (head_dim, latents, T, width): {kind: line}
-    for head_dim, latents, T, width in itertools.product(HEADS, LATENTS, LENGTHS, MORE_WIDTHS):
+    settings = sizes.head_dims, LATENTS, sizes.lengths
+    for head_dim, latents, T, width in itertools.product(*settings, sizes.more_widths):
         table[head_dim, latents, T, width] = formulas(width, T, head_dim, latents)
     pairs = ', '.join(f'{a} / {b}' for a, b in PAIRS)
     print(f'{"":40}time of {pairs}: {" | ".join(COSTS.values())}')
-    for head_dim, latents, T, width in itertools.product(HEADS, LATENTS, LENGTHS, WIDTHS):
-        lines = measure_layers(width, T, head_dim, latents, options.rounds, machine)
+    for head_dim, latents, T, width in itertools.product(*settings, sizes.layer_widths):
+        lines = measure_layers(width, T, head_dim, latents, options.rounds, sizes, machine)
         table[head_dim, latents, T, width] = lines
+        # what is not measured stays empty
+        write_csv(folder / 'attention.csv',
+                  [line for size in sorted(table) for line in table[size].values()])
         shown = ' | '.join(' '.join(f'{cost_ratio(lines, a, b, cost):5.2f}' for a, b in PAIRS)
                            for cost in COSTS)
         print(f'latents {latents:12} heads of {head_dim} T {T:5,} width {width:5,}: {shown}')
         times = [' '.join(f'{cost_ratio(lines, kind, "MHA", cost):.2f}' for cost in COSTS)
                  for kind in KINDS]
         print('    of MHA: ' + '; '.join(map(' '.join, zip(KINDS[4:], times[4:]))), flush=True)
-    # what is not measured stays empty
-    write_csv(folder / 'attention.csv',
-              [line for size in sorted(table) for line in table[size].values()])
     print()
     for (a, b), (cost, what) in itertools.product(PAIRS, COSTS.items()):
-        print(f'{a} against {b}, {what}: {crossover(table, a, b, cost)}')
-    plot_attention(folder / 'attention.png', table)
+        print(f'{a} against {b}, {what}: {crossover(table, sizes, a, b, cost)}')
+    plot_attention(folder / 'attention.png', table, sizes)
     print(f'\n{folder}: attention.csv, attention.png')
 
 
-def crossover(table, a, b, cost):
+def crossover(table, sizes, a, b, cost):
     """Where `a` is cheaper than `b`, in words: for latents, heads and lengths the least width from
     which on it always is."""
-    words, widths = [], WIDTHS if cost in MEASURED else WIDTHS + MORE_WIDTHS
-    for latents, head_dim in itertools.product(LATENTS, HEADS):
+    words, widths = [], sizes.layer_widths + (() if cost in MEASURED else sizes.more_widths)
+    for latents, head_dim in itertools.product(LATENTS, sizes.head_dims):
         least = []  # for each length
-        for T in LENGTHS:
+        for T in sizes.lengths:
             dearer = [width for width in widths
                       if cost_ratio(table[head_dim, latents, T, width], a, b, cost) >= 1]
             cheaper = [width for width in widths if width > max(dearer, default=0)]
-            least.append(f'{cheaper[0]:,}' if cheaper else 'never')
+            least.append(f'{min(cheaper):,}' if cheaper else 'never')
         words.append(f'{latents}, heads of {head_dim}: {" / ".join(least)}')
-    return f'cheaper from width (T {" / ".join(map(str, LENGTHS))}) ' + '; '.join(words)
+    return f'cheaper from width (T {" / ".join(map(str, sizes.lengths))}) ' + '; '.join(words)
 
 
-def plot_attention(path, table):
+def plot_attention(path, table, sizes):
     """Ratios of time over width, a line for each length: the first LATENTS, the widest heads."""
     figure, panels = pyplot().subplots(2, len(PAIRS), figsize=(12, 7), sharey='row',
                                        layout='constrained')
-    latents, head_dim = next(iter(LATENTS)), HEADS[-1]
+    latents, head_dim, widths = next(iter(LATENTS)), sizes.head_dims[-1], sizes.layer_widths
     for row, (cost, what) in zip(panels, MEASURED.items()):
         for axes, (a, b) in zip(row, PAIRS):
-            for i, T in enumerate(LENGTHS):
-                sizes = [table[head_dim, latents, T, width] for width in WIDTHS]
-                times = [cost_ratio(lines, a, b, cost) for lines in sizes]
-                axes.plot(WIDTHS, times, marker='o', color=f'C{i}', label=f'T {T:,}')
+            for i, T in enumerate(sizes.lengths):
+                measured = [table[head_dim, latents, T, width] for width in widths]
+                times = [cost_ratio(lines, a, b, cost) for lines in measured]
+                axes.plot(widths, times, marker='o', color=f'C{i}', label=f'T {T:,}')
                 if cost == 'train_us_a_token':
-                    flops = [cost_ratio(lines, a, b, 'mflop_a_token') for lines in sizes]
-                    axes.plot(WIDTHS, flops, linestyle=':', color=f'C{i}')
+                    flops = [cost_ratio(lines, a, b, 'mflop_a_token') for lines in measured]
+                    axes.plot(widths, flops, linestyle=':', color=f'C{i}')
             axes.axhline(1, color='black', linewidth=0.8)
-            axes.set(title=f'{a} / {b}, {what}', xscale='log', xticks=WIDTHS, xticklabels=WIDTHS,
+            axes.set(title=f'{a} / {b}, {what}', xscale='log', xticks=widths, xticklabels=widths,
                      xlabel='width', ylim=(0, None))
             axes.minorticks_off()
             axes.grid(alpha=0.3)
@@ -1227,7 +1253,7 @@ def main():
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     if {'--help', '-h'} & set(arguments):
-        config.load(['--help'], BenchOptions, SweepOptions, *TRAINING, doc=__doc__)
+        config.load(['--help'], BenchOptions, SweepOptions, *TRAINING, AttentionOptions, doc=__doc__)
     paths = [argument for argument in arguments if not argument.startswith('--')]
     overrides = [argument for argument in arguments if argument.startswith('--')]
     options = read_options(overrides)

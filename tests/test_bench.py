@@ -87,10 +87,12 @@ def test_a_profile_is_written(workspace, script, no_memory):
 
 
 def test_attention_layers(workspace, script, capsys, monkeypatch):
-    sizes = dict(WIDTHS=(64, 128), MORE_WIDTHS=(256,), LENGTHS=(16, 32), HEADS=(32,))
-    for name, value in sizes.items():
-        monkeypatch.setattr(bench, name, value)
-    script(bench, 'attention', '--rounds=1', '--results=here')
+    written, write_csv = [], bench.write_csv
+    monkeypatch.setattr(bench, 'write_csv', lambda path, lines: (
+        written.append(sum('decode_us' in line for line in lines)), write_csv(path, lines)))
+    script(bench, 'attention', '--rounds=1', '--results=here', '--layer_widths=64,128',
+           '--more_widths=256', '--lengths=16,32', '--head_dims=32', '--tokens=64')
+    assert written == list(range(4, 33, 4))  # each size as soon as it is measured
     out, lines = capsys.readouterr().out, list(csv.DictReader(open('here/attention.csv')))
     assert len(lines) == 2 * 2 * 3 * len(bench.KINDS)  # latents, lengths, widths, kinds
     assert Path('here/attention.png').stat().st_size > 10_000
@@ -136,6 +138,15 @@ def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
     for runner in runners * 2:  # the second time nothing is compiled
         runner(idx, idx)
     assert counters['stats']['unique_graphs'] == 10 and not counters['recompile_limit']
+
+
+@pytest.mark.slow
+def test_attention_layers_are_compiled(workspace, script, capsys):
+    torch._dynamo.utils.counters.clear()
+    script(bench, 'attention', '--rounds=1', '--layer_widths=64', '--more_widths=128',
+           '--lengths=16', '--head_dims=32', '--tokens=16', '--compile=True', '--device=cpu')
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2 * 4  # latents, kinds
+    assert not torch._dynamo.utils.counters['graph_break']
 
 
 def test_grouped_query_attention_caches_no_less_than_mla():
@@ -580,6 +591,8 @@ def test_loss_between_two_evaluations():
     (['sweep', QUICK, '--dry_run=True'], 'dry_run is not for sweep'),
     (['sweep', QUICK, '--seed=1,1'], 'seed=1,1: names a value twice'),
     (['attention', '--n_layer=3'], 'n_layer: there is no such option'),
+    (['attention', '--layer_widths=128,100'], 'a layer 100 wide does not divide into heads of 32'),
+    (['attention', '--head_dims=6'], 'half of a head is rotary'),
     ([DECODER, '--profile=nowhere/trace.json'],
      'profile=nowhere/trace.json: takes the name of a file'),
     ([DECODER, f'--profile={REPOSITORY}'], 'takes the name of a file in a folder that exists'),
