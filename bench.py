@@ -1253,7 +1253,8 @@ def main():
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])
     if {'--help', '-h'} & set(arguments):
-        config.load(['--help'], BenchOptions, SweepOptions, *TRAINING, AttentionOptions, doc=__doc__)
+        config.load(['--help'], BenchOptions, SweepOptions, *TRAINING, AttentionOptions,
+                    doc=__doc__)
     paths = [argument for argument in arguments if not argument.startswith('--')]
     overrides = [argument for argument in arguments if argument.startswith('--')]
     options = read_options(overrides)

@@ -27,8 +27,8 @@ from config import UserError
 from model import ConfigError, Range, flat_options, make_model, option_names
 from prepare import Tokenizer
 
-# Bfloat16 matrix products of a GPU, dense FLOP/s, from the vendor's data sheets. The first name that
-# is part of the card's counts: an H100 in a PCIe slot is slower than one on a board of its own.
+# bfloat16 matrix products of a GPU, dense FLOP/s, from the vendor's data sheets. The first name
+# that is part of the card's counts: an H100 in a PCIe slot is slower than one on an SXM board.
 PEAK_BF16 = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
              'H200 NVL': 835e12, 'H200': 989e12, 'L40S': 362e12}
 
@@ -66,9 +66,9 @@ class Machine:
             name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
             if name == 'cpu' and self.world > 1 and NVIDIA_DRIVER.exists():
                 raise UserError(f'{self.world} processes would share the CPU, because torch '
-                                f'{torch.__version__} cannot use the NVIDIA GPU that is here: update '
-                                'its driver, install a build of torch that fits it, or use '
-                                '--device=cpu')
+                                f'{torch.__version__} cannot use the NVIDIA GPU that is here: '
+                                'update its driver, install a build of torch that fits it, or '
+                                'use --device=cpu')
         try:
             self.device = torch.device(f'cuda:{self.local_rank}' if name == 'cuda' else name)
             torch.empty(1, device=self.device)

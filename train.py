@@ -222,15 +222,15 @@ def print_facts(options, facts):
 
 
 def hashed(*numbers):
-    """64 random bits, as uint64, that are a function of these whole numbers or arrays of them, which
-    broadcast. Each number chooses an output of the generator splitmix64 (Steele et al. 2014), which
-    is the seed for the next: so many draws at once cost no generator object each."""
+    """64 random bits, as uint64, that are a function of these whole numbers, or of arrays of them,
+    which broadcast. Each number says which output of the generator splitmix64 (Steele et al. 2014)
+    is taken, and that output is the seed for the next number. No draw needs a generator object."""
     bits = np.zeros(1, dtype=np.uint64)
     for number in numbers:
         bits = bits + (np.array(number, dtype=np.uint64, ndmin=1) + 1) * 0x9E3779B97F4A7C15
-        bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9
-        bits = (bits ^ bits >> 27) * 0x94D049BB133111EB
-        bits = bits ^ bits >> 31
+        bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
+        bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
+        bits = bits ^ (bits >> 31)
     return bits
 
 
@@ -457,8 +457,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalized(x):
-    """Matrices x (n, a, b) with singular values of about one, between 0.5 and 1.5, in bfloat16: five
-    Newton-Schulz iterations, whose polynomial is steepest at zero."""
+    """Matrices x (n, a, b) with their singular values brought to between 0.5 and 1.5, in bfloat16:
+    five Newton-Schulz iterations of the polynomial that is steepest at zero."""
     wide = x.size(1) <= x.size(2)
     x = (x if wide else x.mT).bfloat16()
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values up to one

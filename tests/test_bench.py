@@ -132,9 +132,9 @@ def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
     monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda *_, **__: None)
     counters.clear()
     machine, idx = Machine(MachineOptions(device='cpu')), torch.zeros(1, 8, dtype=torch.long)
-    runners = [compiled(TrainOptions(compile=True), make_model(
-        'transformer', vocab_size=50, block_size=8, n_layer=1, n_head=2, n_embd=16 + 2 * i), machine)
-        for i in range(10)]
+    models = [make_model('transformer', vocab_size=50, block_size=8, n_layer=1, n_head=2,
+                         n_embd=16 + 2 * i) for i in range(10)]
+    runners = [compiled(TrainOptions(compile=True), model, machine) for model in models]
     for runner in runners * 2:  # the second time nothing is compiled
         runner(idx, idx)
     assert counters['stats']['unique_graphs'] == 10 and not counters['recompile_limit']

@@ -1,5 +1,5 @@
-"""The CUDA path on a machine without a GPU: fake tensors have a device, a precision and a shape, but
-no numbers. Every config runs as on a GPU, under autocast to bfloat16."""
+"""The CUDA path on a machine without a GPU: fake tensors have a device, a precision and a shape,
+but no numbers. Every config runs as on a GPU, under autocast to bfloat16."""
 
 import contextlib
 import ctypes
