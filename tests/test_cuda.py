@@ -88,10 +88,11 @@ def test_every_config_on_cuda(fake_gpu, name, more):
     bfloat16."""
     flat, _ = config.load([f'{REPOSITORY}/config/{name}.py', *SHRUNK, *more], *KNOWN)
     recipe, options = split_options(flat)
-    with FakeTensorMode(), torch.device('cuda'):
-        model = make_model(recipe.arch, **options)
+    with FakeTensorMode():
+        with torch.device('cuda'):  # only to build it: what `forward` makes has to say where
+            model = make_model(recipe.arch, **options)
+            idx = torch.zeros(2, model.config.block_size, dtype=torch.long)
         assert watch_streams(model) >= 2
-        idx = torch.zeros(2, model.config.block_size, dtype=torch.long)
         positions = None if model.config.block.causal else idx[:, :19]
         targets = idx if positions is None else positions
         with EverythingOnCuda(), autocast():
