@@ -317,7 +317,8 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     assert (last['tokens'] == 60 * 8 * 32
             and math.isclose(last['val_perplexity'], math.exp(last['val_loss'])))
     if '--causal=False' in arguments:
-        assert (last['val_masked_accuracy'] > 0.15 and '[right guess]' in out
+        # of 80 positions; guesses without training would be right at one in 259
+        assert (last['val_masked_accuracy'] > 0.05 and '[right guess]' in out
                 and 'val_bits_per_byte' not in last)
     else:
         val = prepare.read_tokens('data/text-byte', 'val')
