@@ -119,9 +119,9 @@ class AttentionOptions:
                 raise UserError(f'head_dims={self.head_dims}: half of a head is rotary, in pairs: '
                                 'takes multiples of 4')
             for width in self.layer_widths + self.more_widths:
-                if width % head_dim:
+                if width % (2 * head_dim):  # two kinds have two groups of heads
                     raise UserError(f'head_dims={self.head_dims}: a layer {width} wide does not '
-                                    f'divide into heads of {head_dim}')
+                                    f'divide into an even number of heads of {head_dim}')
 
 
 @dataclass
@@ -219,8 +219,8 @@ class Subject:
                    self.data.n_sequences, 1)
 
     def prepare_decoding(self, context, decoder):
-        """Makes what `decode` needs: a sequence, a cache, and the weights that a token needs. decoder:
-        the Machine with the precision that sample.py has."""
+        """Makes what `decode` needs: a sequence, a cache, and the weights that a token needs.
+        decoder: the Machine with the precision that sample.py has."""
         c, model, device, self.decoder = self.model.config, self.model, decoder.device, decoder
         self.context = min(context, c.block_size)
         if self.context < 2:
@@ -411,7 +411,7 @@ def layer_options(width, head_dim, latents):
             for kind, options in kinds.items()}
 
 
-KINDS = tuple(layer_options(WIDTHS[0], HEADS[0], 'DeepSeek-V3'))
+KINDS = tuple(layer_options(256, 32, 'DeepSeek-V3'))
 
 
 def make_layer(kind, width, head_dim, latents):

@@ -435,7 +435,8 @@ class Attention(nn.Module):
     def read(self, scores, cached, key_mask):
         """Means of what is cached, (B, n, S, w), with the softmax of scores (B, H, S): (B, H, w).
         """
-        weights = self.weights(scores, key_mask).unflatten(1, (cached.size(1), -1))  # (B, n, H/n, S)
+        weights = self.weights(scores, key_mask)
+        weights = weights.unflatten(1, (cached.size(1), -1))  # (B, H, S) -> (B, n, H/n, S)
         return (weights @ cached).flatten(1, 2)
 
     def weights(self, scores, key_mask):

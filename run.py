@@ -55,8 +55,9 @@ class Machine:
     torchrun has started."""
 
     def __init__(self, options, trains=True):
-        """options: MachineOptions. trains: whether it is to train; without, a CPU computes in float32
-        unless the options say otherwise. Raises UserError if there is no such device."""
+        """options: MachineOptions. trains: whether it is to train; if not, a CPU computes in float32
+        unless the options say otherwise, because each token would wait for weights to be cast.
+        Raises UserError if there is no such device."""
         self.rank = number_from_environment('RANK', 0)
         self.local_rank = number_from_environment('LOCAL_RANK', 0)
         self.world = number_from_environment('WORLD_SIZE', 1)

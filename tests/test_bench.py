@@ -591,7 +591,8 @@ def test_loss_between_two_evaluations():
     (['sweep', QUICK, '--dry_run=True'], 'dry_run is not for sweep'),
     (['sweep', QUICK, '--seed=1,1'], 'seed=1,1: names a value twice'),
     (['attention', '--n_layer=3'], 'n_layer: there is no such option'),
-    (['attention', '--layer_widths=128,100'], 'a layer 100 wide does not divide into heads of 32'),
+    (['attention', '--layer_widths=128,100'], 'a layer 100 wide does not divide into an even '
+     'number of heads of 32'),
     (['attention', '--head_dims=6'], 'half of a head is rotary'),
     ([DECODER, '--profile=nowhere/trace.json'],
      'profile=nowhere/trace.json: takes the name of a file'),
