@@ -2,7 +2,7 @@
 those, and back to bytes.
 
 Asks: is a deep trunk over a few latents worth more than a plain decoder, for the same seconds? See
-RESULTS.md.
+RESULTS.md. Sizes and recipe are ours, tuned for five minutes of two cores: no loss is published.
 """
 
 # data: bytes, three ids more for the special tokens

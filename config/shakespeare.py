@@ -2,6 +2,7 @@
 
 Asks: how good can a model get in that time, start to end? The usual subject is tinyshakespeare:
 python train.py config/shakespeare.py --source=input.txt
+Sizes and recipe are ours.
 """
 
 # data: bytes; the last tenth of the file is held out

@@ -4,7 +4,8 @@ all have as many parameters, within 0.1%. Their first lines say what they cache,
 layer too.
 
 Asks: which attention for which cache? The best learning rate may differ: tune it for each
-(bench.py sweep).
+(bench.py sweep). Sizes and recipe are ours; what is published of each attention was measured at
+other sizes.
 """
 
 # data
