@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import sysconfig
 import time
 import zipfile
 from dataclasses import dataclass
@@ -137,6 +138,25 @@ class Machine:
         if self.bf16:
             return torch.autocast(self.device.type, torch.bfloat16)
         return contextlib.nullcontext()
+
+    def check_compiler(self):
+        """Raises UserError if torch.compile lacks something here."""
+        if self.cuda:  # Triton compiles a piece of C that starts its kernels
+            language, variable, names = 'C', 'CC', ('gcc', 'clang')
+        else:
+            language, variable = 'C++', 'CXX'
+            names = ('clang++',) if sys.platform == 'darwin' else ('g++',)
+        if variable in os.environ:
+            names = os.environ[variable],
+        if not any(map(shutil.which, names)):
+            raise UserError(f'torch.compile needs a {language} compiler and there is no '
+                            f'{" or ".join(names)}: install it, set {variable}, or use '
+                            '--compile=False')
+        header = Path(sysconfig.get_path('include'), 'Python.h')
+        if not header.exists():
+            raise UserError(f'torch.compile needs {header}, which is not there: install the '
+                            "headers of python (Debian's package is python3-dev), or use "
+                            '--compile=False')
 
     def describe(self):
         """The device in words."""

@@ -125,6 +125,8 @@ def main():
     if options.compile and not model.has_static_step():
         raise UserError(f'{options.out_dir}: compiling takes a step whose shapes never change, and '
                         "grouped latents and rope_key='per_head' have none: leave out --compile")
+    if options.compile:
+        machine.check_compiler()
     start, block_size = read_start(options.start), model.config.block_size
     prompt = [tokenizer.eot, *tokenizer.encode(start)]  # every document starts with <|endoftext|>
     if len(prompt) > block_size:

@@ -11,10 +11,8 @@ import contextlib
 import dataclasses
 import math
 import os
-import shutil
 import signal
 import sys
-import sysconfig
 import time
 from dataclasses import dataclass, fields
 from datetime import timedelta
@@ -577,20 +575,7 @@ def compiled(options, model, machine):
     """The model's compiled form, on CUDA or with --compile=True; else the model itself."""
     if not (machine.cuda if options.compile is None else options.compile):
         return model
-    if machine.cuda:  # Triton compiles a piece of C that starts its kernels
-        language, variable, names = 'C', 'CC', ('gcc', 'clang')
-    else:
-        language, variable = 'C++', 'CXX'
-        names = ('clang++',) if sys.platform == 'darwin' else ('g++',)
-    if variable in os.environ:
-        names = os.environ[variable],
-    if not any(map(shutil.which, names)):
-        raise UserError(f'torch.compile needs a {language} compiler and there is no '
-                        f'{" or ".join(names)}: install it, set {variable}, or use --compile=False')
-    header = Path(sysconfig.get_path('include'), 'Python.h')
-    if not header.exists():
-        raise UserError(f'torch.compile needs {header}, which is not there: install the headers of '
-                        "python (Debian's package is python3-dev), or use --compile=False")
+    machine.check_compiler()
     if machine.device.type == 'cpu':
         # else threads add up an embedding's gradient in whatever order they finish
         torch.use_deterministic_algorithms(True)

@@ -735,14 +735,15 @@ def test_processes_do_not_fall_back_to_the_cpu_beside_a_gpu(tmp_path, monkeypatc
 def test_what_compiling_needs(tmp_path, monkeypatch, cuda, absent, message):
     for variable in ('CC', 'CXX'):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(train.sys, 'platform', 'darwin' if absent == 'clang++' else 'linux')
-    monkeypatch.setattr(train.shutil, 'which', lambda name: name not in absent.split())
-    monkeypatch.setattr(train.sysconfig, 'get_path', lambda name: tmp_path)
+    monkeypatch.setattr(run.sys, 'platform', 'darwin' if absent == 'clang++' else 'linux')
+    monkeypatch.setattr(run.shutil, 'which', lambda name: name not in absent.split())
+    monkeypatch.setattr(run.sysconfig, 'get_path', lambda name: tmp_path)
     if absent != 'Python.h':
         (tmp_path / 'Python.h').touch()
     monkeypatch.setattr(torch, 'compile', lambda model, **options: f'compiled {model}')
     monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda on: None)
     machine = SimpleNamespace(cuda=cuda, device=torch.device('cuda' if cuda else 'cpu'))
+    machine.check_compiler = lambda: run.Machine.check_compiler(machine)
     options = TrainOptions(compile=None if cuda else True)
     if message is None:
         assert train.compiled(options, 'model', machine) == 'compiled model'
