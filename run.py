@@ -56,8 +56,8 @@ class Machine:
     torchrun has started."""
 
     def __init__(self, options, trains=True):
-        """options: MachineOptions. trains: whether it is to train; if not, a CPU computes in float32
-        unless the options say otherwise, because each token would wait for weights to be cast.
+        """options: MachineOptions. trains: whether it is to train; if not, a CPU takes float32 unless
+        the options say otherwise: the small products of a single token gain nothing by bfloat16.
         Raises UserError if there is no such device."""
         self.rank = number_from_environment('RANK', 0)
         self.local_rank = number_from_environment('LOCAL_RANK', 0)
@@ -248,8 +248,8 @@ def load_checkpoint(path):
     except Exception as error:  # another zip file, or a pickle that would run code
         raise UserError(f'{path}: no checkpoint of train.py ({type(error).__name__})') from None
     kinds = dict(model=dict, options=dict, step=int, provenance=dict)
-    if not isinstance(state, dict) or not all(
-            isinstance(state.get(name), kind) for name, kind in kinds.items()):
+    state = dict(provenance={}) | state if isinstance(state, dict) else {}  # older ones have none
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
         raise UserError(f'{path}: no checkpoint of train.py (which holds {", ".join(kinds)})')
     return state
 

@@ -132,9 +132,9 @@ def test_torchrun_replaces_a_killed_process(data):
 
 @pytest.mark.parametrize('kind', [[], ENCODER], ids=['decoder', 'encoder'])
 def test_accumulation_changes_neither_losses_nor_sequences(data, script, monkeypatch, kind):
-    consumed, original = [], train.Loader.batch
-    monkeypatch.setattr(train.Loader, 'batch', lambda self, numbers: (
-        consumed[-1].extend(() if self.fixed else numbers), original(self, numbers))[1])
+    consumed, original = [], train.Ahead.batch
+    monkeypatch.setattr(train.Ahead, 'batch', lambda self, numbers: (
+        consumed[-1].extend(numbers), original(self, numbers))[1])
     kind = [argument for argument in kind if 'dropout' not in argument]
     for micro in (8, 4, 2):
         consumed.append([])
@@ -263,7 +263,7 @@ def test_a_refusal_is_one_line_and_status_2(workspace, script):
     ('1 / 0', 'ZeroDivisionError'),
     ('n_embd = 30\nn_head = 4', 'not divisible'),
     ('attention = "mla"', 'needs kv_latent'),
-    ('o_norm = "sum"', 'has no o_norm'),
+    ('o_norm = "sum"', 'belong to an output latent: set o_latent'),
     ('causal = False\nsubtract_next_position = True', 'subtract_next_position'),
     ('batch_size = 6\nmicro_batch_size = 4', 'does not divide'),
     ('from config.nowhere import *', 'ModuleNotFoundError'),

@@ -22,8 +22,8 @@ from run import Machine, load_run, mean_and_interval
 
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=64',
          '--n_layer=2', '--n_head=2', '--n_embd=32', '--rope_dims=8', '--learned_positions=False',
-         '--batch_size=8', '--max_iters=2', '--eval_iters=1', '--device=cpu']
-QUICK = ['--device=cpu', '--data_dir=sst2', '--learning_rate=3e-3', '--epochs=2',
+         '--batch_size=8', '--max_iters=2', '--eval_iters=1', '--device=cpu', '--dtype=float32']
+QUICK = ['--device=cpu', '--dtype=float32', '--data_dir=sst2', '--learning_rate=3e-3', '--epochs=2',
          '--log_interval=5']
 
 

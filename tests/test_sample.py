@@ -20,7 +20,7 @@ from run import load_run
 
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
          '--n_layer=1', '--n_head=2', '--n_embd=32', '--batch_size=8', '--max_iters=2',
-         '--eval_iters=1', '--log_interval=1', '--device=cpu']
+         '--eval_iters=1', '--log_interval=1', '--device=cpu', '--dtype=float32']
 LATENT = ['--attention=mla', '--kv_latent=8', '--rope_dims=4']
 ENCDEC = ['--arch=encoder_decoder', '--embedding_loss=mse', '--subtract_next_position=True']
 

@@ -25,14 +25,14 @@ from config import UserError
 from conftest import REPOSITORY, corpus, shell
 from model import ChannelLinear, make_model
 from prepare import Tokenizer
-from run import FUSED, load_checkpoint, load_run, save_checkpoint
+from run import FUSED, MachineOptions, load_checkpoint, load_run, save_checkpoint
 from train import Loader, TrainOptions, learning_rate
 
 BYTES = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
          '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=8', '--eval_iters=2',
          '--log_interval=1', '--warmup_iters=2', '--device=cpu', '--max_iters=6',
-         '--eval_interval=3', '--out_dir=run']
+         '--eval_interval=3', '--out_dir=run', '--dtype=float32']  # auto differs by machine
 ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--attention=mla',
            '--kv_latent=8', '--q_latent=16', '--o_latent=16', '--norm=rms', '--dropout=0.1',
            '--attention_dropout=0.1']
@@ -722,6 +722,30 @@ def test_processes_do_not_fall_back_to_the_cpu_beside_a_gpu(tmp_path, monkeypatc
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
     with pytest.raises(UserError, match='8 processes would share the CPU.*or use --device=cpu'):
         run.Machine(TrainOptions())
+
+
+@pytest.mark.parametrize('faster', [True, False])
+def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, faster):
+    monkeypatch.setattr(run, 'bfloat16_is_faster', lambda: faster)
+    options = MachineOptions(device='cpu')
+    assert run.Machine(options).bf16 is faster
+    assert not run.Machine(options, trains=False).bf16
+    assert not run.Machine(MachineOptions(device='cpu', dtype='float32')).bf16
+    assert run.Machine(MachineOptions(device='cpu', dtype='bfloat16'), trains=False).bf16
+
+
+@pytest.mark.parametrize('slowdown', [0.5, 1.0, 2.0])
+def test_what_faster_means(monkeypatch, slowdown):
+    """Against a clock that says how long a product of each precision takes."""
+    now, original = [0.0], torch.mm
+
+    def mm(a, b):
+        now[0] += 1.0 if a.dtype == torch.float32 else slowdown
+        return original(a, b)
+
+    monkeypatch.setattr(run.time, 'perf_counter', lambda: now[0])
+    monkeypatch.setattr(torch, 'mm', mm)
+    assert run.bfloat16_is_faster() is (slowdown == 0.5)
 
 
 @pytest.mark.parametrize('cuda, absent, message', [
