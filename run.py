@@ -56,9 +56,9 @@ class Machine:
     torchrun has started."""
 
     def __init__(self, options, trains=True):
-        """options: MachineOptions. trains: whether it is to train; if not, a CPU takes float32 unless
-        the options say otherwise: the small products of a single token gain nothing by bfloat16.
-        Raises UserError if there is no such device."""
+        """options: MachineOptions. trains: whether it is to train. If not, a CPU takes float32
+        unless the options say otherwise: the small products of a single token gain nothing by
+        bfloat16. Raises UserError if there is no such device."""
         self.rank = number_from_environment('RANK', 0)
         self.local_rank = number_from_environment('LOCAL_RANK', 0)
         self.world = number_from_environment('WORLD_SIZE', 1)
