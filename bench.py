@@ -228,7 +228,7 @@ class Subject:
                             'from and one to decode')
         self.n_cached = min(getattr(c, 'group_size', CACHED_TOKENS), self.context - 1)
         self.idx = torch.randint(c.vocab_size, (DECODED_TOGETHER, self.context), device=device)
-        with self.machine.autocast():
+        with decoder.autocast():
             self.cache = model.init_cache(1, self.context)
             self.cache_of_many = model.init_cache(DECODED_TOGETHER, self.context)
         # of an embedding a token needs one row, unless it is the head too

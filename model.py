@@ -193,7 +193,7 @@ def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sin
     key_mask: (B, S) bool, True = may be attended to, or a mask that broadcasts to (B, H, T, S).
     causal: the T queries stand at the last T of the S positions and see nothing later; with a
     window they see only the last `window` keys, their own included.
-    sink: (H,) or None, see fused_attention.
+    sink: (H,) or None, see softmax_attention.
     """
     T, S, d, dv = q.size(2), k.size(2), q.size(-1), v.size(-1)
     # Flash kernels want heads of one width. Padding with zeros changes no product, and it costs
@@ -310,7 +310,7 @@ class Attention(nn.Module):
     gate=True    what the heads have read passes a gate, the sigmoid of a projection of the layer's
                  input, (B, T, D) -> (B, T, H*dv), element by element (arXiv 2505.06708)
     sink=True    each head has one learned logit more in the denominator of its softmax, so that it
-                 can read little; see fused_attention (gpt-oss, arXiv 2508.10925)
+                 can read little; see softmax_attention (gpt-oss, arXiv 2508.10925)
 
     Neither caches anything.
     """
@@ -491,7 +491,7 @@ class MHA(Attention):
         if cache is not None:
             k, v = cache.extend(self, k, v)
         if self.sink is not None and self.one_step(x, cache):
-            k, v = self.in_window(k, v)  # fused_attention would copy all of them
+            k, v = self.in_window(k, v)  # softmax_attention would copy all of them
             y = self.read(self.products(q[:, :, 0], k), v, key_mask)
             return y.flatten(1)[:, None]  # (B, H, d) -> (B, 1, H*d)
         return self.attend(q, k, v, key_mask)
