@@ -125,7 +125,7 @@ def test_the_commands_of_speed(here, monkeypatch):
     # memory_of measures in a process of its own, which takes seconds to start
     monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)
     assert 'decoder_mla_o' in here(commands[0], '--n_layer=1', '--vocab_size=300', '--rounds=1')
-    small = ['--layer_widths=64', '--more_widths=()', '--lengths=16', '--head_dims=32']
+    small = ['--layer_widths=64', '--more_widths=128', '--lengths=16', '--head_dims=32']
     assert 'cheaper from width' in here(commands[1], '--rounds=1', *small)
     config, *grid = commands[2].split()[3:]  # the grid is run in tests/test_bench.py
     names = [bench.values_of(values)[0] for values in grid]
