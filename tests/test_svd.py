@@ -530,15 +530,15 @@ def test_deepseek_at_true_width(workspace):
               for i in range(2))
     folder = write_checkpoint(workspace / 'wide', TRUE_WIDTH, layers)
     peaks = []
-    for layers in ('0', 'None'):  # into folders of their own, so that both start anew
+    for name, layers in (('one', '0'), ('both', 'None')):  # in two folders, so that both start anew
         command = [sys.executable, svd.__file__, str(folder), '--stacked=False',
-                   f'--layers={layers}', f'--out_dir={layers}']
+                   f'--layers={layers}', f'--out_dir={name}']
         process = os.posix_spawn(sys.executable, command, environment)
         _, status, usage = os.wait4(process, 0)
         assert status == 0
         peaks.append(usage.ru_maxrss)
     assert peaks[1] < 1.1 * peaks[0]
-    for layer in read_result('None')['layers']:
+    for layer in read_result('both')['layers']:
         ranks = layer['kinds']['o']['effective_rank']['0.001']['heads']
         assert len(ranks) == 128 and max(ranks) <= rank and min(ranks) > 0.7 * min(rank, 128)
         values = np.array(layer['kinds']['o']['heads'])
