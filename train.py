@@ -580,9 +580,10 @@ def compiled(options, model, machine):
         # else threads add up an embedding's gradient in whatever order they finish
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    # Static shapes. The counts of compiled forms are kept apart, because after eight models in one
-    # process, as in bench.py, torch would run the next ones uncompiled and say nothing.
-    return torch.compile(model, dynamic=False, isolate_recompiles=True)
+    # after eight models in one process, as in bench.py, torch would run the next ones uncompiled and
+    # say nothing
+    torch._dynamo.config.recompile_limit = 256
+    return torch.compile(model, dynamic=False)  # static shapes
 
 
 def accumulation(options, block_size, machine):

@@ -58,6 +58,13 @@ def train_runs(folder, arguments, runs):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def float32_on_a_cpu(monkeypatch):
+    """What dtype=auto takes in this process does not depend on the machine that runs the tests."""
+    import run
+    monkeypatch.setattr(run, 'bfloat16_is_faster', lambda: False)
+
+
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
     """An empty working directory; signal handlers are put back afterwards."""

@@ -25,7 +25,8 @@ from config import UserError
 from conftest import REPOSITORY, corpus, shell
 from model import ChannelLinear, make_model
 from prepare import Tokenizer
-from run import FUSED, MachineOptions, load_checkpoint, load_run, save_checkpoint
+from run import (FUSED, MachineOptions, bfloat16_is_faster, load_checkpoint, load_run,
+                 save_checkpoint)
 from train import Loader, TrainOptions, learning_rate
 
 BYTES = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
@@ -745,7 +746,7 @@ def test_what_faster_means(monkeypatch, slowdown):
 
     monkeypatch.setattr(run.time, 'perf_counter', lambda: now[0])
     monkeypatch.setattr(torch, 'mm', mm)
-    assert run.bfloat16_is_faster() is (slowdown == 0.5)
+    assert bfloat16_is_faster() is (slowdown == 0.5)
 
 
 @pytest.mark.parametrize('cuda, absent, message', [
