@@ -251,7 +251,8 @@ def softmax_attention(q, k, v, sink, mask, is_causal=False, *, scale, dropout_p)
 
 def attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p):
     """F.scaled_dot_product_attention, for a CPU on which that is slower."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    if q.size(1) != k.size(1):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     if is_causal:
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     scores = q @ (k * scale).transpose(-2, -1)  # (B, H, T, S)
@@ -615,7 +616,7 @@ class MLA(Attention):
             y = y.unflatten(-1, (self.n_branches, -1)).sum(dim=-2) * self.n_branches ** -0.5
         return y
 
-    def absorbed(self, q, latent, k_rope, source_rope, key_mask=None):
+    def absorbed(self, q, latent, k_rope, source_rope, key_mask):
         """`heads` for one token of generation, without the sum over branches: q (B, n*H, d), latent
         (B, S, n*g*L), k_rope (B, S, r), key_mask (1, 1, 1, S) or None -> (B, 1, n*H*dv). k_b_proj
         is applied to the query, and v_b_proj to the weighted sum of the latents, instead of both to
@@ -821,7 +822,7 @@ class OutputLatent(nn.Module):
                                fan=rank if norm == 'none' else None)
         if norm == 'head':
             self.gain = nn.Parameter(torch.ones(n_head, rank))
-        self.o_norm = RMSNorm(n_groups * rank) if norm == 'sum' else nn.Identity()
+        self.o_norm = RMSNorm(n_groups * rank) if norm == 'sum' else identity
 
     def forward(self, y):
         if self.norm != 'head':
@@ -1309,7 +1310,7 @@ class LanguageModel(nn.Module):
         if c.vocab_rank:
             self.vocab_proj = Linear(c.vocab_rank, D, fan=c.vocab_rank)
         self.dropout = make_dropout(c.block.dropout)
-        self.norm = make_norm(c.block.norm, D) if c.final_norm else nn.Identity()
+        self.norm = make_norm(c.block.norm, D) if c.final_norm else identity
         if not c.tie_embeddings:
             self.lm_head = Linear(D, c.vocab_size)
 

@@ -36,8 +36,8 @@ class SampleOptions(MachineOptions):
     max_new_tokens: Count = 300  # tokens to write, fewer where the document ends
     temperature: NotNegative = 0.8  # divides the logits; 0 = always the likeliest token
     top_k: Count | None = 200  # draw from the k likeliest tokens only; None = all
-    compile: bool = False  # takes a minute on a CPU, so it pays for many tokens only
     top_p: Positive | None = None  # draw from the fewest tokens that together reach p; None = all
+    compile: bool = False  # takes a minute on a CPU, so it pays for many tokens only
 
     def __post_init__(self):
         if self.top_p is not None and self.top_p > 1:

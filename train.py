@@ -60,7 +60,7 @@ class TrainOptions(MachineOptions, DataOptions):
 
     arch: str = 'transformer'  # architecture, a key of model.ARCHITECTURES
     batch_size: Count = 32  # sequences a step, over all processes and accumulation
-    micro_batch_size: Count | None = None  # sequences a device takes at a time; None: see README
+    micro_batch_size: Count | None = None  # sequences a device takes at a time; None = what fits it
     max_iters: Count = 5000  # optimizer steps
     max_seconds: Positive | None = None  # stop after this training time; the schedule follows it
     learning_rate: Positive = 1e-3  # highest learning rate
@@ -580,8 +580,8 @@ def compiled(options, model, machine):
         # else threads add up an embedding's gradient in whatever order they finish
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    # after eight models in one process, as in bench.py, torch would run the next ones uncompiled and
-    # say nothing
+    # after eight models in one process, as in bench.py, torch would run the next ones uncompiled
+    # and say nothing
     torch._dynamo.config.recompile_limit = 256
     return torch.compile(model, dynamic=False)  # static shapes
 
