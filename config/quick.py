@@ -2,8 +2,8 @@
 summaries, on two CPU cores.
 
 Asks: does it work here, and what does masked-language modelling learn in four minutes? Expect a
-masked accuracy of about 0.37 on held-out articles (0.04 for the most frequent token, 0.33 for a
-table of neighbour counts). Sizes and recipe are ours.
+masked accuracy of about 0.40 on held-out articles, 0.37 in float32 (0.04 for the most frequent
+token, 0.33 for a table of neighbour counts). Sizes and recipe are ours.
 """
 
 # data: comes with requirements.txt, prepared in seconds
