@@ -31,11 +31,13 @@ section 2.1.1). Those of its relatives stand with their classes.
 
 import math
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Annotated, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 class ConfigError(ValueError):
@@ -298,7 +300,8 @@ class Attention(nn.Module):
                  for keys or values says on_source=True
     heads        what the heads have read. It gives queries, keys and values to self.attend; if it
                  computes attention in another way, it has to obey causal, window and n_channels
-    cache_width  how many numbers `heads` gives to the cache for each token
+    cache_width  how many numbers `heads` gives to the cache for each token; cache_fixed, how many
+                 it keeps whatever the length
     matrices     what each head does to a token; only svd.py asks for it
     static_step  True, if with a cache it needs no more than `heads` of one new token, their rows of
                  the rotary table and a key_mask of all rows of the cache; for sample.py --compile
@@ -318,7 +321,8 @@ class Attention(nn.Module):
 
     options = ()
     static_step = False  # whether `heads` gives, with a StaticCache, what it gives with a Cache
-    window = None  # keys that a query sees at most; GroupedLatent sets it
+    window = None  # keys that a query sees at most; GroupedLatent sets it, and V4
+    terms = {}  # what a layer reports in training, as terms of LanguageModel.body
     n_channels = 1  # parallel copies that are folded into the batch; ChannelBlock sets it
 
     def __init__(self, config, source_width=None):
@@ -375,6 +379,10 @@ class Attention(nn.Module):
     def cache_width(self):
         """Numbers that generation keeps for a token in this attention."""
         raise NotImplementedError(f'{type(self).__name__} has no cache_width')
+
+    def cache_fixed(self):
+        """Numbers that generation keeps beside, at most, whatever the length."""
+        return 0
 
     def matrices(self):
         """What each head does to a normed token: {part: (heads (H, d, n), basis (n, D) or None)}.
@@ -436,18 +444,20 @@ class Attention(nn.Module):
     def read(self, scores, cached, key_mask):
         """Means of what is cached, (B, n, S, w), with the softmax of scores (B, H, S): (B, H, w).
         """
-        weights = self.weights(scores, key_mask)
+        weights = self.weights(scores, None if key_mask is None else key_mask[:, :, 0])
         weights = weights.unflatten(1, (cached.size(1), -1))  # (B, H, S) -> (B, n, H/n, S)
         return (weights @ cached).flatten(1, 2)
 
     def weights(self, scores, key_mask):
-        """The softmax of products q.k, (B, H, S) -> the same. key_mask: (1, 1, 1, S) or None."""
+        """The softmax of products q.k, (B, H, ..., S) -> the same. key_mask: broadcasts, or None.
+        """
         scores = scores * self.head_dim ** -0.5
         if key_mask is not None:
-            scores = scores.masked_fill(~key_mask[:, :, 0], -math.inf)
+            scores = scores.masked_fill(~key_mask, -math.inf)
         if self.sink is None:
             return scores.softmax(dim=-1)
-        sink = self.sink.to(scores.dtype)[:, None].expand(scores.size(0), -1, 1)  # (B, H, 1)
+        sink = self.sink.to(scores.dtype).view(-1, *[1] * (scores.dim() - 2))  # (H, ..., 1)
+        sink = sink.expand(*scores.shape[:-1], 1)
         return torch.cat((sink, scores), dim=-1).softmax(dim=-1)[..., 1:]
 
     def score_flops(self, n_keys):
@@ -787,6 +797,7 @@ class TPA(Attention):
         q (B, H, 1, d), k_head and v_head (B, R, S, H), k and v (B, R, S, d) -> (B, 1, H*d)."""
         q = q.transpose(1, 2)  # (B, 1, H, d)
         scores = (q @ k.transpose(2, 3) * k_head.transpose(2, 3)).mean(dim=1)  # (B, H, S)
+        key_mask = None if key_mask is None else key_mask[:, :, 0]
         weights = self.weights(scores, key_mask)[:, None] * v_head.transpose(2, 3)  # (B, R, H, S)
         return (weights @ v).mean(dim=1).flatten(1)[:, None]
 
@@ -802,6 +813,294 @@ def mean_of_products(head, channel):
     """(B, R, T, H), (B, R, T, d) -> (B, H, T, d), the mean over R of the outer products."""
     head = head.permute(0, 2, 3, 1) / head.size(1)  # (B, T, H, R)
     return (head @ channel.transpose(1, 2)).transpose(1, 2)
+
+
+class Compressor(nn.Module):
+    """The history of DeepSeek-V4 in entries, one of every m tokens (arXiv 2606.19348, section 2.3):
+    a mean of their vectors, with weights of its own for each number.
+
+        x -- kv_proj ------------------------------> vectors -+
+        x -- gate_proj -> + position_bias -> softmax -> sum <-+
+                                                         +-> norm -> rotate (cached) -> entry
+
+    overlap, CSA: a token makes two vectors, the first for the entry of the group that follows and
+    the second for that of its own, so that an entry is a mean over 2m tokens. An entry exists once
+    its group is complete, and is rotated by the position of the first token of that group.
+    """
+
+    def __init__(self, n_in, width, group_size, overlap):
+        super().__init__()
+        self.group_size, self.overlap = group_size, overlap
+        self.kv_proj = Linear(n_in, width * (1 + overlap), on_source=True)
+        self.gate_proj = Linear(n_in, width * (1 + overlap), on_source=True)
+        self.position_bias = nn.Parameter(torch.zeros(group_size, width * (1 + overlap)))
+        self.kv_norm = RMSNorm(width)
+
+    def forward(self, source, rope, cache):
+        """source (B, S, n_in), the new tokens -> the entries of all groups until now, (B, n, width)
+        """
+        m, start = self.group_size, 0 if cache is None else cache.n_tokens
+        end, first = start + source.size(1), start // m  # first: the group that is open at `start`
+        kv, gate = self.kv_proj(source), self.gate_proj(source)
+        if cache is not None:  # behind the tokens of the open group, and with overlap of the last
+            kv, gate = cache.last((self, 'open'), self.n_open(end), kv, gate)
+        entries = self.pool(kv, gate)[:, int(self.overlap and first > 0):]
+        if rope is not None:
+            entries = rotate(entries, rope[:, first * m:end // m * m:m])
+        if cache is not None:
+            entries, = cache.extend(self, entries, every=m)
+        return entries
+
+    def n_open(self, end):
+        """How many tokens, of `end`, have a part in entries that do not exist yet."""
+        m = self.group_size
+        return end % m + m * (self.overlap and end >= m)
+
+    def pool(self, kv, gate):
+        """The entry of each complete group of (B, S, .): (B, n, width). With overlap, the first one
+        has no group before it."""
+        m = self.group_size
+        kv, gate = (x[:, :x.size(1) // m * m].unflatten(1, (-1, m)) for x in (kv, gate))
+        gate = gate + self.position_bias  # (B, n, m, width or 2 width)
+        if self.overlap:
+            (kv_next, kv), (gate_next, gate) = kv.chunk(2, dim=-1), gate.chunk(2, dim=-1)
+            kv_next = F.pad(kv_next, (0, 0, 0, 0, 1, 0))[:, :-1]
+            gate_next = F.pad(gate_next, (0, 0, 0, 0, 1, 0), value=-math.inf)[:, :-1]
+            kv, gate = torch.cat((kv_next, kv), dim=2), torch.cat((gate_next, gate), dim=2)
+        weights = gate.softmax(dim=2, dtype=torch.promote_types(gate.dtype, torch.float32))
+        return self.kv_norm((kv * weights.type_as(kv)).sum(dim=2))
+
+
+class Indexer(nn.Module):
+    """Chooses the entries that a query of DeepSeek-V4 reads, by the scores of a few narrow heads,
+    the sum over h of w_h relu(q_h . k). Its keys k come from a Compressor of its own.
+
+    The choice has no gradient, so the loss does not train it, and x, queries' latents and source
+    are taken as given. Its own loss is the Kullback-Leibler divergence of the softmax of its scores
+    from what the attention reads of all entries that a query may see, heads added up and divided by
+    their sum (DeepSeek-V3.2, arXiv 2512.02556, section 2.1).
+    """
+
+    def __init__(self, config, source_width):
+        super().__init__()
+        self.n_head, self.head_dim = config.index_n_head, config.index_head_dim
+        self.topk = config.index_topk
+        self.compressor = Compressor(source_width, self.head_dim, config.csa_group, overlap=True)
+        self.q_b_proj = Linear(config.q_latent, self.n_head * self.head_dim)
+        self.weights_proj = Linear(config.n_embd, self.n_head)
+
+    def forward(self, x, q_latent, source, rope, source_rope, cache):
+        """q (B, h, T, di), w (B, h, T, 1) and k (B, 1, n, di) of `scores`."""
+        k = self.compressor(source.detach(), source_rope, cache)[:, None]
+        q = split_heads(self.q_b_proj(q_latent.detach()), self.n_head)
+        w = self.weights_proj(x.detach()).mT[..., None] * (self.n_head * self.head_dim) ** -0.5
+        return q if rope is None else rotate(q, rope), w, k
+
+    def scores(self, q, w, k):
+        """(B, T, n), in float32 at least."""
+        products = F.relu(q @ k.mT)  # (B, h, T, n)
+        return (products.to(torch.promote_types(q.dtype, torch.float32)) * w).sum(dim=1)
+
+    def choose(self, scores):
+        """The indices of the topk largest scores (B, T, n) of each query, or of all: (B, T, k)."""
+        # relu makes many scores exactly 0: of those the latest entries go first
+        order = 1e-30 * torch.arange(1, scores.size(-1) + 1, device=scores.device)
+        scores = torch.where(scores == 0, order, scores)
+        return scores.topk(min(self.topk, scores.size(-1)), dim=-1).indices
+
+    def divergence(self, scores, read):
+        """The sum over all queries: scores (B, T, n), read (B, T, n), not yet divided by its sum.
+        """
+        read = read / read.sum(dim=-1, keepdim=True).clamp(min=1e-30)
+        return F.kl_div(scores.log_softmax(dim=-1), read, reduction='sum')
+
+
+class V4(Attention):
+    """The attention of DeepSeek-V4 (arXiv 2606.19348, section 2.3). One vector of d numbers a token
+    is the key and the value of all heads. A query reads the last `window` of them, and what lies
+    before through entries, each of which stands for a group of tokens (see Compressor). How many
+    depends on the kind of the layer, a word of `layers`:
+
+        window    none
+        csa       one of every csa_group tokens, each of them a mean over two groups. With
+                  index_topk a query reads only so many, which an Indexer chooses
+        hca       one of every hca_group tokens
+
+        x -- q_a_proj -> norm -> q_b_proj -> norm of each head, no gain -> rotate -> q
+        x -- kv_proj -> norm -> rotate (the last W - 1 cached) ------------+-------> k = v
+        x -- Compressor (entries and open group cached) -------------------+
+
+    Values are rotated as keys are, so what a head has read is rotated back by the position of the
+    query. The published layer has a sink and an output latent in groups: sink=True, o_latent,
+    o_groups. There the base of the rotary angles is 10,000 in window layers and 160,000, stretched
+    by YaRN, in the others; here all have rope_theta.
+
+    The cache grows by d/m numbers a token, with an indexer by (d + index_head_dim)/m; see
+    cache_fixed for the rest.
+    """
+
+    options = ('q_latent', 'window', 'layers', 'csa_group', 'hca_group', 'index_topk',
+               'index_n_head', 'index_head_dim', 'index_loss_coeff')
+    chunk = 256  # queries that are read for at once, or as many as the window has
+
+    def __init__(self, config, source_width=None):
+        """config.layers: the one word of this layer."""
+        super().__init__(config, source_width)
+        self.window, self.index_loss_coeff = config.window, config.index_loss_coeff
+        self.make_queries(config)
+        self.kv_proj = Linear(self.source_width, self.head_dim, on_source=True)
+        self.kv_norm = RMSNorm(self.head_dim)
+        self.compressor = self.indexer = None
+        if config.layers != 'window':
+            sparse = config.layers == 'csa'
+            self.compressor = Compressor(self.source_width, self.head_dim,
+                                         config.csa_group if sparse else config.hca_group, sparse)
+            if sparse and config.index_topk:
+                self.indexer = Indexer(config, self.source_width)
+        self.make_output(config)
+
+    @classmethod
+    def check(cls, config):
+        if not (config.q_latent and config.window):
+            raise ConfigError("attention='v4' needs q_latent, the width of its query latent, and "
+                              'window, the tokens that it reads exactly')
+        if not config.causal:
+            raise ConfigError("attention='v4' compresses the past: it needs causal=True")
+        kinds = config.layers.split()
+        if not kinds or not {*kinds} <= {'window', 'csa', 'hca'}:
+            raise ConfigError(f"layers={config.layers!r}: takes words out of window, csa and hca, "
+                              "such as 'window csa hca csa'")
+        if config.index_topk and config.rope_dims > config.index_head_dim:
+            raise ConfigError(f'rope_dims={config.rope_dims} is more than '
+                              f'index_head_dim={config.index_head_dim}: change one')
+
+    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+        end = source.size(1) + (0 if cache is None else cache.n_tokens)
+        q_latent = self.q_a_norm(self.q_a_proj(x))
+        q = split_heads(self.q_b_proj(q_latent), self.n_head)  # (B, H, T, d)
+        q = F.rms_norm(q, q.shape[-1:], eps=1e-6)
+        kv = self.kv_norm(self.kv_proj(source))[:, None]  # (B, 1, S, d)
+        if rope is not None:
+            q, kv = rotate(q, rope), rotate(kv, source_rope)
+        if cache is not None:
+            kv, = cache.last(self, min(end, self.window - 1), kv)
+        entries, index = kv[:, :, :0], None  # (B, 1, n, d)
+        if self.compressor is not None:
+            entries = self.compressor(source, source_rope, cache)[:, None]
+        if self.indexer is not None:
+            index = self.indexer(x, q_latent, source, rope, source_rope, cache)
+        if self.one_step(x, cache):
+            y = self.step(q[:, :, 0], kv, entries, index)[:, :, None]  # (B, H, 1, d)
+        else:
+            y = self.in_chunks(q, kv, entries, index, end)
+        if rope is not None:
+            cos, sin = rope
+            y = rotate(y, torch.stack((cos, -sin)))
+        return join_heads(y)
+
+    def step(self, q, kv, entries, index):
+        """What one token of generation reads: q (B, H, d) -> (B, H, d)."""
+        if index is not None:
+            chosen = self.indexer.choose(self.indexer.scores(*index))[:, 0]  # (B, k)
+            entries = entries.gather(2, chosen[:, None, :, None].expand(-1, -1, -1, q.size(-1)))
+        k = torch.cat((kv, entries), dim=2)
+        return self.read(self.products(q, k), k, None)
+
+    def in_chunks(self, q, kv, entries, index, end):
+        """What T queries read, the last of which is at position end - 1: (B, H, T, d) -> the same.
+
+        A chunk of them meets the keys of its windows and the entries that exist by its end, so that
+        no mask or matrix is T x T. kv: (B, 1, S, d), of the last S positions. With an indexer and
+        several chunks, backward computes each anew instead of keeping all of their scores.
+        """
+        T, size = q.size(2), max(self.window, self.chunk)
+        read, m = self.read_chunk, self.compressor.group_size if self.compressor else 1
+        if index is not None and T > size and torch.is_grad_enabled():
+            read = partial(checkpoint, read, use_reentrant=False)
+        oldest, parts, divergence = end - kv.size(2), [], 0.0  # oldest: the position of kv's first
+        for t, q in zip(range(end - T, end, size), q.split(size, dim=2)):
+            stop = t + q.size(2)  # q: (B, H, chunk, d), at positions t to stop - 1
+            first, n = max(oldest, t - self.window + 1), min(entries.size(2), stop // m)
+            keys = torch.cat((kv[:, :, first - oldest:stop - oldest], entries[:, :, :n]), dim=2)
+            here = None
+            if index is not None and n:
+                q_index, w, k_index = index
+                rows = slice(t - end + T, stop - end + T)
+                here = q_index[:, :, rows], w[:, :, rows], k_index[:, :, :n]
+            y, apart = read(q, keys, n, t, first, here)
+            parts.append(y)
+            divergence = divergence + apart
+        if index is not None and self.training:
+            n_queries = q.size(0) * max(1, T - m + 1)  # those that see an entry
+            self.terms = {'index_loss': (divergence / n_queries, self.index_loss_coeff)}
+        return torch.cat(parts, dim=2)
+
+    def read_chunk(self, q, keys, n, t, first, index):
+        """q (B, H, chunk, d), whose first is at position t, keys (B, 1, ., d): those of the
+        positions from `first` on, then n entries -> (B, H, chunk, d), the Indexer's divergence."""
+        stop, divergence = t + q.size(2), 0.0
+        query = torch.arange(t, stop, device=q.device)[:, None]
+        key = torch.arange(first, stop, device=q.device)
+        mask = (key <= query) & (key > query - self.window)
+        if n:
+            exists = (query + 1) // self.compressor.group_size
+            exists = torch.arange(n, device=q.device) < exists  # (chunk, n)
+            mask = torch.cat((mask, exists), dim=1)
+        if index is not None:
+            scores = self.indexer.scores(*index)
+            scores = scores.masked_fill(~exists, -1e30)  # not -inf: some see no entry at all
+            if self.training:
+                with torch.no_grad():
+                    read = self.weights(q @ keys.mT, mask)[..., -n:].sum(dim=1)
+                divergence = self.indexer.divergence(scores, read)
+            chosen = torch.zeros_like(scores, dtype=torch.bool)
+            chosen = chosen.scatter(-1, self.indexer.choose(scores), True) & exists
+            mask = mask.repeat(q.size(0), 1, 1)[:, None]  # (B, 1, chunk, .)
+            mask[:, 0, :, -n:] = chosen
+        y = softmax_attention(q, keys, keys, self.sink, mask, scale=self.head_dim ** -0.5,
+                              dropout_p=self.dropout if self.training else 0.0)
+        return y, divergence
+
+    def cache_width(self):
+        if self.compressor is None:
+            return 0
+        index = self.indexer.head_dim if self.indexer else 0
+        return (self.head_dim + index) / self.compressor.group_size
+
+    def cache_fixed(self):
+        """Numbers that the cache holds beside, at most: the window, and what the tokens of open
+        groups give to entries that do not exist yet."""
+        total = (self.window - 1) * self.head_dim
+        for part in self.modules():
+            if isinstance(part, Compressor):
+                m = part.group_size
+                total += 2 * part.position_bias.size(1) * part.n_open(2 * m - 1)
+        return total
+
+    def matrices(self):
+        r, (q, q_basis) = self.rope_dims, self.query_matrices()
+        kv = (self.kv_norm.weight[:, None] * self.kv_proj.weight)[None]  # (1, d, D)
+        parts = dict(v=(kv, None), o=self.output_matrices(), q=(q[:, r:], q_basis),
+                     q_rope=(q[:, :r], q_basis), k=(kv[:, r:], None), k_rope=(kv[:, :r], None))
+        return {name: part for name, part in parts.items() if part[0].size(1)}
+
+    def score_flops(self, n_keys):
+        """n_keys: of a causal query without a window, on average."""
+        T = round(2 * n_keys - 1)  # (T + 1)/2 is what it was
+        n_complete = sum_of_least(T, self.compressor.group_size) if self.compressor else 0
+        n_read = sum_of_least(T, 1, self.window)
+        if self.indexer:
+            n_read += sum_of_least(T, self.compressor.group_size, self.indexer.topk)
+            index = 2 * self.indexer.n_head * (self.indexer.head_dim + 1) * n_complete
+        else:
+            n_read, index = n_read + n_complete, 0
+        return (4 * self.n_head * self.head_dim * n_read + index) / T
+
+
+def sum_of_least(T, m, most=math.inf):
+    """The sum over t = 1 .. T of min(t // m, most)."""
+    n = min(T // m, most)  # reached at t = n m, and kept
+    return m * n * (n - 1) // 2 + n * (T - n * m + 1)
 
 
 class OutputLatent(nn.Module):
@@ -848,7 +1147,7 @@ class OutputLatent(nn.Module):
         return heads, basis if G == 1 else basis.unflatten(0, (G, -1))
 
 
-ATTENTIONS = {'mha': MHA, 'mla': MLA, 'gta': GTA, 'mfa': MFA, 'tpa': TPA}
+ATTENTIONS = {'mha': MHA, 'mla': MLA, 'gta': GTA, 'mfa': MFA, 'tpa': TPA, 'v4': V4}
 
 
 def make_attention(config, source_width=None):
@@ -959,7 +1258,8 @@ def check_ranges(options):
         name, value, members = option.name, getattr(options, option.name), get_args(option.type)
         words = [member for member in members if isinstance(member, str)]
         choices = list(ATTENTIONS) if name == 'attention' else words
-        if isinstance(value, str) and value not in choices:
+        free = option.type is str and not choices  # text of which the attention knows more
+        if isinstance(value, str) and value not in choices and not free:
             takes = f'one of {", ".join(choices)}' if choices else 'no text'
             raise ConfigError(f'{name}={value!r}: takes {takes}')
         if value is None and type(None) in members:
@@ -982,10 +1282,10 @@ class BlockConfig:
     dropout: Share = 0.0  # on the embeddings and on what each branch adds
     attention_dropout: Share | None = None  # on the attention weights; None = dropout
     bias: bool = False  # biases in the attention projections
-    attention: str = 'mha'  # mha, mla, gta, mfa, tpa, or another key of model.ATTENTIONS
+    attention: str = 'mha'  # mha, mla, gta, mfa, tpa, v4, or another key of model.ATTENTIONS
     n_kv_head: Count | None = None  # mha, gta: key and value heads (grouped); None = n_head
     qk_norm: bool = False  # mha, mfa: RMSNorm on the queries and keys of a head
-    q_latent: Count | None = None  # mla, mfa: width of the query latent; None = straight from x
+    q_latent: Count | None = None  # mla, mfa, v4: width of the query latent; None = straight from x
     kv_latent: Count | None = None  # mla: width of a key-value latent
     kv_groups: Count = 1  # mla: latents; each is read by its own n_head / kv_groups heads (GLA)
     kv_branches: Count = 1  # mla: latents that a head reads, each by an attention (MLRA)
@@ -993,6 +1293,14 @@ class BlockConfig:
     rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: who has the rotated key
     q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
     kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
+    window: Count | None = None  # v4: tokens that a query reads exactly, its own included
+    layers: str = 'window'  # v4: kinds of the layers, out of window, csa and hca, repeated
+    csa_group: Count = 4  # v4: tokens an entry in csa layers
+    hca_group: Count = 128  # v4: tokens an entry in hca layers
+    index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all
+    index_n_head: Count = 4  # v4: heads of the indexer, which chooses them
+    index_head_dim: Count = 32  # v4: width of its heads
+    index_loss_coeff: Positive = 1.0  # v4: weight of its loss beside the cross-entropy
     gate: bool = False  # what the heads have read passes a sigmoid of the layer's input
     sink: bool = False  # a learned logit a head in the denominator of the softmax
     o_latent: Count | None = None  # width of the output latent (MLA-o); None = dense output
@@ -1085,13 +1393,23 @@ class TransformerConfig(ModelConfig):
         super().__post_init__()
         if self.n_dense > self.n_layer:
             raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
+        kinds = self.block.layers.split()
+        if len(kinds) > self.n_layer:
+            raise ConfigError(f'layers={self.block.layers!r} names {len(kinds)} layers, but '
+                              f'n_layer={self.n_layer}')
+        if self.block.index_topk and 'csa' not in kinds:
+            raise ConfigError(f"index_topk chooses entries in csa layers: "
+                              f"layers={self.block.layers!r} has none")
         if self.subtract_next_position and not (self.learned_positions and self.block.causal):
             raise ConfigError('subtract_next_position takes the embedding of the next position off '
                               'the last state of a causal model: it needs learned_positions=True '
                               'and causal=True')
 
     def block_of(self, layer):
-        return self.block.dense() if layer < self.n_dense else self.block
+        if layer < self.n_dense:
+            return self.block.dense()
+        kinds = self.block.layers.split()
+        return replace(self.block, layers=kinds[layer % len(kinds)])
 
 
 @dataclass
@@ -1170,6 +1488,9 @@ class GroupedLatentConfig(ModelConfig):
         if self.block_size < self.group_size:
             raise ConfigError(f'block_size={self.block_size}: takes at least one group, '
                               f'group_size={self.group_size}')
+        if self.block.attention == 'v4':
+            raise ConfigError("attention='v4' has groups of its own, which grouped latents have no "
+                              'place for: take another')
         if self.compress == 'perceiver' and self.n_compress != type(self).n_compress:
             raise ConfigError("n_compress belongs to compress='transformer'")
         belongs_to = dict(latent_loss_coeff='latent_loss') | dict.fromkeys(
@@ -1344,7 +1665,17 @@ class LanguageModel(nn.Module):
         x, terms = self.body(self.dropout(self.embed(idx, end)), end, key_mask, cache)
         if cache is not None:
             cache.n_tokens = end
-        return self.norm(x), terms
+        return self.norm(x), terms | self.layer_terms() if self.training else terms
+
+    def layer_terms(self):
+        """What layers report of this call, means over those that do, as terms of `body`."""
+        found = {}
+        for attention in attentions_of(self):
+            for name, term in attention.terms.items():
+                found.setdefault(name, []).append(term)
+            attention.terms = {}
+        return {name: (sum(value for value, _ in terms) / len(terms), terms[0][1])
+                for name, terms in found.items()}
 
     def check_call(self, idx, end, key_mask, cache):
         """Raises ValueError if a call of `states`, up to position end - 1, contradicts itself."""
@@ -2079,16 +2410,32 @@ class Cache:
     def __init__(self, batch, length, head=None):
         self.batch, self.length, self.head = batch, length, head
         self.n_tokens, self.buffers = 0, {}
+        self.ends = {}  # of what `last` keeps: at which token it ends
 
-    def extend(self, owner, *new):
+    def extend(self, owner, *new, every=1):
         """Stores what `owner` computed for T new tokens, tensors (B, ..., T, width). Returns each
-        behind what was stored before, (B, ..., S, width)."""
+        behind what was stored before, (B, ..., S, width). every: there is one row for so many
+        tokens, and `new` are the rows of those that are now complete."""
         if owner not in self.buffers:
-            self.buffers[owner] = [x.new_empty(*x.shape[:-2], self.length, x.size(-1)) for x in new]
-        start, T = self.n_tokens, new[0].size(-2)
+            n_rows = self.length // every
+            self.buffers[owner] = [x.new_empty(*x.shape[:-2], n_rows, x.size(-1)) for x in new]
+        start, T = self.n_tokens // every, new[0].size(-2)
         for buffer, x in zip(self.buffers[owner], new):
             buffer.narrow(-2, start, T).copy_(x.detach())
         return [buffer.narrow(-2, 0, start + T) for buffer in self.buffers[owner]]
+
+    def last(self, owner, n, *new):
+        """As `extend`, for what nobody reads any more when it is old: returns each behind what was
+        kept, and keeps the last n rows. n_tokens can only be set back to 0."""
+        end = self.n_tokens + new[0].size(-2)
+        if self.n_tokens:
+            if self.ends[owner] != self.n_tokens:
+                raise ValueError(f'n_tokens={self.n_tokens}: this cache keeps the last tokens '
+                                 'alone, so that it can be set back to 0 and nowhere else')
+            new = [torch.cat(pair, dim=-2) for pair in zip(self.buffers[owner], new)]
+        self.buffers[owner] = [x[..., x.size(-2) - n:, :].detach().clone() for x in new]
+        self.ends[owner] = end
+        return new
 
     def n_bytes(self):
         return sum(buffer.nbytes for buffers in self.buffers.values() for buffer in buffers)

@@ -407,7 +407,7 @@ def parameter_groups(model):
             if isinstance(module, nn.Embedding) or name == 'lm_head':
                 embeddings.append(parameter)
             elif not (linear and part == 'weight'):
-                known = parameter.dim() == 1 or part in ('gain', 'bias')
+                known = parameter.dim() == 1 or part in ('gain', 'bias', 'position_bias')
                 assert known, f'{name}.{part}: say which group it belongs to'
                 vectors.append(parameter)
     grouped = [layer.weight for layer in layers] + embeddings + vectors

@@ -6,7 +6,7 @@ A file holds an input x (B, T, D), the output y, dy, the gradients dx and grad:N
 sum(y * dy), the weights param:NAME under the other code's names, and `config`, its sizes as json.
 Which attention that is, is in the name of the file: layer_KIND.npz, or layer_KIND_something.npz.
 LAYOUTS says for each KIND which options and weights of ours those are. All are causal, with rotary
-positions of base 10000. Exit status 1: something differs by more than 1e-5 of the largest
+positions of base 10000 or those that the file holds. Exit status 1: something differs by more than 1e-5 of the largest
 entry.
 """
 
@@ -107,7 +107,42 @@ def mlra(c, theirs):
     return options | dict(kv_branches=len(gains)), ours
 
 
-LAYOUTS = dict(gla=gla, gqa_gated=gqa_gated, gta=gta, mfa=mfa, mlra=mlra, tpa=tpa)
+def v4(c, theirs):
+    """Inside each head its last qk_rope_head_dim numbers are rotated, in pairs of neighbours."""
+    r, kind = c['qk_rope_head_dim'], V4_KINDS[c['layer']]
+    options = dict(attention='v4', layers=kind, n_embd=c['hidden_size'], rope_dims=r, sink=True,
+                   n_head=c['num_attention_heads'], head_dim=c['head_dim'],
+                   q_latent=c['q_lora_rank'], window=c['sliding_window'], o_groups=c['o_groups'],
+                   o_latent=c['o_lora_rank'], index_topk=c['index_topk'] if kind == 'csa' else None,
+                   index_n_head=c['index_n_heads'], index_head_dim=c['index_head_dim'],
+                   csa_group=c['compress_rates']['compressed_sparse_attention'],
+                   hca_group=c['compress_rates']['heavily_compressed_attention'])
+
+    def in_order(weight, width):
+        """Rows of heads, or of series of entries, of this width, with ours inside each."""
+        rotated = torch.arange(width - r, width)
+        order = torch.cat((rotated[0::2], rotated[1::2], torch.arange(width - r)))
+        return weight.unflatten(0, (-1, width))[:, order].flatten(0, 1)
+
+    ours = {}
+    for name, weight in theirs.items():
+        name = name.removesuffix('.weight').replace('compressor.indexer.scorer.', 'indexer.')
+        name = name.replace('compressor.indexer.', 'indexer.compressor.')
+        name = name.replace('indexer.compressor.q_b_proj', 'indexer.q_b_proj')
+        name = {'sinks': 'sink', 'o_a_proj': 'o_proj.o_a_proj',
+                'o_b_proj': 'o_proj.o_b_proj'}.get(name, name)
+        width = c['index_head_dim'] if name.startswith('indexer.') else c['head_dim']
+        if name.endswith(('position_bias', 'o_a_proj')):
+            weight = in_order(weight.mT, width).mT
+        elif name.endswith(('q_b_proj', 'kv_proj', 'gate_proj', 'kv_norm')):
+            weight = in_order(weight, width)
+        ours[name] = weight
+    return options, ours
+
+
+V4_KINDS = {'sliding_attention': 'window', 'compressed_sparse_attention': 'csa',
+            'heavily_compressed_attention': 'hca'}
+LAYOUTS = dict(gla=gla, gqa_gated=gqa_gated, gta=gta, mfa=mfa, mlra=mlra, tpa=tpa, v4=v4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -132,18 +167,23 @@ def differences(path):
               if name.startswith('param:')}
     x = arrays['x'].requires_grad_()
     options, weights = LAYOUTS[kind_of(path)](c, theirs)
-    block = BlockConfig(n_head=c['n_head'], n_embd=c['n_embd'], **options)
+    sizes = {name: c[name] for name in ('n_head', 'n_embd') if name in c}
+    block = BlockConfig(**sizes, **options)
     attention = make_attention(block)
-    ours = {f'{name}.weight': weight for name, weight in weights.items()}
     shapes = {name: parameter.shape for name, parameter in attention.named_parameters()}
+    ours = {name if name in shapes else f'{name}.weight': weight
+            for name, weight in weights.items()}
     if {name: weight.shape for name, weight in ours.items()} != shapes:
         sys.exit(f'{path}: its weights have other shapes than its config says')
     rope = rope_table(x.size(1), block.rope_dims, 10000.0)
+    if 'rope:main:cos' in arrays:  # V4: angles of its own in layers that read entries
+        angles = 'main' if block.layers == 'window' else 'compress'
+        rope = torch.stack([arrays[f'rope:{angles}:{part}'][0] for part in ('cos', 'sin')])
     y = torch.func.functional_call(attention, ours, x, dict(rope=rope))
     (y * arrays['dy']).sum().backward()
     pairs = dict(y=(y, arrays['y']), dx=(x.grad, arrays['dx']))
     pairs |= {f'grad:{name}': (weight.grad, arrays[f'grad:{name}'])
-              for name, weight in theirs.items()}
+              for name, weight in theirs.items() if f'grad:{name}' in arrays}
     return {name: ((a - b).abs().max() / b.abs().max()).item() for name, (a, b) in pairs.items()}
 
 

@@ -26,11 +26,12 @@ def test_cached_logits_are_the_uncached_ones(name, batch, pieces):
             parts.append(model(idx[:, start:start + n], cache=cache))
             start += n
     assert (torch.cat(parts, dim=1) - whole).abs().max() < 1e-9
-    assert cache.n_bytes() == batch * 16 * model.cache_bytes_per_token()  # the formula, counted
-    cache.n_tokens = 7  # going back forgets what came later
+    if 'v4' not in name:  # test_v4.py counts what it keeps
+        assert cache.n_bytes() == batch * 16 * model.cache_bytes_per_token()  # the formula, counted
+    cache.n_tokens = back = 0 if 'v4' in name else 7  # going back forgets what came later
     with torch.no_grad():
-        again = model(idx[:, 7:9], cache=cache)
-    assert (again - whole[:, 7:9]).abs().max() < 1e-9
+        again = model(idx[:, back:9], cache=cache)
+    assert (again - whole[:, back:9]).abs().max() < 1e-9
 
 
 @pytest.mark.parametrize('name', EVERY)
@@ -38,7 +39,8 @@ def test_static_steps_give_the_same_logits(name):
     """A step on a StaticCache, in inference mode as in generation, is compiled once for all tokens
     and all caches of a size."""
     model = tiny(**EVERY[name]).eval()
-    assert model.has_static_step() == ('rope_key' in EVERY[name] or 'kv_latent' not in EVERY[name])
+    changes = 'v4' in name or 'kv_latent' in EVERY[name] and 'rope_key' not in EVERY[name]
+    assert model.has_static_step() == (not changes)
     if not model.has_static_step():
         return
     torch._dynamo.reset()  # it compiles a function for eight models at most
