@@ -399,6 +399,7 @@ def layer_options(width, head_dim, latents):
     enough = [n for n in possible if 2 * n * head_dim >= kv + head_dim // 2]
     few = dict(n_kv_head=enough[0] if enough else n_head)
     mla = dict(attention='mla', q_latent=q, kv_latent=kv, rope_key='shared')
+    v4 = dict(attention='v4', q_latent=q, window=128, o_latent=o // 2, o_groups=2, sink=True)
     kinds = {
         'MHA': {}, 'GQA': few, 'MLA': mla, 'MLA-o': mla | dict(o_latent=o),
         'MLA-o, 2 groups': mla | dict(o_latent=o // 2, o_groups=2),
@@ -406,7 +407,8 @@ def layer_options(width, head_dim, latents):
         'MLRA': mla | dict(kv_latent=kv // 2, kv_branches=2), 'GTA': few | dict(attention='gta'),
         'MFA': dict(attention='mfa', q_latent=q), 'TPA': dict(attention='tpa', q_rank=6, kv_rank=2),
         'MHA, gate': dict(gate=True), 'MLA, gate': mla | dict(gate=True),
-        'MHA, sink': dict(sink=True), 'MLA, sink': mla | dict(sink=True)}
+        'MHA, sink': dict(sink=True), 'MLA, sink': mla | dict(sink=True),
+        'V4, window': v4, 'V4, CSA': v4 | dict(layers='csa'), 'V4, HCA': v4 | dict(layers='hca')}
     return {kind: dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2, **options)
             for kind, options in kinds.items()}
 
@@ -446,8 +448,9 @@ class Layer:
         table = rope_table(x.size(1), attention.rope_dims, ModelConfig.rope_theta)
         self.rope = table.to(machine.device)
         self.cache = Cache(1, x.size(1))
-        self.decode(x[:1])
+        self.decode(x[:1, :-1])
         self.cache.n_tokens = x.size(1) - 1
+        self.kept = dict(self.cache.buffers), dict(self.cache.ends)  # before the last token
         self.train_seconds, self.decode_seconds = [], []  # of each round
 
     def forward_backward(self):
@@ -462,6 +465,10 @@ class Layer:
         with self.machine.autocast():
             self.attention(new, rope=self.rope, cache=self.cache)
 
+    def decode_last(self):
+        self.cache.buffers, self.cache.ends = map(dict, self.kept)
+        self.decode(self.x[:1, -1:])
+
 
 def measure_layers(width, T, head_dim, latents, rounds, sizes, machine):
     """{kind: a line of the csv} of the attentions at one size. sizes: the AttentionOptions."""
@@ -472,7 +479,7 @@ def measure_layers(width, T, head_dim, latents, rounds, sizes, machine):
     for i in range(rounds + 1):
         for layer in layers.values():
             train_seconds = repeated(machine.device, layer.forward_backward)
-            decode_seconds = repeated(machine.device, layer.decode, x[:1, :1])
+            decode_seconds = repeated(machine.device, layer.decode_last)
             if i > 0:  # the first round warms up
                 layer.train_seconds.append(train_seconds)
                 layer.decode_seconds.append(decode_seconds)

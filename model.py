@@ -237,7 +237,7 @@ def softmax_attention(q, k, v, sink, mask, is_causal=False, *, scale, dropout_p)
         logit = (sink / scale).to(q.dtype)[:, None, None].expand(*q.shape[:1], -1, q.size(2), 1)
         q = F.pad(torch.cat((q, logit), dim=-1), (0, 0, int(is_causal), 0))
         k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
-        k[:, :, 0, -1] = 1.0
+        k[:, :, 0, -1].fill_(1.0)
         mask = None if mask is None else F.pad(mask, (1, 0), value=True)
     # A CPU has no kernel with dropout, and the backward pass of the one for bfloat16 is slow
     few = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
@@ -322,7 +322,6 @@ class Attention(nn.Module):
     options = ()
     static_step = False  # whether `heads` gives, with a StaticCache, what it gives with a Cache
     window = None  # keys that a query sees at most; GroupedLatent sets it, and V4
-    terms = {}  # what a layer reports in training, as terms of LanguageModel.body
     n_channels = 1  # parallel copies that are folded into the batch; ChannelBlock sets it
 
     def __init__(self, config, source_width=None):
@@ -334,6 +333,7 @@ class Attention(nn.Module):
         self.v_head_dim, self.rope_dims = config.v_head_dim or config.head_dim, config.rope_dims
         self.n_softmax = config.n_head * config.kv_branches  # each head has one, but for MLRA
         self.causal, self.dropout = config.causal, config.attention_dropout
+        self.terms = {}  # what it reports of a call in training, as terms of LanguageModel.body
         v_width = self.n_head * self.v_head_dim
         self.gate_proj = Linear(config.n_embd, v_width) if config.gate else None
         self.sink = nn.Parameter(torch.zeros(self.n_softmax)) if config.sink else None
@@ -1032,7 +1032,7 @@ class V4(Attention):
             divergence = divergence + apart
         if index is not None and self.training:
             n_queries = q.size(0) * max(1, T - m + 1)  # those that see an entry
-            self.terms = {'index_loss': (divergence / n_queries, self.index_loss_coeff)}
+            self.terms['index_loss'] = divergence / n_queries, self.index_loss_coeff
         return torch.cat(parts, dim=2)
 
     def read_chunk(self, q, keys, n, t, first, index):
@@ -1294,7 +1294,7 @@ class BlockConfig:
     q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
     kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
     window: Count | None = None  # v4: tokens that a query reads exactly, its own included
-    layers: str = 'window'  # v4: kinds of the layers, out of window, csa and hca, repeated
+    layers: str = 'window'  # v4: kind of each layer, window, csa or hca; repeated from the start
     csa_group: Count = 4  # v4: tokens an entry in csa layers
     hca_group: Count = 128  # v4: tokens an entry in hca layers
     index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all
@@ -1393,11 +1393,7 @@ class TransformerConfig(ModelConfig):
         super().__post_init__()
         if self.n_dense > self.n_layer:
             raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
-        kinds = self.block.layers.split()
-        if len(kinds) > self.n_layer:
-            raise ConfigError(f'layers={self.block.layers!r} names {len(kinds)} layers, but '
-                              f'n_layer={self.n_layer}')
-        if self.block.index_topk and 'csa' not in kinds:
+        if self.block.index_topk and 'csa' not in self.block.layers.split():
             raise ConfigError(f"index_topk chooses entries in csa layers: "
                               f"layers={self.block.layers!r} has none")
         if self.subtract_next_position and not (self.learned_positions and self.block.causal):
@@ -1673,7 +1669,7 @@ class LanguageModel(nn.Module):
         for attention in attentions_of(self):
             for name, term in attention.terms.items():
                 found.setdefault(name, []).append(term)
-            attention.terms = {}
+            attention.terms.clear()
         return {name: (sum(value for value, _ in terms) / len(terms), terms[0][1])
                 for name, terms in found.items()}
 
@@ -1771,6 +1767,11 @@ class LanguageModel(nn.Module):
 
     def cache_numbers_per_token(self):
         return sum(attention.cache_width() for attention in attentions_of(self))
+
+    def cache_fixed_bytes(self, dtype=None):
+        """Bytes that the cache of a sequence takes beside, at most, whatever its length."""
+        numbers = sum(attention.cache_fixed() for attention in attentions_of(self))
+        return numbers * (dtype or self.tok_emb.weight.dtype).itemsize
 
     def body_flops(self, T):
         """Forward FLOPs a token of everything between embedding and head."""

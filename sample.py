@@ -72,7 +72,8 @@ def draw(model, tokenizer, prompt, options, machine, first, n):
 def samples_together(model, prompt, options, machine):
     """How many samples are drawn together."""
     length = min(len(prompt) + options.max_new_tokens, model.config.block_size)
-    n_bytes = length * model.cache_bytes_per_token(machine.precision)
+    n_bytes = (length * model.cache_bytes_per_token(machine.precision)
+               + model.cache_fixed_bytes(machine.precision))
     return max(1, min(options.num_samples, int(CACHE_BYTES / n_bytes)))
 
 

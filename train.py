@@ -205,14 +205,17 @@ def facts_of(options, model):
                 parameters_without_positions=model.n_params(positions=False),
                 train_flops_per_token=model.flops_per_token(c.block_size,
                                                             predicted_share(options, c)),
-                cache_bytes_per_token=model.cache_bytes_per_token() if c.block.causal else None)
+                cache_bytes_per_token=model.cache_bytes_per_token() if c.block.causal else None,
+                cache_fixed_bytes=model.cache_fixed_bytes() if c.block.causal else None)
 
 
 def print_facts(options, facts):
     flops, cache = facts['train_flops_per_token'], facts['cache_bytes_per_token']
+    fixed = facts['cache_fixed_bytes']
     print(f'{options.arch}: {facts["parameters"]:,} parameters '
           f'({facts["parameters_without_positions"]:,} without positions), {flops / 1e6:.1f} MFLOP '
-          f'a token in training{f", {cache:,.0f} cache bytes a token" if cache else ""}')
+          f'a token in training{f", {cache:,.0f} cache bytes a token" if cache is not None else ""}'
+          f'{f" and up to {fixed:,} in all" if fixed else ""}')
 
 
 # --------------------------------------------------------------------------------------------------

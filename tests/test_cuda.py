@@ -81,6 +81,7 @@ def watch_streams(model):
     *((name, []) for name in CONFIGS),
     ('decoder', ['--vocab_rank=8']),
     ('grouped', ['--compress=perceiver']),
+    ('decoder_v4', ['--layers=csa hca', '--window=16', '--hca_group=16', '--index_topk=4']),
 ])
 def test_every_config_on_cuda(fake_gpu, name, more):
     """Training, evaluation, and for causal models generation: nothing is computed on the CPU,

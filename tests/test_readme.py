@@ -175,7 +175,7 @@ def test_add_your_own_attention(copy):
 
 def test_cached_numbers_at_the_sizes_of_deepseek():
     """The last column of the table of attentions, row by row."""
-    rows = re.findall(r'^\| `(?:mha|mla|gta|mfa|tpa)`.* ([\d,]+) \|$', README, re.MULTILINE)
+    rows = re.findall(r'^\| `(?:mha|mla|gta|mfa|tpa|v4)`.* ([\d,]+) \|$', README, re.MULTILINE)
     plain, mla = dict(head_dim=128, rope_dims=64), dict(attention='mla', head_dim=192, rope_dims=64)
     shared = dict(mla, rope_key='shared')
     attentions = [plain, dict(plain, n_kv_head=8), dict(mla, kv_latent=512),
@@ -184,10 +184,17 @@ def test_cached_numbers_at_the_sizes_of_deepseek():
                   dict(plain, attention='gta', n_kv_head=8),
                   dict(attention='mfa', q_latent=1536, head_dim=256),
                   dict(plain, attention='tpa', q_rank=6, kv_rank=2)]
+    v4 = dict(attention='v4', n_embd=4096, n_head=64, head_dim=512, rope_dims=64, q_latent=1024,
+              window=128, csa_group=4, hca_group=128, o_latent=1024, o_groups=8, index_topk=512,
+              index_n_head=64, index_head_dim=128)
     with torch.device('meta'):
-        widths = [make_attention(BlockConfig(n_embd=7168, n_head=128, **options)).cache_width()
-                  for options in attentions]
-    assert rows == [f'{width:,}' for width in widths]
+        layers = [make_attention(BlockConfig(**dict(n_embd=7168, n_head=128) | options))
+                  for options in (*attentions, dict(v4, layers='csa'), dict(v4, layers='hca'))]
+    assert rows == [f'{layer.cache_width():,.0f}' for layer in layers]
+    assert [f'{layer.cache_fixed():,}' for layer in layers[-2:]] == re.findall(
+        r'beside ([\d,]+)(?: for|\. At)', README)
+    o_a_proj = layers[-1].o_proj.o_a_proj  # of one group after the other
+    assert (o_a_proj.in_features, o_a_proj.out_features // 8) == (4096, 1024)
 
 
 def test_every_file_that_the_readme_names_exists():

@@ -909,7 +909,7 @@ def test_the_zoo_has_one_size_and_many_caches():
                 model = make_model('transformer', **train.split_options(values)[1])
             embedding = model.tok_emb.weight.numel()
             sizes[name], caches[name] = model.n_params() - embedding, model.cache_bytes_per_token()
-    assert len(sizes) == 14 and max(sizes.values()) < 1.001 * min(sizes.values())
+    assert len(sizes) == 15 and max(sizes.values()) < 1.001 * min(sizes.values())
     assert caches['zoo'] == 8 * caches['zoo_mqa'] == max(caches.values())
     alike = 'zoo_mla', 'zoo_mla_per_head', 'zoo_gta', 'zoo_gla', 'zoo_mlra'
     assert len({caches[name] for name in alike}) == 1
