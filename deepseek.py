@@ -13,6 +13,7 @@ layer at a time of a checkpoint of any size (DeepSeek-V3, Kimi-K2, Llama, Qwen3)
 
 import contextlib
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from model import (ARCHITECTURES, MLA, BlockConfig, ConfigError, LanguageModel, 
                    Transformer, flat_options, make_attention, make_model)
 
 # options that a model has to have for its weights to fit DeepSeek-V3's layout
-DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', mlp='swiglu',
-                final_norm=True, bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None,
+DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', final_norm=True,
+                bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None,
                 vocab_rank=None, n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False,
                 o_groups=1)
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have a scale for each 128 x 128 block
@@ -75,41 +76,62 @@ def with_prefix(layout, theirs, ours=''):
             for name, (names, order) in layout.items()}
 
 
+SWIGLU = {'gate_proj.weight': (['in_proj.weight'], None),
+          'up_proj.weight': (['gate_proj.weight'], None),
+          'down_proj.weight': (['out_proj.weight'], None)}
+
+
+def mlp_layout(block):
+    """The tensors of a feed-forward. A * stands for the number of an expert: ours are one tensor,
+    (E, n_out, n_in)."""
+    if block.mlp != 'moe':
+        return SWIGLU
+    shared = with_prefix(SWIGLU, 'shared_experts.', 'shared.') if block.n_shared_experts else {}
+    return {'gate.weight': (['router.weight'], None),
+            'gate.e_score_correction_bias': (['router_bias'], None),
+            **with_prefix(SWIGLU, 'experts.*.'), **shared}
+
+
 def deepseek_layout(config, interleaved=True):
-    """The tensors of a whole DeepSeek-V3 without experts, as mla_layout describes those of an
-    attention. config: a TransformerConfig."""
-    norms_and_mlp = {
-        'input_layernorm.weight': (['attn_norm.weight'], None),
-        'post_attention_layernorm.weight': (['mlp_norm.weight'], None),
-        'mlp.gate_proj.weight': (['mlp.in_proj.weight'], None),
-        'mlp.up_proj.weight': (['mlp.gate_proj.weight'], None),
-        'mlp.down_proj.weight': (['mlp.out_proj.weight'], None)}
-    attention = mla_layout(config.block, interleaved)
-    layer = norms_and_mlp | with_prefix(attention, 'self_attn.', 'attn.')
+    """The tensors of a whole DeepSeek-V3, as mla_layout describes those of an attention. config: a
+    TransformerConfig."""
+    norms = {'input_layernorm.weight': (['attn_norm.weight'], None),
+             'post_attention_layernorm.weight': (['mlp_norm.weight'], None)}
+    attention = with_prefix(mla_layout(config.block, interleaved), 'self_attn.', 'attn.')
     layout = {'model.embed_tokens.weight': (['tok_emb.weight'], None),
               'model.norm.weight': (['norm.weight'], None)}
     if not config.tie_embeddings:
         layout['lm_head.weight'] = ['lm_head.weight'], None
     for i in range(config.n_layer):
-        layout |= with_prefix(layer, f'model.layers.{i}.', f'blocks.{i}.')
+        mlp = with_prefix(mlp_layout(config.block_of(i)), 'mlp.', 'mlp.')
+        layout |= with_prefix(norms | attention | mlp, f'model.layers.{i}.', f'blocks.{i}.')
     return layout
 
 
+def of_each_expert(name, n_experts):
+    """The names that a name with a * stands for; of another, itself."""
+    return [name.replace('*', str(i)) for i in range(n_experts)] if '*' in name else [name]
+
+
 def our_weights(module, layout, tensors):
-    """A state dict for `module`, of tensors {their name: tensor} in this layout. Raises ConfigError
-    if one has another shape than the module asks for."""
+    """Yields (name, tensor) of `module`, of tensors {their name: tensor} in this layout, one of
+    theirs after the other. Raises ConfigError if one is missing, or has another shape than the
+    module asks for."""
     shapes = {name: weight.shape for name, weight in module.state_dict().items()}
-    weights = {}
     for theirs, (names, order) in layout.items():
-        tensor, n_rows = tensors[theirs], [shapes[name][0] for name in names]
+        n_rows = [shapes[name][0] for name in names]
+        parts = of_each_expert(theirs, n_rows[0])
+        if missing := [part for part in parts if part not in tensors]:
+            raise ConfigError(f'{missing[0]}: missing from the checkpoint')
+        tensor = torch.stack([tensors[part] for part in parts]) if '*' in theirs else \
+            tensors[theirs]
         shape = sum(n_rows), *shapes[names[0]][1:]
         if tensor.shape != shape:
             raise ConfigError(f'{theirs}: has the shape {tuple(tensor.shape)}, '
                               f'hf_config asks for {shape}')
         if order is not None:
             tensor = tensor[order.argsort()]
-        weights |= zip(names, tensor.split(n_rows))
-    return weights
+        yield from zip(names, tensor.split(n_rows))
 
 
 def sizes_in(hf_config, names, optional=()):
@@ -160,15 +182,6 @@ def options_of_deepseek(hf_config):
     Raises ConfigError on what no option can say."""
     c = dict(first_k_dense_replace=3, rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu',
              tie_word_embeddings=False) | hf_config
-    rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})
-    if c.get('n_routed_experts') and c['first_k_dense_replace'] < c.get('num_hidden_layers', 0):
-        raise ConfigError(f'layers from {c["first_k_dense_replace"]} on are mixtures of experts, '
-                          'which a Transformer here does not have: load it in transformers, where '
-                          'add_output_latent works too, or look at it with svd.py')
-    if scaling := {rope.get('rope_type'), rope.get('type')} - {None, 'default'}:
-        raise ConfigError(f'rotary scaling {scaling.pop()!r}: only plain rotary positions can be '
-                          'loaded; transformers runs it, and add_output_latent and svd.py work '
-                          'without')
     if c.get('quantization_config'):
         raise ConfigError('quantised weights: convert the checkpoint to bfloat16 first; svd.py '
                           'reads it as it is')
@@ -176,31 +189,105 @@ def options_of_deepseek(hf_config):
         if c[name] != wanted:
             raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
     try:
-        return DEEPSEEK | mla_options(c) | dict(
+        return DEEPSEEK | mla_options(c) | rope_options(c) | expert_options(c) | dict(
             vocab_size=c['vocab_size'], block_size=c['max_position_embeddings'],
             n_layer=c['num_hidden_layers'], mlp_hidden=c['intermediate_size'],
-            rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))),
             tie_embeddings=c['tie_word_embeddings'])
     except KeyError as error:
         raise ConfigError(f'hf_config has no {error.args[0]}: is it the config.json of a '
                           'DeepSeek-V3?') from None
 
 
-def from_deepseek(state_dict, hf_config):
-    """A dense DeepSeek-V3 in the layout of transformers as a Transformer with the same logits, in
-    float32 and in eval mode.
+def expert_options(c):
+    """What a config.json of DeepSeek-V3 says about its feed-forwards. Raises KeyError and
+    ConfigError."""
+    first = c['first_k_dense_replace']
+    if not c.get('n_routed_experts') or first >= c['num_hidden_layers']:
+        return dict(mlp='swiglu')
+    for name, wanted in (('norm_topk_prob', True), ('scoring_func', 'sigmoid'),
+                         ('topk_method', 'noaux_tc'), ('moe_layer_freq', 1)):
+        if c.get(name, wanted) != wanted:
+            raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
+    names = 'n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'n_group', 'topk_group'
+    E, k, hidden, n_group, topk_group = sizes_in(c, names, optional=('n_group', 'topk_group'))
+    return dict(mlp='moe', n_routed_experts=E, n_experts_per_tok=k, expert_hidden=hidden,
+                n_shared_experts=c.get('n_shared_experts') or 0, n_group=n_group or 1,
+                topk_group=topk_group or 1, first_k_dense=first,
+                routed_scaling=float(c.get('routed_scaling_factor', 1.0)))
 
-    state_dict: its tensors, in any precision. hf_config: the dict of its config.json, or the config
-    itself. Raises ConfigError on mixtures of experts, rotary scaling, quantised weights, and
-    tensors that are missing or of another shape.
+
+def rope_options(c):
+    """What a config.json says about rotary angles. Raises KeyError and ConfigError."""
+    rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})
+    options = dict(rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))))
+    kinds = {rope.get('rope_type'), rope.get('type')} - {None, 'default'}  # new name, and old one
+    if not kinds:
+        return options
+    if (kind := kinds.pop()) not in ('linear', 'yarn'):
+        raise ConfigError(f'rotary scaling {kind!r}: only linear and yarn can be loaded; '
+                          'add_output_latent and svd.py work without')
+    factor, all_dims = float(rope['factor']), rope.get('mscale_all_dim') or 0.0
+    options |= dict(rope_factor=factor,
+                    softmax_factor=(0.1 * all_dims * math.log(factor) + 1.0) ** 2)
+    if kind == 'linear':
+        return options
+    angles = rope.get('attention_factor')
+    if angles != 1.0 and (angles or not all_dims or rope.get('mscale') != all_dims):
+        raise ConfigError('YaRN that scales rotated dimensions alone (attention_factor, or an '
+                          'mscale that is not mscale_all_dim): cannot be loaded')
+    for name, wanted in (('beta_fast', 32), ('beta_slow', 1), ('truncate', True)):
+        if (rope.get(name) or wanted) != wanted:
+            raise ConfigError(f'YaRN with {name}={rope[name]}: only {wanted} can be loaded')
+    return options | dict(rope_trained_length=rope['original_max_position_embeddings'])
+
+
+def rope_in_deepseek(c):
+    """The same of a TransformerConfig, for a config.json."""
+    rope, softmax = dict(rope_theta=c.rope_theta), c.block.softmax_factor
+    if c.rope_factor == 1:
+        if softmax != 1:
+            raise ConfigError(f'softmax_factor={softmax}: DeepSeek-V3 has one only with a '
+                              'rope_factor')
+        return rope
+    all_dims = (softmax ** 0.5 - 1) / (0.1 * math.log(c.rope_factor))
+    scaling = dict(rope_type='linear', factor=c.rope_factor, mscale_all_dim=all_dims)
+    if c.rope_trained_length:
+        scaling |= dict(rope_type='yarn', beta_fast=32, beta_slow=1, attention_factor=1.0,
+                        original_max_position_embeddings=c.rope_trained_length)
+    return rope | dict(rope_scaling=scaling)
+
+
+def from_deepseek(state_dict, hf_config):
+    """A DeepSeek-V3 in the layout of transformers as a Transformer with the same logits, in float32
+    and in eval mode.
+
+    state_dict: its tensors, in any precision, or a Checkpoint, of which one tensor at a time is in
+    memory beside the model. Experts are one tensor each, as in files, or stacked, as in a model of
+    transformers. hf_config: the dict of its config.json, or the config itself. Raises ConfigError
+    on what a Transformer cannot be, and on tensors that are missing or of another shape.
     """
     hf_config = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
     model = make_model('transformer', **options_of_deepseek(hf_config))
     layout = deepseek_layout(model.config, hf_config.get('rope_interleave', True))
-    if missing := [name for name in layout if name not in state_dict]:
-        raise ConfigError(f'{missing[0]}: missing from the checkpoint')
-    model.load_state_dict(our_weights(model, layout, state_dict))
+    if not isinstance(state_dict, Checkpoint):
+        state_dict = unstacked(state_dict)
+    ours = model.state_dict()
+    for name, tensor in our_weights(model, layout, state_dict):
+        ours[name].copy_(tensor)
     return model.eval()
+
+
+def unstacked(state_dict):
+    """The tensors of a model of transformers, with those of experts by themselves, as in files."""
+    tensors = dict(state_dict)
+    for name in [name for name in tensors if name.endswith('.experts.gate_up_proj')]:
+        prefix = name.removesuffix('gate_up_proj')
+        gates_and_ups, downs = tensors.pop(name), tensors.pop(f'{prefix}down_proj')
+        for i, (gate_up, down) in enumerate(zip(gates_and_ups, downs)):
+            gate, up = gate_up.chunk(2)
+            tensors |= {f'{prefix}{i}.gate_proj.weight': gate, f'{prefix}{i}.up_proj.weight': up,
+                        f'{prefix}{i}.down_proj.weight': down}
+    return tensors
 
 
 def to_deepseek(model, split=False):
@@ -219,10 +306,17 @@ def to_deepseek(model, split=False):
         raise ConfigError(f'o_norm={block.o_norm!r} stands between the two matrices, which cannot '
                           'be merged: use split=True, and add_output_latent with the same norm on '
                           'the model that is to load them')
+    if block.mlp not in ('swiglu', 'moe'):
+        raise ConfigError(f"mlp={block.mlp!r}: DeepSeek-V3 has swiglu or moe")
+    if block.mlp == 'moe' and not block.n_shared_experts:
+        raise ConfigError('n_shared_experts=0: DeepSeek-V3 has at least one')
+    rope = rope_in_deepseek(c)
     ours, theirs = model.state_dict(), {}
     for name, (names, order) in deepseek_layout(c).items():
         rows = torch.cat([ours[part] for part in names])
-        theirs[name] = rows if order is None else rows[order]
+        rows = rows if order is None else rows[order]
+        parts = rows if '*' in name else [rows]
+        theirs |= zip(of_each_expert(name, len(rows)), parts)
     if block.o_latent and not split:
         for i in range(c.n_layer):
             o_proj = f'model.layers.{i}.self_attn.o_proj'
@@ -235,10 +329,17 @@ def to_deepseek(model, split=False):
         q_lora_rank=block.q_latent, kv_lora_rank=block.kv_latent,
         qk_nope_head_dim=block.head_dim - block.rope_dims, qk_rope_head_dim=block.rope_dims,
         v_head_dim=block.v_head_dim or block.head_dim, max_position_embeddings=c.block_size,
-        rope_theta=c.rope_theta, rope_interleave=True, rms_norm_eps=1e-6, hidden_act='silu',
+        rope_interleave=True, rms_norm_eps=1e-6, hidden_act='silu',
         attention_bias=False, tie_word_embeddings=c.tie_embeddings,
         bos_token_id=None, eos_token_id=None, pad_token_id=None,  # the tokenizer's own
-        first_k_dense_replace=c.n_layer)  # no mixtures of experts
+        first_k_dense_replace=c.n_layer, **rope)  # no mixtures of experts
+    if block.mlp == 'moe':
+        hf_config |= dict(
+            first_k_dense_replace=c.first_k_dense, n_routed_experts=block.n_routed_experts,
+            num_experts_per_tok=block.n_experts_per_tok, n_shared_experts=block.n_shared_experts,
+            moe_intermediate_size=block.expert_hidden, n_group=block.n_group,
+            topk_group=block.topk_group, routed_scaling_factor=block.routed_scaling,
+            norm_topk_prob=True)
     if block.o_latent and split:
         hf_config |= dict(o_latent=block.o_latent, o_norm=block.o_norm)
     return theirs, hf_config
@@ -410,7 +511,7 @@ def read_attention(checkpoint, i):
             layout = mla_layout(block, c.get('rope_interleave', True))
         else:  # Llama's names and rows are those of our MHA
             layout = {name: ([name], None) for name in attention.state_dict()}
-        weights = our_weights(attention, with_prefix(layout, attn), checkpoint)
+        weights = dict(our_weights(attention, with_prefix(layout, attn), checkpoint))
         gain = checkpoint[f'model.layers.{i}.input_layernorm.weight']
         if gain.shape != (block.n_embd,):
             raise ConfigError(f'input_layernorm.weight: has the shape {tuple(gain.shape)}, '

@@ -134,6 +134,50 @@ def grouped_linear(x, weight, n_groups):
     return torch.einsum('...gi,goi->...go', x, weight).flatten(-2)
 
 
+class ChannelLinear(nn.Module):
+    """A Linear for each of C channels as one batched product, (C*B, T, n_in) -> (C*B, T, n_out)."""
+
+    def __init__(self, layer, n_channels):
+        super().__init__()
+        self.n_channels = n_channels
+        self.writes = getattr(layer, 'writes', False)
+        self.on_source = getattr(layer, 'on_source', False)
+        self.fan, self.n_groups = getattr(layer, 'fan', None), getattr(layer, 'n_groups', 1)
+        self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
+        self.bias = None
+        if layer.bias is not None:
+            self.bias = nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
+
+    def forward(self, x):
+        T, C, n_groups = x.size(1), self.n_channels, self.n_groups
+        x = x.reshape(C, -1, n_groups, x.size(-1) // n_groups).transpose(1, 2)  # (C, ., B*T, .)
+        y = x @ self.weight.unflatten(1, (n_groups, -1)).mT  # (C, n_groups, B*T, n_out/n_groups)
+        y = y.transpose(1, 2).flatten(2)  # (C, B*T, n_out)
+        y = y if self.bias is None else y + self.bias
+        return y.view(-1, T, y.size(-1))
+
+
+class ExpertLinear(ChannelLinear):
+    """A Linear for each of E experts as one grouped product. share: how many of the experts a row
+    meets, of all."""
+
+    def __init__(self, layer, n_experts, share):
+        super().__init__(layer, n_experts)
+        self.share = share
+
+    def forward(self, x, ends):
+        """x (n, n_in), sorted by expert; ends (E,): where the rows of each end -> (n, n_out)."""
+        weight, device = self.weight, x.device.type
+        if torch.is_autocast_enabled(device):
+            x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
+        if any(width % 8 for width in weight.shape[1:]) or x.dtype != torch.bfloat16 and (
+                x.dtype == torch.float64 or torch.compiler.is_compiling()):
+            # what groups products cannot do
+            rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+            return torch.cat([F.linear(row, matrix) for row, matrix in zip(rows, weight)])
+        return F.grouped_mm(x, weight.mT, offs=ends)
+
+
 def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
     """A matrix; with a rank, two matrices of that rank, with an RMSNorm between them if inner_norm.
     The bias belongs to the last one, and so does writing into the residual stream."""
@@ -144,12 +188,26 @@ def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
     return nn.Sequential(Linear(n_in, rank), *norm, second)
 
 
-def rope_table(length, rope_dims, theta):
+def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None):
     """Cosine and sine, (2, length, rope_dims/2), of position times theta^(-2i/rope_dims); None if
-    rope_dims is 0. RoFormer, section 3.2.2."""
+    rope_dims is 0. RoFormer, section 3.2.2.
+
+    factor: angles are divided by it, so that positions beyond those of training stay within their
+    range. trained_length: only those of pairs that turn less than once in so many positions; of
+    pairs that turn 32 times and more none, and in between a share (YaRN, arXiv 2309.00071, section
+    3.2).
+    """
     if not rope_dims:
         return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
+    share = 1.0  # of a pair that is divided
+    if trained_length:
+        first, last = (math.log(trained_length / (turns * 2 * math.pi)) * rope_dims
+                       / (2 * math.log(theta)) for turns in (32, 1))  # pairs that turn so often
+        first, last = max(math.floor(first), 0), min(math.ceil(last), rope_dims - 1)
+        pair = torch.arange(rope_dims // 2, dtype=torch.float64)
+        share = ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
+    frequency = frequency * (1 - share + share / factor)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()
 
@@ -188,8 +246,9 @@ def join_heads(y):
     return y.transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
 
 
-def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sink=None):
-    """Softmax attention with scale 1/sqrt(d):
+def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sink=None,
+           scale=None):
+    """Softmax attention with scale 1/sqrt(d), or another:
     q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv).
 
     key_mask: (B, S) bool, True = may be attended to, or a mask that broadcasts to (B, H, T, S).
@@ -198,6 +257,7 @@ def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sin
     sink: (H,) or None, see softmax_attention.
     """
     T, S, d, dv = q.size(2), k.size(2), q.size(-1), v.size(-1)
+    scale = d ** -0.5 if scale is None else scale
     # Flash kernels want heads of one width. Padding with zeros changes no product, and it costs
     # less than the unfused path.
     if d < dv:
@@ -207,7 +267,7 @@ def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sin
 
     windowed = window is not None and window < S
     if windowed and T == S:
-        y = attend_in_windows(q, k, v, window, sink, dropout_p=dropout_p, scale=d ** -0.5)
+        y = attend_in_windows(q, k, v, window, sink, dropout_p=dropout_p, scale=scale)
         return join_heads(y[..., :dv])
     if windowed:
         S = min(S, T + window - 1)  # the first query sees no key before these
@@ -222,7 +282,7 @@ def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sin
         if windowed:
             mask = mask.triu(S - T - window + 1)
     y = softmax_attention(q, k, v, sink, mask, is_causal=causal and mask is None and T > 1,
-                          dropout_p=dropout_p, scale=d ** -0.5)
+                          dropout_p=dropout_p, scale=scale)
     return join_heads(y[..., :dv])
 
 
@@ -333,6 +393,7 @@ class Attention(nn.Module):
         self.v_head_dim, self.rope_dims = config.v_head_dim or config.head_dim, config.rope_dims
         self.n_softmax = config.n_head * config.kv_branches  # each head has one, but for MLRA
         self.causal, self.dropout = config.causal, config.attention_dropout
+        self.scale = config.softmax_factor * config.head_dim ** -0.5
         self.terms = {}  # what it reports of a call in training, as terms of LanguageModel.body
         v_width = self.n_head * self.v_head_dim
         self.gate_proj = Linear(config.n_embd, v_width) if config.gate else None
@@ -422,7 +483,8 @@ class Attention(nn.Module):
 
     def attend(self, q, k, v, key_mask=None):
         dropout_p = self.dropout if self.training else 0.0
-        return attend(q, k, v, self.causal, key_mask, dropout_p, self.window, self.sink)
+        return attend(q, k, v, self.causal, key_mask, dropout_p, self.window, self.sink,
+                      self.scale)
 
     # An attention that need not make keys and values of what it caches has a second way to read,
     # for the one new token of a step of generation; these are the parts of it. H/n heads share one
@@ -451,7 +513,7 @@ class Attention(nn.Module):
     def weights(self, scores, key_mask):
         """The softmax of products q.k, (B, H, ..., S) -> the same. key_mask: broadcasts, or None.
         """
-        scores = scores * self.head_dim ** -0.5
+        scores = scores * self.scale
         if key_mask is not None:
             scores = scores.masked_fill(~key_mask, -math.inf)
         if self.sink is None:
@@ -1057,7 +1119,7 @@ class V4(Attention):
             chosen = chosen.scatter(-1, self.indexer.choose(scores), True) & exists
             mask = mask.repeat(q.size(0), 1, 1)[:, None]  # (B, 1, chunk, .)
             mask[:, 0, :, -n:] = chosen
-        y = softmax_attention(q, keys, keys, self.sink, mask, scale=self.head_dim ** -0.5,
+        y = softmax_attention(q, keys, keys, self.sink, mask, scale=self.scale,
                               dropout_p=self.dropout if self.training else 0.0)
         return y, divergence
 
@@ -1192,6 +1254,79 @@ class MLP(nn.Module):
         return self.out_proj(h)
 
 
+class MoE(nn.Module):
+    """Mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): beside a shared SwiGLU, a
+    token goes through the n_experts_per_tok best of n_routed_experts.
+
+        scores    sigmoid(router x), one for each expert
+        choice    the largest scores + bias; with n_group, only out of the topk_group groups whose
+                  two best have the largest sum
+        output    the sum of the chosen experts, with weights scores / sum of theirs,
+                  times routed_scaling
+
+    No gradient reaches the bias: after a step, `balance` raises it by balance_rate for experts that
+    had less than the mean of the tokens, and lowers it for the others.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        c, D, hidden, E = config, config.n_embd, config.expert_hidden, config.n_routed_experts
+        self.n_experts, self.n_chosen = E, c.n_experts_per_tok
+        self.n_group, self.topk_group = c.n_group, c.topk_group
+        self.scaling, self.balance_rate = c.routed_scaling, c.balance_rate
+        share = self.n_chosen / E
+        self.router = Linear(D, E)
+        self.register_buffer('router_bias', torch.zeros(E))
+        self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens since `balance`
+        self.register_buffer('last_load', torch.zeros(E), persistent=False)  # and before it
+        self.in_proj = ExpertLinear(Linear(D, hidden), E, share)
+        self.gate_proj = ExpertLinear(Linear(D, hidden), E, share)
+        self.out_proj = ExpertLinear(Linear(hidden, D, writes=True), E, share)
+        self.shared = None
+        if c.n_shared_experts:
+            self.shared = MLP(replace(c.dense_mlp(), mlp_hidden=c.n_shared_experts * hidden))
+
+    def forward(self, x):
+        rows, k = x.flatten(0, -2), self.n_chosen  # (N, D)
+        weights, experts = self.route(rows)
+        order = experts.flatten().argsort(stable=True)  # of the N*k pairs (row, expert), by expert
+        counts = (experts.flatten()[:, None] == torch.arange(self.n_experts, device=x.device)).sum(0)
+        if self.training:
+            self.load += counts
+        pairs = rows[:, None].expand(-1, k, -1).flatten(0, 1)  # (N*k, D)
+        h, ends = pairs[order], counts.cumsum(0).int()
+        h = self.out_proj(F.silu(self.in_proj(h, ends)) * self.gate_proj(h, ends), ends)
+        h = h[order.argsort()].unflatten(0, (-1, k))  # (N*k, D), row by row again -> (N, k, D)
+        y = (h * weights[..., None]).sum(dim=1).type_as(h).view(x.shape)
+        return y if self.shared is None else y + self.shared(x)
+
+    def route(self, rows):
+        """rows (N, D) -> weights and experts, both (N, k)."""
+        with torch.autocast(rows.device.type, enabled=False):  # a choice is not to be rounded
+            high = torch.promote_types(rows.dtype, torch.float32)
+            scores = F.linear(rows.to(high), self.router.weight.to(high)).sigmoid()  # (N, E)
+            choice = (scores + self.router_bias).detach()
+            if self.n_group > 1:
+                groups = choice.unflatten(-1, (self.n_group, -1))  # (N, groups, E/groups)
+                best = groups.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
+                out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
+                choice = groups.masked_fill(out[..., None], -math.inf).flatten(-2)
+            experts = choice.topk(self.n_chosen, dim=-1).indices
+            weights = scores.gather(-1, experts)
+            return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.scaling, experts
+
+    @torch.no_grad()
+    def balance(self):
+        """Moves the bias by the tokens that each expert has had, and forgets them."""
+        self.router_bias += self.balance_rate * torch.sign(self.load.mean() - self.load)
+        self.last_load.copy_(self.load)
+        self.load.zero_()
+
+
+def make_mlp(config):
+    return MoE(config) if config.mlp == 'moe' else MLP(config)
+
+
 class Block(nn.Module):
     """Pre-norm residual block: x += attention(norm x), x += mlp(norm x)."""
 
@@ -1200,7 +1335,7 @@ class Block(nn.Module):
         self.attn_norm = make_norm(config.norm, config.n_embd)
         self.attn = make_attention(config, source_width)
         self.mlp_norm = make_norm(config.norm, config.n_embd)
-        self.mlp = MLP(config)
+        self.mlp = make_mlp(config)
         self.dropout = make_dropout(config.dropout)
 
     def forward(self, x, **context):
@@ -1306,12 +1441,21 @@ class BlockConfig:
     o_latent: Count | None = None  # width of the output latent (MLA-o); None = dense output
     o_norm: Literal['none', 'sum', 'head'] = 'none'  # norm of the output latent
     o_groups: Count = 1  # output latents; n_head / o_groups heads write into each
+    softmax_factor: Positive = 1.0  # the softmax is of q.k / sqrt(head_dim) times this
     rope_dims: CountOrZero = 0  # rotary dimensions of a head, its first ones; 0 = none
     norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
-    mlp: Literal['gelu', 'swiglu', 'relu2'] = 'gelu'  # feed-forward
+    mlp: Literal['gelu', 'swiglu', 'relu2', 'moe'] = 'gelu'  # feed-forward; moe: of experts
     mlp_hidden: Count | None = None  # hidden width of the feed-forward; None = 4 n_embd
     mlp_bias: bool = False  # biases in the feed-forward
     mlp_rank: Count | None = None  # each feed-forward matrix as two of this rank; None = dense
+    n_routed_experts: Count | None = None  # moe: experts, of which a token meets a few
+    n_experts_per_tok: Count = 2  # moe: so many
+    n_shared_experts: CountOrZero = 1  # moe: experts that every token meets
+    expert_hidden: Count | None = None  # moe: hidden width of an expert
+    n_group: Count = 1  # moe: groups of experts
+    topk_group: Count = 1  # moe: of which a token's experts are in so many
+    routed_scaling: Positive = 1.0  # moe: what the routed experts give, times this
+    balance_rate: NotNegative = 0.001  # moe: how far the bias of an expert moves in a step
 
     def __post_init__(self):
         check_ranges(self)
@@ -1337,7 +1481,35 @@ class BlockConfig:
                               'output latent: set o_latent')
         if self.n_head % self.o_groups:
             raise ConfigError(f'n_head={self.n_head} is not divisible by o_groups={self.o_groups}')
+        self.check_experts()
         ATTENTIONS[self.attention].check(self)
+
+    def check_experts(self):
+        """Raises ConfigError on options of a mixture of experts that contradict each other."""
+        if self.mlp != 'moe':
+            for name in MOE_OPTIONS:
+                if getattr(self, name) != getattr(BlockConfig, name):
+                    raise ConfigError(f"{name} belongs to mlp='moe': set that too")
+            return
+        E, k, groups = self.n_routed_experts, self.n_experts_per_tok, self.n_group
+        if not (E and self.expert_hidden):
+            raise ConfigError("mlp='moe' needs n_routed_experts and expert_hidden, their width")
+        if self.mlp_bias or self.mlp_rank:
+            raise ConfigError("mlp='moe' has no mlp_bias and no mlp_rank: leave them out")
+        if E % groups or groups > 1 and E // groups < 2 or self.topk_group > groups:
+            raise ConfigError(f'n_group={groups}, topk_group={self.topk_group}: of '
+                              f'n_routed_experts={E}, takes groups of equal size, of two experts '
+                              'at least, and at most n_group of them')
+        if k > E // groups * self.topk_group:
+            raise ConfigError(f'n_experts_per_tok={k} is more than the '
+                              f'{E // groups * self.topk_group} experts to choose from')
+
+    def dense_mlp(self):
+        """The same block with a SwiGLU of mlp_hidden instead of experts."""
+        if self.mlp != 'moe':
+            return self
+        return replace(self, mlp='swiglu',
+                       **{name: getattr(BlockConfig, name) for name in MOE_OPTIONS})
 
     @staticmethod
     def foreign_options(attention):
@@ -1350,7 +1522,11 @@ class BlockConfig:
         """The same block with plain attention and undecomposed matrices."""
         names = *self.foreign_options('mha'), 'o_latent', 'o_norm', 'o_groups'
         defaults = {name: getattr(BlockConfig, name) for name in names}
-        return replace(self, attention='mha', mlp_rank=None, **defaults)
+        return replace(self.dense_mlp(), attention='mha', mlp_rank=None, **defaults)
+
+
+MOE_OPTIONS = ('n_routed_experts', 'n_experts_per_tok', 'n_shared_experts', 'expert_hidden',
+               'n_group', 'topk_group', 'routed_scaling', 'balance_rate')
 
 
 @dataclass
@@ -1362,10 +1538,13 @@ class ModelConfig:
     block_size: Count = 256  # longest sequence, tokens
     n_layer: Count = 6  # number of blocks
     rope_theta: Positive = 10000.0  # rotary base
+    rope_factor: Annotated[float, Range(least=1)] = 1.0  # rotary angles are divided by it
+    rope_trained_length: Count | None = None  # YaRN: only slow angles of so many tokens; None = all
     final_norm: bool = True  # a norm before the vocabulary
     vocab_rank: Count | None = None  # embedding and head through this rank; None = dense
     tie_embeddings: bool = True  # the head is the embedding, transposed
     init_std: Positive = 0.02  # standard deviation of the initial weights
+    zero_writers: bool = True  # matrices that write into the residual stream start at 0
     scale_latents: bool = True  # what goes through a latent starts as large as without it
 
     derived = ()  # options of a block that the architecture sets itself
@@ -1373,6 +1552,9 @@ class ModelConfig:
     def __post_init__(self):
         check_ranges(self)
         self.block = self.make_block(self.block_options)  # a BlockConfig
+        if self.rope_trained_length and self.rope_factor == 1:
+            raise ConfigError('rope_trained_length says which rotary angles rope_factor divides: '
+                              'set that too')
         if self.vocab_rank and not self.tie_embeddings:
             raise ConfigError('vocab_rank shares its matrices with the head: it needs '
                               'tie_embeddings=True')
@@ -1386,6 +1568,7 @@ class TransformerConfig(ModelConfig):
     """One stack of blocks: a decoder (causal) or an encoder."""
 
     n_dense: CountOrZero = 0  # first layers that keep mha and dense feed-forwards
+    first_k_dense: CountOrZero = 0  # moe: first layers that have a swiglu of mlp_hidden instead
     learned_positions: bool = True  # a learned embedding of the position
     subtract_next_position: bool = False  # causal: before the head
 
@@ -1393,6 +1576,8 @@ class TransformerConfig(ModelConfig):
         super().__post_init__()
         if self.n_dense > self.n_layer:
             raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
+        if self.first_k_dense and self.block.mlp != 'moe':
+            raise ConfigError("first_k_dense belongs to mlp='moe': set that too")
         if self.block.index_topk and 'csa' not in self.block.layers.split():
             raise ConfigError(f"index_topk chooses entries in csa layers: "
                               f"layers={self.block.layers!r} has none")
@@ -1405,7 +1590,8 @@ class TransformerConfig(ModelConfig):
         if layer < self.n_dense:
             return self.block.dense()
         kinds = self.block.layers.split()
-        return replace(self.block, layers=kinds[layer % len(kinds)])
+        block = replace(self.block, layers=kinds[layer % len(kinds)])
+        return block.dense_mlp() if layer < self.first_k_dense else block
 
 
 @dataclass
@@ -1497,6 +1683,8 @@ class GroupedLatentConfig(ModelConfig):
         if self.channels_every > self.n_layer:
             raise ConfigError(f'channels_every={self.channels_every}: of {self.n_layer} blocks '
                               'none would have channels')
+        if self.n_channels and self.block.mlp == 'moe':
+            raise ConfigError("n_channels have feed-forwards of their own: not with mlp='moe'")
         if self.n_channels and self.block.o_norm == 'head':
             raise ConfigError("n_channels cannot be combined with o_norm='head'")
 
@@ -1574,7 +1762,7 @@ def init_weights(model):
     what                                     init_std=0.02, say      init_std=None
     ---------------------------------------  ----------------------  --------------------
     matrix                                   N(0, init_std)          N(0, 1/sqrt(fan in))
-    matrix that writes into the residual     N(0, init_std/sqrt(n))  a tenth of that
+    matrix that writes into the residual     0                       a tenth of that
       stream (Linear.writes)
     embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
     embedding of a slot in its group         N(0, init_std)          half of that
@@ -1586,16 +1774,21 @@ def init_weights(model):
 
     gain of the norm of a latent             sqrt(D/L)               1
     one of two matrices that stand for       N(0, 1/sqrt(fan))       as any other
-      one (Linear.fan)                         if it writes: /sqrt(n)
+      one (Linear.fan)
 
-    n counts the matrices that write into one stack of blocks, so that the variance at its end does
-    not grow with its depth (GPT-2). None is for grouped latents: if everything starts small, they
-    stay at the entropy of token frequencies. A tenth lets the skip connections dominate at first.
+    A block whose writers are 0 changes nothing at first: the model starts as its embedding and its
+    head, and learns token frequencies and neighbours before it learns to attend. That is worth more
+    than any attention here (RESULTS.md). zero_writers=False is the rule of GPT-2 instead, N(0,
+    init_std/sqrt(n)), or 1/sqrt(fan n): n counts the matrices that write into one stack of blocks,
+    and the variance at its end does not grow with its depth. None is for grouped latents: if
+    everything starts small, they stay at the entropy of token frequencies. A tenth lets the skip
+    connections dominate at first.
     A normed latent has unit variance, and a matrix of init_std sums over L of its numbers alone:
     without the gain keys, values and queries start sqrt(D/L) too small. RESULTS.md has what this
     is worth; LongCat-Flash (arXiv 2509.01322) has the same factor as a constant.
     """
     std, scaled = model.config.init_std, model.config.scale_latents
+    zero = std and model.config.zero_writers
     for name, stack in model.named_children():
         n_writers = sum(getattr(module, 'writes', False) for module in stack.modules())
         for module in stack.modules():
@@ -1606,7 +1799,7 @@ def init_weights(model):
                 fan = getattr(module, 'fan', None) if std and scaled else None
                 scale = fan ** -0.5 if fan else std or module.weight.size(-1) ** -0.5
                 if getattr(module, 'writes', False):
-                    scale *= n_writers ** -0.5 if std else 0.1
+                    scale *= 0.0 if zero else n_writers ** -0.5 if std else 0.1
                 nn.init.normal_(module.weight, std=scale)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -1634,7 +1827,8 @@ class LanguageModel(nn.Module):
     def add_rope(self, name, rope_dims, length, times=slice(None)):
         """Registers the rotary table of these positions, all of them or `times`, as a buffer that
         no checkpoint holds; None where rope_dims is 0."""
-        table = rope_table(length, rope_dims, self.config.rope_theta)
+        c = self.config
+        table = rope_table(length, rope_dims, c.rope_theta, c.rope_factor, c.rope_trained_length)
         self.register_buffer(name, None if table is None else table[:, times], persistent=False)
 
     def body(self, x, end, key_mask, cache):
@@ -1755,6 +1949,12 @@ class LanguageModel(nn.Module):
         """
         return sum(p.numel() for name, p in self.named_parameters()
                    if positions or name != 'pos_emb.weight')
+
+    def n_active_params(self):
+        """Number of parameters that one token meets: of the routed experts, its own."""
+        return self.n_params() - round(sum(
+            (1 - layer.share) * layer.weight.numel() for layer in self.modules()
+            if isinstance(layer, ExpertLinear)))
 
     def flops_per_token(self, T, predicted=1.0):
         """Training FLOPs a token at length T; see training_flops."""
@@ -2238,29 +2438,6 @@ class Up(nn.Module):
         return self.up(self.query_norm(skip), source=latents, key_mask=mask, **here.up)
 
 
-class ChannelLinear(nn.Module):
-    """A Linear for each of C channels as one batched product, (C*B, T, n_in) -> (C*B, T, n_out)."""
-
-    def __init__(self, layer, n_channels):
-        super().__init__()
-        self.n_channels = n_channels
-        self.writes = getattr(layer, 'writes', False)
-        self.on_source = getattr(layer, 'on_source', False)
-        self.fan, self.n_groups = getattr(layer, 'fan', None), getattr(layer, 'n_groups', 1)
-        self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
-        self.bias = None
-        if layer.bias is not None:
-            self.bias = nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
-
-    def forward(self, x):
-        T, C, n_groups = x.size(1), self.n_channels, self.n_groups
-        x = x.reshape(C, -1, n_groups, x.size(-1) // n_groups).transpose(1, 2)  # (C, ., B*T, .)
-        y = x @ self.weight.unflatten(1, (n_groups, -1)).mT  # (C, n_groups, B*T, n_out/n_groups)
-        y = y.transpose(1, 2).flatten(2)  # (C, B*T, n_out)
-        y = y if self.bias is None else y + self.bias
-        return y.view(-1, T, y.size(-1))
-
-
 def make_channels(module, n_channels):
     """Gives every channel its own copy of the module's linear layers."""
     for name, child in module.named_children():
@@ -2629,7 +2806,7 @@ def block_flops(module, queries, sources, keys):
     for part in module.modules():
         if isinstance(part, (nn.Linear, ChannelLinear)):
             rows = sources if getattr(part, 'on_source', False) else queries
-            total += 2 * part.weight.numel() * rows
+            total += 2 * part.weight.numel() * rows * getattr(part, 'share', 1)
         elif isinstance(part, Attention):
             total += part.score_flops(keys) * queries + part.product_flops(queries, sources)
         elif isinstance(part, ChannelBlock):  # each channel goes through the shared feed-forwards

@@ -418,6 +418,7 @@ class Run:
     def close(self):
         if self.writes:
             plot_losses(self.folder)
+            plot_expert_shares(self.folder)
         if self.wandb:
             self.wandb.finish()
 
@@ -539,3 +540,24 @@ def plot_losses(folder):
     axes.grid(alpha=0.3)
     axes.legend()
     save_figure(figure, folder / 'loss.png')
+
+
+def plot_expert_shares(folder):
+    """RUN/experts.png, if there are any: of each layer, how many times the mean of the tokens each
+    expert had, over the steps."""
+    lines = [line for line in read_metrics(folder) if line.get('expert_shares')]
+    if not lines:
+        return
+    shares = np.array([line['expert_shares'] for line in lines])  # (reports, layers, experts)
+    n_layers, n_experts = shares.shape[1:]
+    figure, panels = pyplot().subplots(n_layers, sharex=True, figsize=(7, 1 + 1.2 * n_layers),
+                                       layout='constrained', squeeze=False)
+    for i, axes in enumerate(panels[:, 0]):
+        image = axes.imshow(shares[:, i].T * n_experts, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2,
+                            extent=(lines[0]['step'], lines[-1]['step'], n_experts - 0.5, -0.5),
+                            interpolation='nearest')
+        axes.set_ylabel(f'layer {i}')
+    panels[-1, 0].set_xlabel('step')
+    figure.colorbar(image, ax=panels[:, 0], label='tokens of an expert, 1 = the mean')
+    figure.suptitle(folder.name)
+    save_figure(figure, folder / 'experts.png')

@@ -29,7 +29,7 @@ import config
 import prepare
 from config import UserError
 from deepseek import add_output_latent
-from model import (ARCHITECTURES, BlockConfig, ChannelLinear, ConfigError, Count, CountOrZero,
+from model import (ARCHITECTURES, BlockConfig, ChannelLinear, ConfigError, Count, CountOrZero, MoE,
                    ModelConfig, NotNegative, Positive, Range, Share, flat_options, make_config)
 from prepare import DataOptions, Tokenizer
 from run import (Machine, MachineOptions, Run, best_checkpoint, build, describe, load_checkpoint,
@@ -203,6 +203,7 @@ def facts_of(options, model):
     c = model.config
     return dict(parameters=model.n_params(),
                 parameters_without_positions=model.n_params(positions=False),
+                active_parameters=model.n_active_params(),
                 train_flops_per_token=model.flops_per_token(c.block_size,
                                                             predicted_share(options, c)),
                 cache_bytes_per_token=model.cache_bytes_per_token() if c.block.causal else None,
@@ -211,9 +212,10 @@ def facts_of(options, model):
 
 def print_facts(options, facts):
     flops, cache = facts['train_flops_per_token'], facts['cache_bytes_per_token']
-    fixed = facts['cache_fixed_bytes']
+    fixed, active = facts['cache_fixed_bytes'], facts['active_parameters']
+    active = f', {active:,} active' if active < facts['parameters'] else ''
     print(f'{options.arch}: {facts["parameters"]:,} parameters '
-          f'({facts["parameters_without_positions"]:,} without positions), {flops / 1e6:.1f} MFLOP '
+          f'({facts["parameters_without_positions"]:,} without positions{active}), {flops / 1e6:.1f} MFLOP '
           f'a token in training{f", {cache:,.0f} cache bytes a token" if cache is not None else ""}'
           f'{f" and up to {fixed:,} in all" if fixed else ""}')
 
@@ -632,7 +634,15 @@ def train_step(runner, optimizers, data, step, options, machine, micro, n_accumu
     for optimizer in optimizers:
         optimizer.step()
     runner.zero_grad(set_to_none=True)
+    for layer in mixtures(runner):
+        if machine.world > 1:
+            dist.all_reduce(layer.load)
+        layer.balance() if optimizers else layer.load.zero_()
     return means, norm
+
+
+def mixtures(model):
+    return [module for module in model.modules() if isinstance(module, MoE)]
 
 
 def stop_if_not_finite(step, *values):
@@ -707,17 +717,31 @@ def report(run, options, machine, step, now, lr, means, grad_norm, seconds_a_ste
     T = model.config.block_size
     rate = options.batch_size * T / seconds_a_step
     flops = rate * model.flops_per_token(T, predicted_share(options, model.config))
-    mfu, memory = machine.mfu(flops), machine.memory_gb()
+    mfu, memory, load = machine.mfu(flops), machine.memory_gb(), expert_load(model)
     run.record(step=step, tokens=step * options.batch_size * T, seconds=now, lr=lr,
                grad_norm=grad_norm, tokens_per_second=rate, memory_gb=memory,
                **{f'train_{name}': value for name, value in terms.items()},
-               **(dict(mfu=mfu) if mfu else {}))
+               **(dict(mfu=mfu) if mfu else {}), **load)
     left = min((options.max_iters - step) * seconds_a_step,
                (options.max_seconds or math.inf) - now)
     run.say(f'step {step}{"" if options.max_seconds else f"/{options.max_iters}"}: '
-            f'{describe(terms)}, lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
+            f'{describe(terms)}, '
+            f'{f"busiest expert {busiest:.2f}, " if (busiest := load.get("busiest_expert")) else ""}'
+            f'lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
             f'{f", {mfu:.0%} MFU" if mfu else ""}, {memory:.1f} GB, '
             f'{timedelta(seconds=max(0, round(left)))} left')
+
+
+def expert_load(model):
+    """What metrics.jsonl says of the tokens that the last step has routed: of each layer with
+    experts the share of each, and how many times the mean the busiest expert of all has had. {}
+    without experts."""
+    shares = [layer.last_load / layer.last_load.sum() for layer in mixtures(model)]
+    if not shares:
+        return {}
+    busiest = max((share.max() * len(share)).item() for share in shares)
+    return dict(expert_shares=[[round(x, 5) for x in share.tolist()] for share in shares],
+                busiest_expert=busiest)
 
 
 def train(options, model, forward, checkpoint, machine, data):

@@ -9,7 +9,7 @@ import transformers
 from safetensors.torch import save_file
 
 from deepseek import Checkpoint, add_output_latent, from_deepseek, read_attention, to_deepseek
-from model import ConfigError, OutputLatent, flat_options, make_model, rope_table
+from model import ConfigError, MoE, OutputLatent, flat_options, make_model, rope_table
 from test_model import tokens
 
 BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -17,6 +17,10 @@ BASE = dict(vocab_size=61, hidden_size=64, intermediate_size=96, num_hidden_laye
             tie_word_embeddings=False, pad_token_id=None, bos_token_id=None, eos_token_id=None)
 DEEPSEEK = dict(q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=24, qk_rope_head_dim=8,
                 v_head_dim=24, first_k_dense_replace=2)
+MOE = dict(first_k_dense_replace=1, n_routed_experts=8, n_group=2, topk_group=1,
+           num_experts_per_tok=2, moe_intermediate_size=32)
+YARN = dict(rope_type='yarn', rope_theta=1e4, factor=40.0, mscale=0.7, mscale_all_dim=0.7,
+            beta_fast=32, beta_slow=1, original_max_position_embeddings=16)
 SHAPES = {
     'base': {},
     'no_query_latent': dict(q_lora_rank=None),
@@ -26,6 +30,15 @@ SHAPES = {
     'tied': dict(tie_word_embeddings=True),
     'not_interleaved': dict(rope_interleave=False),
     'theta': dict(rope_parameters=dict(rope_type='default', rope_theta=500.0)),
+    'yarn': dict(rope_parameters=YARN),
+    'yarn_without_mscale': dict(rope_parameters=YARN | dict(
+        mscale=None, mscale_all_dim=0, attention_factor=1.0, factor=2.5)),
+    'linear': dict(rope_parameters=dict(rope_type='linear', rope_theta=1e4, factor=4.0)),
+    'experts': MOE,
+    'experts_in_one_group': MOE | dict(n_group=1, topk_group=1, num_experts_per_tok=3,
+                                       first_k_dense_replace=0, n_shared_experts=2),
+    'experts_scaled': MOE | dict(n_group=4, topk_group=2, routed_scaling_factor=2.5,
+                                 q_lora_rank=None, rope_parameters=YARN),
 }
 
 
@@ -37,6 +50,9 @@ def theirs(family='DeepseekV3', **options):
     model = getattr(transformers, f'{family}ForCausalLM')(config).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.2)
+    for name, buffer in model.named_buffers():
+        if name.endswith('e_score_correction_bias'):
+            torch.nn.init.normal_(buffer, std=0.2)
     return model
 
 
@@ -45,7 +61,7 @@ def assert_close(a, b):
 
 
 @pytest.mark.parametrize('name', SHAPES)
-def test_logits_and_greedy_text_are_theirs_both_ways(name):
+def test_logits_and_greedy_text_are_theirs_both_ways(name, tmp_path):
     original = theirs(**SHAPES[name])
     model, idx = from_deepseek(original.state_dict(), original.config), tokens(2, 20)
     with torch.no_grad():
@@ -53,10 +69,30 @@ def test_logits_and_greedy_text_are_theirs_both_ways(name):
         greedy = original.generate(idx, max_new_tokens=15, do_sample=False)
         assert torch.equal(model.generate(idx, 15, temperature=0), greedy)
         weights, hf_config = to_deepseek(model)
-        back = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(**hf_config)).eval()
-        missing, unexpected = back.load_state_dict(weights, strict=False)
-        assert not unexpected and set(missing) <= {'lm_head.weight'}  # tied
-        assert_close(back(idx).logits, original(idx).logits)
+        save_file({key: weight.contiguous() for key, weight in weights.items()},
+                  tmp_path / 'model.safetensors', metadata=dict(format='pt'))
+        (tmp_path / 'config.json').write_text(json.dumps(hf_config))
+        back, info = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, output_loading_info=True, dtype=torch.float32)
+        assert not info['unexpected_keys'] and not info['missing_keys']
+        assert_close(back.eval()(idx).logits, original(idx).logits)
+        again = from_deepseek(Checkpoint(tmp_path), hf_config)
+        assert torch.equal(again(idx), model(idx))
+
+
+@pytest.mark.parametrize('name', ['experts', 'yarn', 'experts_scaled'])
+def test_gradients_are_theirs(name):
+    original, idx = theirs(**SHAPES[name]), tokens(2, 20)
+    model = from_deepseek(original.state_dict(), original.config)
+    dy = torch.randn(2, 20, 61)
+    (original(idx).logits * dy).sum().backward()
+    (model(idx) * dy).sum().backward()
+    assert_close(model.tok_emb.weight.grad, original.model.embed_tokens.weight.grad)
+    for ours, layer in zip(model.blocks, original.model.layers):
+        assert_close(ours.attn.kv_a_norm.weight.grad, layer.self_attn.kv_a_layernorm.weight.grad)
+        if isinstance(ours.mlp, MoE):
+            assert_close(ours.mlp.router.weight.grad, layer.mlp.gate.weight.grad)
+            assert_close(ours.mlp.out_proj.weight.grad, layer.mlp.experts.down_proj.grad)
 
 
 OURS = dict(vocab_size=61, block_size=40, n_layer=2, n_head=4, n_embd=64, attention='mla',
@@ -99,8 +135,6 @@ def test_an_output_latent_is_kept_split(norm):
 
 LLAMA = dict(family='Llama', num_key_value_heads=2)
 QWEN3 = dict(family='Qwen3', num_key_value_heads=2, head_dim=24)
-MOE = dict(first_k_dense_replace=1, n_routed_experts=8, n_group=2, topk_group=1,
-           num_experts_per_tok=2, moe_intermediate_size=32)
 
 
 @pytest.mark.parametrize('options', [MOE, dict(q_lora_rank=None), LLAMA, QWEN3],
@@ -138,8 +172,8 @@ TINY = dict(vocab_size=61, n_layer=1, n_embd=32)
 
 @pytest.mark.parametrize('make', [
     lambda: ours(),
-    lambda: make_model('transformer', **TINY).eval(),
-    lambda: make_model('encoder_decoder', **TINY, n_head=4).eval(),
+    lambda: make_model('transformer', **TINY, zero_writers=False).eval(),
+    lambda: make_model('encoder_decoder', **TINY, n_head=4, zero_writers=False).eval(),
     lambda: theirs(),
     lambda: theirs(**MOE),
     lambda: theirs(**LLAMA, attention_bias=True)],
@@ -180,7 +214,7 @@ def test_svd_is_the_best_product_and_the_config_follows():
     ('encoder_decoder', dict(cross_n_head=4))])
 def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options):
     """At full rank nothing changes, and the config rebuilds the model."""
-    model, idx = make_model(arch, **OURS | options).eval(), tokens(1, 9)
+    model, idx = make_model(arch, **OURS | options, zero_writers=False).eval(), tokens(1, 9)
     before = model(idx)
     add_output_latent(model, 32, n_groups=2)
     assert_close(model(idx), before)
@@ -193,10 +227,14 @@ def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(first_k_dense_replace=1),
-     'layers from 1 on are mixtures of experts.*transformers, where add_output_latent'),
-    (dict(rope_scaling=dict(type='yarn', factor=40)), "rotary scaling 'yarn'"),
-    (dict(rope_parameters=dict(rope_type='yarn', factor=40)), "rotary scaling 'yarn'"),
+    (MOE, 'model.layers.1.mlp.gate.weight: missing'),
+    (dict(MOE, scoring_func='softmax'), 'scoring_func=softmax: only sigmoid'),
+    (dict(MOE, norm_topk_prob=False), 'norm_topk_prob=False: only True'),
+    (dict(MOE, num_experts_per_tok=5), 'n_experts_per_tok=5 is more than the 4 experts'),
+    (dict(rope_scaling=dict(type='llama3', factor=8)), "rotary scaling 'llama3'"),
+    (dict(rope_scaling=dict(type='yarn', factor=40)), 'YaRN that scales rotated dimensions alone'),
+    (dict(rope_parameters=YARN | dict(mscale=1.0)), 'YaRN that scales rotated dimensions alone'),
+    (dict(rope_parameters=YARN | dict(beta_fast=16)), 'YaRN with beta_fast=16: only 32'),
     (dict(quantization_config=dict(quant_method='fp8')), 'convert the checkpoint to bfloat16'),
     (dict(attention_bias=True), 'attention_bias=True: only False'),
     (dict(rms_norm_eps=1e-5), 'rms_norm_eps=1e-05: only 1e-06'),
@@ -221,7 +259,7 @@ def test_from_deepseek_names_what_is_missing():
 
 @pytest.mark.parametrize('options, message', [
     (dict(o_latent=12, o_norm='sum'), "o_norm='sum' stands between the two matrices.*split=True"),
-    (dict(mlp='gelu'), 'mlp=gelu: DeepSeek-V3 has swiglu'),
+    (dict(mlp='gelu'), 'mlp=.gelu.: DeepSeek-V3 has swiglu or moe'),
     (dict(rope_key='per_head'), 'rope_key=per_head: DeepSeek-V3 has shared'),
     (dict(n_dense=1), 'n_dense=1: DeepSeek-V3 has 0'),
     (dict(gate=True), 'gate=True: DeepSeek-V3 has False'),

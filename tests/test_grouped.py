@@ -41,12 +41,13 @@ GROUPED = {
     'mfa': dict(attention='mfa', q_latent=12, n_channels=2),
     'tpa': dict(rope_dims=4, attention='tpa', q_rank=3, kv_rank=2, n_channels=2,
                 upsample='attention', compress='perceiver', global_window=3),
+    'experts': dict(rope_dims=4, mlp='moe', n_routed_experts=4, expert_hidden=6),
     'three_levels': dict(latents=(5, 3, 1), widths=(16, 16, 24, 32)),
 }
 
 
 # the others are marked slow: pytest -m slow
-FAST = ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window', 'gla')
+FAST = ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window', 'gla', 'experts')
 VARIANTS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in GROUPED]
 
 
@@ -299,7 +300,7 @@ def test_every_parameter_is_stepped_once(name):
     parameter_groups(model)  # asserts it
     optimizers = make_optimizers(model, TrainOptions(optimizer='muon', learning_rate=1e-2))
     assert isinstance(optimizers[0], Muon)
-    before, idx = copy.deepcopy(model.state_dict()), tokens(2, 20)
+    before, idx = copy.deepcopy(dict(model.named_parameters())), tokens(2, 20)
     for _ in range(3):
         loss = model(idx, idx)['loss']
         loss.backward()
@@ -307,7 +308,7 @@ def test_every_parameter_is_stepped_once(name):
             optimizer.step()
         model.zero_grad()
     assert model(idx, idx)['loss'] < loss
-    unmoved = [key for key, value in model.state_dict().items() if torch.equal(value, before[key])]
+    unmoved = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
     assert not unmoved
 
 

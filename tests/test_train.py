@@ -34,6 +34,8 @@ SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_s
          '--n_layer=2', '--n_head=2', '--n_embd=32', '--batch_size=8', '--eval_iters=2',
          '--log_interval=1', '--warmup_iters=2', '--device=cpu', '--max_iters=6',
          '--eval_interval=3', '--out_dir=run', '--dtype=float32']  # auto differs by machine
+EXPERTS = ['--mlp=moe', '--n_routed_experts=8', '--expert_hidden=16', '--n_group=2',
+           '--balance_rate=0.01', '--first_k_dense=1']
 ENCODER = ['--causal=False', '--learned_positions=False', '--rope_dims=8', '--attention=mla',
            '--kv_latent=8', '--q_latent=16', '--o_latent=16', '--norm=rms', '--dropout=0.1',
            '--attention_dropout=0.1']
@@ -363,6 +365,8 @@ RESUMED = {
     'muon': ['--optimizer=muon', '--dropout=0.1'],
     'encoder_decoder': ENCDEC,
     'grouped': GROUPED,
+    'experts': [*EXPERTS, '--batch_size=8', '--micro_batch_size=4'],
+    'experts_muon': [*EXPERTS, '--optimizer=muon'],
     'grouped_muon': [*GROUPED, '--optimizer=muon'],
     'compiled': ['--compile=True', '--dropout=0.1'],
 }
@@ -412,7 +416,7 @@ def test_two_processes_give_the_losses_of_one(data, script):
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
                 '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0', str(REPOSITORY / 'train.py')]
     encoder = [a for a in ENCODER if 'dropout' not in a]
-    for name, arguments in (('encoder', encoder), ('decoder', [])):
+    for name, arguments in (('encoder', encoder), ('decoder', []), ('experts', EXPERTS)):
         script(train, *SMALL, *arguments, f'--out_dir={name}1')
         run = shell(*torchrun, *SMALL, *arguments, '--micro_batch_size=2', f'--out_dir={name}2')
         assert run.returncode == 0, run.stderr
@@ -421,6 +425,7 @@ def test_two_processes_give_the_losses_of_one(data, script):
         assert len(one) == len(two) == 9
         for a, b in zip(one, two):
             assert a.keys() == b.keys()
+            assert a.pop('expert_shares', None) == b.pop('expert_shares', None)
             for key in a.keys() - set(TIMES):
                 assert math.isclose(a[key], b[key], rel_tol=2e-5), key
 
