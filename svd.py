@@ -8,18 +8,20 @@ too), of which one layer is in memory at a time.
 For each layer Q, K, V, O and the fused QK (what a head compares) and VO (what it copies): of each
 head, and stacked over heads, each head divided by its largest singular value. Gains of the norms
 before a matrix are folded in. Rotated dimensions stand apart: q_rope, k_rope, and qk_rope, their
-product at distance zero. The effective rank is the least k that leaves at most 1% of the energy,
-the sum of squares, beyond the first k (--discarded=0.001: at most 0.1%); beside it stands that of
-matrices of the same shapes filled with Gaussian noise.
+product at distance zero. The effective rank is the least k that leaves at most 1%, or 0.1%, of the
+energy, the sum of squares, beyond the first k (--discarded=0.05: at most 5%); beside it stands that
+of matrices of the same shapes filled with Gaussian noise.
 
-Writes svd.json with all singular values, layers.png and heads.png; and svd.jsonl, layer by layer:
-after a kill, or with other layers or another share, the same command goes on from what is there.
+Writes svd.json with all singular values, layers.png and heads.png, with --plot_heads=True a plot
+of each layer too; and svd.jsonl, layer by layer: after a kill, or with other layers, shares or
+plots, the same command goes on from what is there.
 """
 
 import collections
 import contextlib
 import itertools
 import json
+import math
 import os
 import re
 import statistics
@@ -33,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 import config
 from config import UserError
@@ -46,6 +49,7 @@ FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))
 KINDS = 'q', 'k', 'qk', 'v', 'o', 'vo', 'q_rope', 'k_rope', 'qk_rope'
 PANELS = ('q', 'k', 'qk', 'q_rope', 'k_rope', 'qk_rope'), ('v', 'o', 'vo')  # of a plot
 PUBLISHED = 0.01, 0.001  # shares of the energy, whose ranks are always in svd.json
+Share = Annotated[float, Range(above=0, below=1)]
 CLEARLY_BELOW = 0.9  # share of the rank of noise
 
 
@@ -57,7 +61,8 @@ class SvdOptions:
     heads_of: CountOrZero | None = None  # layer of the head-wise plot; None = the middle one
     stacked: bool = True  # also stack the heads: minutes a layer at DeepSeek-V3's width
     align: bool = False  # also angles between what heads write, and between that and what is read
-    discarded: Annotated[float, Range(above=0, below=1)] = 0.01  # share of the energy to leave out
+    discarded: tuple[Share, ...] = PUBLISHED  # shares of the energy to leave out
+    plot_heads: bool = False  # also spectra-0.png and so on for each layer, a curve for each head
     device: str = 'cpu'  # torch device for the linear algebra, which is in float64
     out_dir: str | None = None  # results; None = the run's folder, for a checkpoint out/svd-NAME
     seed: Seed = 1337  # of the noise
@@ -209,12 +214,17 @@ def stacked_values(x, tops):
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
+def energy_beyond(values):
+    """The share of the energy beyond the first 1, 2, ... singular values, as a tensor; nan where
+    all are zero. Of a list of spectra one line each."""
+    kept = torch.tensor(values, dtype=torch.float64).square().cumsum(dim=-1)
+    return 1 - kept / kept[..., -1:]
+
+
 def effective_rank(values, discarded):
     """The least k such that the squares beyond the first k sum to at most this share of all. Of a
     list of spectra a list."""
-    energy = torch.tensor(values, dtype=torch.float64).square()
-    total = energy.sum(dim=-1, keepdim=True)
-    return (1 + (total - energy.cumsum(dim=-1) > discarded * total).sum(dim=-1)).tolist()
+    return (1 + (energy_beyond(values) > discarded).sum(dim=-1)).tolist()
 
 
 def ranks_of(values, discarded):
@@ -335,7 +345,8 @@ def from_text(text):
 
 def read_finished(path, states, settings):
     """What an earlier call has finished: {number: line} of the layers in svd.jsonl, and {shapes:
-    line} of the noise. Lines of another state are taken out of the file.
+    line} of the noise. Lines of another state stay in the file, for they may have taken hours;
+    damaged ones are taken out of it.
 
     states: {number: state} of the layers to analyse. settings: the state of noise.
     """
@@ -343,18 +354,24 @@ def read_finished(path, states, settings):
         texts = path.read_text('utf-8', errors='replace').splitlines(True) if path.exists() else []
     except OSError as error:
         raise UserError(f'{path}: cannot be read ({error.strerror}): move it away') from None
-    lines = {}
-    for line in filter(None, map(from_text, texts)):
+    whole = [(text, line) for text in texts if (line := from_text(text))]
+    if len(whole) < len(texts):
+        print(f'{path}: {len(texts) - len(whole)} of its lines are cut off or damaged, and are '
+              'made anew')
+        save_text(path, ''.join(text for text, _ in whole))
+    lines, others = {}, 0
+    for _, line in whole:
         if 'number' in line:
             key, wanted = line['number'], states.get(line['number'], line['state'])
         else:
             key, wanted = line['shapes'], settings
         if line['state'] == wanted:
             lines[key] = line
-    if len(lines) < len(texts):
-        print(f'{path}: {len(texts) - len(lines)} of its lines are of other options or files, or '
-              'damaged, and are made anew')
-        save_text(path, ''.join(map(to_text, lines.values())))
+        else:
+            others += 1
+    if others:
+        print(f'{path}: {others} of its lines are of other options or files: they stay there, and '
+              'do not count')
     return lines
 
 
@@ -373,6 +390,7 @@ def analyse(layers, numbers, path, options):
     """(found, noise) of the layers of these numbers. found: a dict for each, its number, name,
     shapes, kinds (see spectra) and alignment. noise: {shapes: the same of noise}. path: of
     svd.jsonl."""
+    # a call may go on elsewhere: the device changes results by no more than rounding
     settings = dict(stacked=options.stacked, align=options.align, seed=options.seed)
     read, states = {}, {}
     for number in numbers:
@@ -391,8 +409,8 @@ def analyse(layers, numbers, path, options):
             noise[shapes] = lines.get(shapes) or finish(path, state=settings,
                                                         **analyse_noise(shapes, options))
             header = ''.join(f'{kind:>15}' for kind in noise[shapes]['kinds'])
-            print(f'\n{"":16}{header}\n{table_line(noise[shapes], options.discarded)}')
-        print(f'{table_line(lines[number], options.discarded)}{took:>10}', flush=True)
+            print(f'\n{"left out":>22}{header}\n{table_rows(noise[shapes], options.discarded)}')
+        print(table_rows(lines[number], options.discarded, took), flush=True)
     return [lines[number] for number in numbers], noise
 
 
@@ -424,14 +442,23 @@ def analyse_noise(shapes, options):
 # what a person sees
 
 
-def table_line(layer, discarded):
-    """Stacked rank / mean over heads of each kind."""
-    cells = []
-    for values in layer['kinds'].values():
-        heads, stack = ranks_of(values, discarded)
-        mean = f'{statistics.mean(heads):.1f}'
-        cells.append(mean if stack is None else f'{stack:,} / {mean}')
-    return f'{layer["layer"]:16}' + ''.join(f'{cell:>15}' for cell in cells)
+def percent(share):
+    return f'{100 * share:g}%'
+
+
+def table_rows(layer, shares, took=''):
+    """A row for each share: stacked rank / mean over heads of each kind."""
+    rows = []
+    for share in shares:
+        row = f'{"" if rows else layer["layer"]:16}{percent(share):>6}'
+        for values in layer['kinds'].values():
+            heads, stack = ranks_of(values, share)
+            mean = f'{statistics.mean(heads):.1f}'
+            cell = mean if stack is None else f'{stack:,} / {mean}'
+            row += f'{cell:>15}'
+        rows.append(row)
+    rows[0] += f'{took:>10}'
+    return '\n'.join(row.rstrip() for row in rows)
 
 
 def verdict(found, noise, discarded):
@@ -447,27 +474,66 @@ def verdict(found, noise, discarded):
     if not below.total():
         return 'nothing below noise: these weights have hardly been trained'
     counts = ', '.join(f'{kind} in {n}' for kind, n in below.items() if n)
-    return (f'clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank), of {len(found)} '
+    return (f'clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
+            f'{percent(discarded)} left out), of {len(found)} '
             f'layer{"s" if len(found) > 1 else ""}: {counts}')
 
 
-def plot(path, title, xlabel, series, noise, discarded):
-    """Two panels, what heads compare and what they copy; series and noise: {kind: [(x, rank)]}."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(11, 4.5), layout='constrained')
-    for axes, kinds in zip(panels, PANELS):
+def plot(path, title, xlabel, ranks):
+    """For each share two panels, what heads compare and what they copy. ranks: {share: (series,
+    that of noise)}, each {kind: [(x, rank)]}."""
+    figure, rows = pyplot().subplots(len(ranks), 2, figsize=(11, 0.3 + 4.2 * len(ranks)),
+                                     layout='constrained', squeeze=False)
+    panels = [(axes, kinds, share) for row, share in zip(rows, ranks)
+              for axes, kinds in zip(row, PANELS)]
+    for axes, kinds, share in panels:
+        series, noise = ranks[share]
         for color, kind in enumerate(kind for kind in kinds if kind in series):
             width = 4 - 0.6 * color  # where lines coincide, the later one is seen in the earlier
-            label = kind.upper().replace('_ROPE', ' rotated')
             axes.plot(*zip(*series[kind]), marker='o', markersize=width + 2, linewidth=width,
-                      color=f'C{color}', alpha=0.7, label=label)
+                      color=f'C{color}', alpha=0.7, label=label_of(kind))
             axes.plot(*zip(*noise[kind]), color=f'C{color}', linestyle='--', linewidth=1, zorder=3)
-        ylabel = f'effective rank ({100 * discarded:g}% of the energy left out)'
-        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set(xlabel=xlabel, ylabel=f'effective rank ({percent(share)} of the energy left out)')
         axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.0))
     figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes')
+    save_figure(figure, path)
+
+
+def label_of(kind):
+    return kind.upper().replace('_ROPE', ' rotated')
+
+
+def plot_spectra(path, title, layer, noise, shares):
+    """A panel for each kind with a curve for each head, the energy that the first k singular values
+    leave out: at its effective rank it is on the line of a share, or for the first time below."""
+    from matplotlib.collections import LineCollection
+    kinds = [kind for panel in PANELS for kind in panel if kind in layer['kinds']]
+    floor = min(shares) / 10  # all of the singular values leave out nothing, which has no logarithm
+    n_rows = math.ceil(len(kinds) / 3)
+    figure, panels = pyplot().subplots(n_rows, 3, figsize=(13, 0.5 + 3.2 * n_rows),
+                                       layout='constrained', squeeze=False)
+    for axes, kind in zip(panels.flat, kinds):
+        # (heads, n + 1): without any singular value all of the energy is left out
+        heads, random = (F.pad(energy_beyond(found['kinds'][kind]['heads']), (1, 0), value=1.0)
+                         for found in (layer, noise))
+        k = torch.arange(heads.size(1))
+        curves = torch.stack((k.expand_as(heads), heads.clamp(min=floor)), dim=-1)
+        lines = LineCollection(curves.numpy(), array=range(len(heads)), linewidths=1, alpha=0.7)
+        axes.add_collection(lines)
+        if len(heads) > 1:
+            bar = figure.colorbar(lines, ax=axes, label='head')
+            bar.ax.yaxis.get_major_locator().set_params(integer=True)
+        axes.plot(k, random.mean(dim=0).clamp(min=floor), color='black', linestyle='--',
+                  linewidth=1)
+        axes.set(title=label_of(kind), xlabel='singular values kept', ylabel='energy left out',
+                 yscale='log', xlim=(0, len(k) - 1), ylim=(floor, 1))
+        axes.set_yticks([1, *shares], map(percent, [1, *shares]))
+        axes.minorticks_off()
+        axes.grid(axis='y', color='gray')
+    figure.suptitle(f'{title}, each head; dashed: mean of the heads of Gaussian noise')
     save_figure(figure, path)
 
 
@@ -503,30 +569,38 @@ def print_alignment(rows):
 
 def write(folder, title, found, noise, middle, options):
     """svd.json, the plots, and the lines about alignment. middle: layer of the head-wise plot."""
-    numbers, share = [layer['number'] for layer in found], options.discarded
+    numbers, shares = [layer['number'] for layer in found], options.discarded
     random = [noise[layer['shapes']] for layer in found]
     what = 'heads stacked' if options.stacked else 'mean of the heads'
-    plot(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers(found, numbers, share),
-         over_layers(random, numbers, share), share)
+    plot(folder / 'layers.png', f'{title}, {what}', 'layer', {
+        share: [over_layers(layers, numbers, share) for layers in (found, random)]
+        for share in shares})
     i = numbers.index(middle)
-    plot(folder / 'heads.png', f'{title}, layer {middle}, head by head', 'head',
-         over_heads(found[i], share), over_heads(random[i], share), share)
+    plot(folder / 'heads.png', f'{title}, layer {middle}, head by head', 'head', {
+        share: [over_heads(layer, share) for layer in (found[i], random[i])] for share in shares})
+    if options.plot_heads:
+        for number, layer, like_it in zip(numbers, found, random):
+            plot_spectra(folder / f'spectra-{number}.png', f'{title}, layer {number}', layer,
+                         like_it, shares)
     if options.align:
         print_alignment([*noise.values(), *found])
-    print(f'\n{verdict(found, noise, share)}')
+    print(f'\n{verdict(found, noise, shares[0])}')
     for layer in (*noise.values(), *found):
         for values in layer['kinds'].values():
-            values['effective_rank'] = effective_ranks(values, (*PUBLISHED, share))
+            values['effective_rank'] = effective_ranks(values, (*PUBLISHED, *shares))
     results = dict(source=title, noise=noise, layers=found)
     save_text(folder / 'svd.json', json.dumps(results) + '\n')
-    print(f'{folder}: svd.json, layers.png, heads.png')
+    print(f'{folder}: svd.json, layers.png, heads.png'
+          f'{", a spectra-N.png for each layer" if options.plot_heads else ""}')
 
 
 def check_device(name):
     try:
         torch.zeros(1, dtype=torch.float64, device=name).item()
-    except (RuntimeError, AssertionError, TypeError) as error:  # TypeError: it has no float64
-        raise UserError(f'--device={name}: {str(error).splitlines()[0]}') from None
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0].split('. ')[0]
+        raise UserError(f'--device={name}: no device here that computes in float64 ({reason}): '
+                        'use cpu, or cuda where torch has it') from None
 
 
 def main():
@@ -547,7 +621,7 @@ def main():
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise UserError(f'{folder}: cannot be written: set --out_dir')
-    print(f'effective rank, {100 * options.discarded:g}% of the energy left out: '
+    print(f'effective rank, {" or ".join(map(percent, options.discarded))} of the energy left out: '
           f'{"stacked heads / " if options.stacked else ""}mean of the heads')
     found, noise = analyse(layers, numbers, folder / 'svd.jsonl', options)
     write(folder, name, found, noise, middle, options)

@@ -3,6 +3,8 @@ refused; and the matrices of every attention, which it starts from."""
 
 import json
 import os
+import re
+import signal
 import sys
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import svd
 from config import UserError
-from conftest import train_runs
+from conftest import REPOSITORY, shell, train_runs
 from deepseek import Checkpoint, to_deepseek
 from model import BlockConfig, join_heads, make_attention
 from run import load_run
@@ -197,7 +199,8 @@ def wide(**options):
 
 
 @pytest.mark.parametrize('plant, verdict', [
-    (10, 'clearly below noise (at most 90% of its rank), of 2 layers: o in 2, vo in 2\n'),
+    (10, 'clearly below noise (at most 90% of its rank with 1% left out), of 2 layers: '
+         'o in 2, vo in 2\n'),
     (None, 'nothing below noise: these weights have hardly been trained\n'),
 ])
 def test_says_what_was_found(workspace, script, capsys, plant, verdict):
@@ -207,6 +210,20 @@ def test_says_what_was_found(workspace, script, capsys, plant, verdict):
         layer |= {name: torch.ones_like(w) for name, w in layer.items() if 'layernorm' in name}
     script(svd, write_checkpoint(workspace / 'x', wide(), layers))
     assert verdict in capsys.readouterr().out
+
+
+def test_both_published_shares_are_reported(checkpoint, script, capsys):
+    script(svd, checkpoint[0], '--stacked=False')
+    out = capsys.readouterr().out
+    assert 'effective rank, 1% or 0.1% of the energy left out' in out
+    header, _, _, *rows = (line.split() for line in out.splitlines()[2:9])
+    layers = read_result('out/svd-deepseek')['layers']
+    for layer, first, second in zip(layers, rows[::2], rows[1::2], strict=True):
+        assert first[:3] == [*layer['layer'].split(), '1%'] and second[0] == '0.1%'
+        ranks = [[layer['kinds'][kind]['effective_rank'][share]['heads'] for kind in header[2:]]
+                 for share in ('0.01', '0.001')]
+        assert first[3:-2] == [f'{np.mean(heads):.1f}' for heads in ranks[0]]
+        assert second[1:] == [f'{np.mean(heads):.1f}' for heads in ranks[1]]
 
 
 def test_another_share_of_the_energy(checkpoint, script, capsys):
@@ -220,51 +237,117 @@ def test_another_share_of_the_energy(checkpoint, script, capsys):
     rank = found['effective_rank']['0.3']['stacked'][0]
     assert energy[rank:].sum() <= 0.3 * energy.sum() < energy[rank - 1:].sum()
     mean = np.mean(found['effective_rank']['0.3']['heads'])
-    assert f'layer 1 {rank:>15} / {mean:.1f}'.split() == out[out.index('layer 1'):].split()[:5]
+    assert f'layer 1 30% {rank} / {mean:.1f}'.split() == out[out.index('layer 1'):].split()[:6]
 
 
-def killed_in(monkeypatch, script, folder, *arguments, layer):
-    """A call that is interrupted while it works on this layer."""
-    analyse_layer = svd.analyse_layer
+def test_a_curve_for_each_head_that_meets_its_shares_at_the_ranks(checkpoint, script, monkeypatch):
+    figures, save_figure = {}, svd.save_figure
 
-    def interrupted(*layers, options):
-        if layers[0].name == layer:
-            raise KeyboardInterrupt
-        return analyse_layer(*layers, options=options)
+    def keep(figure, path):
+        figures[path.name] = figure
+        save_figure(figure, path)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(svd, 'analyse_layer', interrupted)
-        script(svd, folder, *arguments)
+    monkeypatch.setattr(svd, 'save_figure', keep)
+    script(svd, checkpoint[0])
+    assert set(figures) == {'layers.png', 'heads.png'}
+    script(svd, checkpoint[0], '--plot_heads=True')
+    assert set(figures) == {'layers.png', 'heads.png', 'spectra-0.png', 'spectra-1.png'}
+    for layer in read_result('out/svd-deepseek')['layers']:
+        name = f'spectra-{layer["number"]}.png'
+        assert Path('out/svd-deepseek', name).stat().st_size > 10_000
+        panels = {axes.get_title(): axes for axes in figures[name].axes if axes.get_title()}
+        assert len(panels) == len(layer['kinds'])
+        for kind, found in layer['kinds'].items():
+            lines, = panels[svd.label_of(kind)].collections
+            curves = [segment[:, 1] for segment in lines.get_segments()]
+            for share, ranks in found['effective_rank'].items():
+                below = [int((curve <= float(share)).argmax()) for curve in curves]
+                assert below == ranks['heads']
 
 
-def test_a_killed_call_goes_on(checkpoint, script, monkeypatch, capsys):
-    folder, lines = checkpoint[0], Path('out/svd-deepseek/svd.jsonl')
-    script(svd, folder, '--align=True', '--out_dir=whole')
-    killed_in(monkeypatch, script, folder, '--align=True', layer='layer 1')
-    lines.write_text(lines.read_text() + '{"number": 1, "sta')  # a kill in the middle of a line
-    capsys.readouterr()
-    script(svd, folder, '--align=True')
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert [row[-1] == 'kept' for row in rows if row[:2] in (['layer', '0'], ['layer', '1'])][:2] \
+KILLED = '''
+import os, signal, svd
+
+analyse_layer = svd.analyse_layer
+
+def killed_in_layer_1(*layers, options):
+    if layers[0].name == 'layer 1':
+        os.kill(os.getpid(), signal.SIGKILL)
+    return analyse_layer(*layers, options=options)
+
+svd.analyse_layer = killed_in_layer_1
+svd.main()
+'''
+
+
+def table(out):
+    """The lines that a call prints after those about what it has kept, without its seconds."""
+    lines = out[out.index('\n\n'):].splitlines()
+    return [re.sub(r' +([0-9.]+ s|kept)$', '', line) for line in lines[:-1]]
+
+
+def test_a_killed_call_goes_on(checkpoint, script, capsys):
+    folder, arguments = checkpoint[0], ['--align=True', '--plot_heads=True']
+    lines = Path('out/svd-deepseek/svd.jsonl')
+    script(svd, folder, *arguments, '--out_dir=whole')
+    whole = table(capsys.readouterr().out)
+    result = shell('-c', KILLED, folder, *arguments, env=os.environ | dict(PYTHONPATH=REPOSITORY))
+    assert result.returncode == -signal.SIGKILL
+    assert len(lines.read_text().splitlines()) == 2  # layer 0, and the noise
+
+    def assert_same_as_whole():
+        for path in Path('whole').iterdir():
+            assert path.read_bytes() == Path('out/svd-deepseek', path.name).read_bytes() \
+                or path.name == 'svd.jsonl'
+        out = capsys.readouterr().out
+        assert table(out) == whole
+        return out
+
+    with open(lines, 'a') as file:
+        file.write('{"sha256": "00", "line": {"number": 1, "sta')  # a kill in the middle of a line
+    script(svd, folder, *arguments)
+    out = assert_same_as_whole()
+    assert 'svd.jsonl: 1 of its lines are cut off or damaged' in out
+    assert [row.split()[-1] == 'kept' for row in out.splitlines() if re.match('layer . +1%', row)] \
         == [True, False]
-    assert read_result('out/svd-deepseek') == read_result('whole')
-
     lines.write_text(lines.read_text().replace('"heads": [[', '"heads": [[9', 1))
     script(svd, folder, '--align=True')  # a line that has been changed does not count
-    assert capsys.readouterr().out.count('kept\n') == 1
-    assert read_result('out/svd-deepseek') == read_result('whole')
+    assert assert_same_as_whole().count('kept\n') == 1
     script(svd, folder, '--align=True', '--discarded=0.2')  # nothing is left to do
     assert capsys.readouterr().out.count('kept\n') == 2
+
+
+def test_results_of_other_options_and_files_are_kept_apart(checkpoint, script, capsys):
+    folder, result = checkpoint[0], Path('out/svd-deepseek/svd.json')
+    script(svd, folder, '--align=True')
+    aligned = result.read_bytes()
+    capsys.readouterr()
     script(svd, folder, '--align=True', '--seed=2')
     out = capsys.readouterr().out
-    assert 'svd.jsonl: 3 of its lines are of other options or files, or damaged' in out
+    assert 'svd.jsonl: 3 of its lines are of other options or files: they stay there' in out
+    assert 'kept' not in out and result.read_bytes() != aligned
+    script(svd, folder, '--align=True')
+    assert capsys.readouterr().out.count('kept\n') == 2 and result.read_bytes() == aligned
     os.utime(folder / 'model-1.safetensors', (0, 0))
-    script(svd, folder, '--align=True', '--seed=2')  # layer 0 has been compared with layer 1
+    script(svd, folder, '--align=True')  # layer 0 has been compared with layer 1
     out = capsys.readouterr().out
-    assert '2 of its lines are of other options or files' in out and 'kept' not in out
-    script(svd, folder, '--align=True', '--seed=2', '--layers=0')
+    assert '5 of its lines are of other options or files' in out and 'kept' not in out
+    script(svd, folder, '--align=True', '--layers=0')
     assert read_result('out/svd-deepseek')['layers'][0]['alignment'].keys() == {
         'between heads', 'own queries', 'own keys'}
+
+
+def test_everything_is_computed_on_the_device(checkpoint):
+    """On a device that computes no numbers: whatever was left on the CPU would be refused."""
+    layer = next(svd.read_checkpoint(checkpoint[0]))
+    noise = svd.noise_like(svd.shapes_of(layer.read()), 1, 'meta')
+    for parts in (svd.load(layer, 'meta'), noise):
+        thin = {name: svd.thinned(*part) for name, part in parts.items()}
+        for x in (*thin.values(), svd.fused(thin['q'], thin['k']), svd.fused(thin['o'], thin['v'])):
+            values = torch.linalg.svdvals(x.double())
+            stacked = svd.stacked_values(x, [head[0] for head in values])
+            assert x.is_meta and values.is_meta and stacked.is_meta
+        assert all(subspace.is_meta for subspace in svd.subspaces(parts['q'], shared=True))
 
 
 RUN = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
@@ -311,7 +394,7 @@ def test_heads_of_zeros_and_one_of_the_layers(workspace, script):
     layer = layer_of(HF, 1, torch.Generator().manual_seed(0))
     layer['model.layers.1.self_attn.o_proj.weight'][:, :12] = 0
     folder = write_checkpoint(workspace / 'zeros', HF, [layer_of(HF, 0, torch.Generator()), layer])
-    script(svd, folder, '--layers=1', '--align=True')
+    script(svd, folder, '--layers=1', '--align=True', '--plot_heads=True')
     layer, = read_result('out/svd-zeros')['layers']
     assert layer['number'] == 1 and layer['kinds']['o']['heads'][0] == [0.0] * 12
     assert 'next keys' not in layer['alignment']
@@ -506,9 +589,10 @@ def test_refuses_damaged_checkpoints(checkpoint, script, kind, message):
     (['deepseek/config.json'], 'is a file: name the folder'),
     (['deepseek', '-align=True'], '-align=True: options are written --key=value'),
     (['deepseek', '--layers=(0,x)'], 'takes .* or None'),
-    (['deepseek', '--discarded=1.0'], 'takes a finite number above 0 below 1'),
-    (['deepseek', '--device=meta'], '--device=meta: '),
-    (['deepseek', '--device=gpu'], '--device=gpu: '),
+    (['deepseek', '--discarded=1.0'], r'takes \(a finite number above 0 below 1, ...\)'),
+    (['deepseek', '--device=meta'], '--device=meta: no device here'),
+    (['deepseek', '--device=gpu'], '--device=gpu: no device here that computes in float64'),
+    (['deepseek', '--device=hpu'], '--device=hpu: no device here'),
 ])
 def test_refusals(checkpoint, script, arguments, message):
     with pytest.raises(UserError, match=message):
