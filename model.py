@@ -1544,7 +1544,7 @@ class ModelConfig:
     vocab_rank: Count | None = None  # embedding and head through this rank; None = dense
     tie_embeddings: bool = True  # the head is the embedding, transposed
     init_std: Positive = 0.02  # standard deviation of the initial weights
-    zero_writers: bool = True  # matrices that write into the residual stream start at 0
+    zero_writers: bool = False  # matrices that write into the residual stream start at 0
     scale_latents: bool = True  # what goes through a latent starts as large as without it
 
     derived = ()  # options of a block that the architecture sets itself
@@ -1762,7 +1762,7 @@ def init_weights(model):
     what                                     init_std=0.02, say      init_std=None
     ---------------------------------------  ----------------------  --------------------
     matrix                                   N(0, init_std)          N(0, 1/sqrt(fan in))
-    matrix that writes into the residual     0                       a tenth of that
+    matrix that writes into the residual     N(0, init_std/sqrt(n))  a tenth of that
       stream (Linear.writes)
     embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
     embedding of a slot in its group         N(0, init_std)          half of that
@@ -1774,15 +1774,14 @@ def init_weights(model):
 
     gain of the norm of a latent             sqrt(D/L)               1
     one of two matrices that stand for       N(0, 1/sqrt(fan))       as any other
-      one (Linear.fan)
+      one (Linear.fan)                         if it writes: /sqrt(n)
 
-    A block whose writers are 0 changes nothing at first: the model starts as its embedding and its
-    head, and learns token frequencies and neighbours before it learns to attend. That is worth more
-    than any attention here (RESULTS.md). zero_writers=False is the rule of GPT-2 instead, N(0,
-    init_std/sqrt(n)), or 1/sqrt(fan n): n counts the matrices that write into one stack of blocks,
-    and the variance at its end does not grow with its depth. None is for grouped latents: if
-    everything starts small, they stay at the entropy of token frequencies. A tenth lets the skip
-    connections dominate at first.
+    n counts the matrices that write into one stack of blocks, so that the variance at its end does
+    not grow with its depth (GPT-2). With zero_writers they are 0, and a block changes nothing at
+    first. To the encoders, whose other weights start large, that is worth more than any attention;
+    small decoders gain nothing (RESULTS.md). None is for grouped latents: if everything starts
+    small, they stay at the entropy of token frequencies. A tenth lets the skip connections dominate
+    at first.
     A normed latent has unit variance, and a matrix of init_std sums over L of its numbers alone:
     without the gain keys, values and queries start sqrt(D/L) too small. RESULTS.md has what this
     is worth; LongCat-Flash (arXiv 2509.01322) has the same factor as a constant.

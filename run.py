@@ -556,7 +556,7 @@ def plot_expert_shares(folder):
         image = axes.imshow(shares[:, i].T * n_experts, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2,
                             extent=(lines[0]['step'], lines[-1]['step'], n_experts - 0.5, -0.5),
                             interpolation='nearest')
-        axes.set_ylabel(f'layer {i}')
+        axes.set_ylabel(f'{i + 1}. layer\nof experts')
     panels[-1, 0].set_xlabel('step')
     figure.colorbar(image, ax=panels[:, 0], label='tokens of an expert, 1 = the mean')
     figure.suptitle(folder.name)

@@ -217,7 +217,7 @@ def print_facts(options, facts):
     print(f'{options.arch}: {facts["parameters"]:,} parameters '
           f'({facts["parameters_without_positions"]:,} without positions{active}), {flops / 1e6:.1f} MFLOP '
           f'a token in training{f", {cache:,.0f} cache bytes a token" if cache is not None else ""}'
-          f'{f" and up to {fixed:,} in all" if fixed else ""}')
+          f'{f" and {fixed:,} at most beside" if fixed else ""}')
 
 
 # --------------------------------------------------------------------------------------------------

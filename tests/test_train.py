@@ -411,6 +411,19 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
         assert timeless(metrics(kind.name)) == timeless(metrics('straight'))
 
 
+def test_a_run_with_experts_reports_their_load(data, script, capsys):
+    script(train, *SMALL, *EXPERTS, '--log_interval=2')
+    out, lines = capsys.readouterr().out, [line for line in metrics() if 'train_loss' in line]
+    assert 'active), ' in out and 'busiest expert ' in out and Path('run/experts.png').is_file()
+    for line in lines:
+        shares, = line['expert_shares']  # the first of two layers is dense
+        assert len(shares) == 8 and math.isclose(sum(shares), 1, abs_tol=1e-4)
+        assert math.isclose(max(shares) * 8, line['busiest_expert'], abs_tol=1e-3)
+    bias = load_checkpoint('run/ckpt.pt')['model']['blocks.1.mlp.router_bias']
+    steps = (bias / 0.01).round()  # by which the six steps have moved it
+    assert torch.allclose(bias, steps * 0.01, atol=1e-6) and 0 < steps.abs().max() <= 6
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(data, script):
     torchrun = ['-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0',
