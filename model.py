@@ -1,8 +1,9 @@
 """Transformers with latent attention, in one file that reads from top to bottom.
 
     pieces           norms, matrices, rotary positions, softmax attention
-    attention        what an attention has to provide; MHA; MLA; their relatives; the output latent
-    block            feed-forward, residual block, block with cross-attention
+    attention        what an attention has to provide; MHA; MLA; their relatives; DeepSeek-V4's; the
+                     output latent
+    block            feed-forward, mixture of experts, residual block, block with cross-attention
     options          every option of a model, with its range
     language model   what all architectures share, and where weights get their first values
     architectures    Transformer, EncoderDecoder, GroupedLatent
@@ -15,6 +16,8 @@ Symbols, here and in every shape comment:
     d  head_dim (dv: of a value head)  r  rope_dims                      L  kv_latent
     R  rank: of an output latent, of the vocabulary, of a feed-forward, of factors in TPA
     W  window, in tokens
+    m  tokens of an entry in V4        n  entries, and other numbers that stand beside
+    E  experts                         k  those that a token meets
     M  predicted positions a sequence in masked-language modelling
     N  rows that meet the vocabulary: B*T, or B*M
 
@@ -1576,6 +1579,11 @@ class TransformerConfig(ModelConfig):
         super().__post_init__()
         if self.n_dense > self.n_layer:
             raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
+        groups = dict(csa=self.block.csa_group, hca=self.block.hca_group)
+        for kind in self.block.layers.split():
+            if groups.get(kind, 0) > self.block_size:
+                raise ConfigError(f'{kind}_group={groups[kind]} is more than block_size='
+                                  f'{self.block_size}: there would never be an entry')
         if self.first_k_dense and self.block.mlp != 'moe':
             raise ConfigError("first_k_dense belongs to mlp='moe': set that too")
         if self.block.index_topk and 'csa' not in self.block.layers.split():
