@@ -586,7 +586,8 @@ NUMBERS = ('step', 'tokens', 'seconds', 'val_loss', 'train_eval_loss', 'val_mask
            'val_bits_per_byte', 'train_loss', 'train_cross_entropy', 'train_embedding_loss',
            'tokens_per_second', 'memory_gb')
 # options that leave the result of a run as it is
-INCIDENTAL = 'out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'init_from'
+INCIDENTAL = ('out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'export',
+              'init_from')
 
 
 def is_number(value):
@@ -698,7 +699,7 @@ def read_sweep(arguments):
     for key, chosen in grid.items():
         if len(set(chosen)) < len(chosen):
             raise UserError(f'{key}={",".join(chosen)}: names a value twice')
-    for key in ('out_dir', 'init_from', 'dry_run', 'eval_only'):
+    for key in ('out_dir', 'init_from', 'dry_run', 'eval_only', 'export'):
         if key in grid:
             raise UserError(f'{key} is not for sweep, which trains each run in a folder of its '
                             'own: leave it out')

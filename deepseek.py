@@ -3,6 +3,7 @@ were trained without.
 
     weights, hf_config = to_deepseek(model)             # a Transformer with MLA -> their layout
     model = from_deepseek(weights, hf_config)           # and back; same logits
+    write_checkpoint(folder, weights, hf_config)        # a folder that transformers loads
     add_output_latent(model, rank=64)                   # ours, or one of transformers
     attention, gain = read_attention(Checkpoint(folder), 30)
 
@@ -19,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from config import UserError
 from model import (ARCHITECTURES, MLA, BlockConfig, ConfigError, LanguageModel, OutputLatent,
@@ -30,6 +32,7 @@ DEEPSEEK = dict(causal=True, attention='mla', rope_key='shared', norm='rms', fin
                 vocab_rank=None, n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False,
                 o_groups=1)
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have a scale for each 128 x 128 block
+SHARD_BYTES = 5 * 10 ** 9  # of a file of weights, as transformers cuts them
 
 
 # --------------------------------------------------------------------------------------------------
@@ -268,13 +271,19 @@ def from_deepseek(state_dict, hf_config):
     """
     hf_config = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
     model = make_model('transformer', **options_of_deepseek(hf_config))
-    layout = deepseek_layout(model.config, hf_config.get('rope_interleave', True))
     if not isinstance(state_dict, Checkpoint):
         state_dict = unstacked(state_dict)
-    ours = model.state_dict()
-    for name, tensor in our_weights(model, layout, state_dict):
-        ours[name].copy_(tensor)
+    load_deepseek(model, state_dict, hf_config)
     return model.eval()
+
+
+def load_deepseek(model, tensors, hf_config):
+    """The weights of a DeepSeek-V3 into a Transformer of its sizes, one tensor after the other.
+    tensors: {their name: tensor}, or a Checkpoint. Raises ConfigError as from_deepseek does."""
+    layout = deepseek_layout(model.config, hf_config.get('rope_interleave', True))
+    ours = model.state_dict()
+    for name, tensor in our_weights(model, layout, tensors):
+        ours[name].copy_(tensor)
 
 
 def unstacked(state_dict):
@@ -343,6 +352,30 @@ def to_deepseek(model, split=False):
     if block.o_latent and split:
         hf_config |= dict(o_latent=block.o_latent, o_norm=block.o_norm)
     return theirs, hf_config
+
+
+def write_checkpoint(folder, weights, hf_config):
+    """Writes what to_deepseek returns into a folder, as Checkpoint and transformers read it: more
+    than SHARD_BYTES of weights become several files, and an index says which tensor is in which.
+    """
+    shards, n_bytes = [{}], 0
+    for name, weight in weights.items():
+        n_bytes += weight.nbytes
+        if n_bytes > SHARD_BYTES and shards[-1]:
+            shards.append({})
+            n_bytes = weight.nbytes
+        shards[-1][name] = weight.contiguous()
+    files = ['model.safetensors']
+    if len(shards) > 1:
+        files = [f'model-{i:05}-of-{len(shards):05}.safetensors'
+                 for i in range(1, len(shards) + 1)]
+        index = dict(metadata=dict(total_size=sum(weight.nbytes for weight in weights.values())),
+                     weight_map={name: file for file, shard in zip(files, shards)
+                                 for name in shard})
+        (folder / 'model.safetensors.index.json').write_text(json.dumps(index, indent=2) + '\n')
+    for file, shard in zip(files, shards):
+        save_file(shard, folder / file, metadata=dict(format='pt'))
+    (folder / 'config.json').write_text(json.dumps(hf_config, indent=2) + '\n')
 
 
 # --------------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ REMEDY = "--data_dir=FOLDER, which holds GLUE's train.tsv and dev.tsv"
 class FinetuneOptions(MachineOptions):
     """Options"""
 
-    out_dir: str | None = None  # run folder of train.py; the results are written into it
+    out_dir: str | None = None  # what train.py takes as init_from; results are written into it
     data_dir: str | None = None  # folder with GLUE's train.tsv and dev.tsv; None = SST-2 of the hub
     seeds: Count = 1  # repetitions, with seed, seed + 1, ...
     from_scratch: bool = False  # new weights instead of the run's: did pre-training help?

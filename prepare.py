@@ -10,6 +10,7 @@ Tokens are uint16, or uint32 where the vocabulary needs it. Every document start
 """
 
 import base64
+import codecs
 import contextlib
 import csv
 import functools
@@ -39,13 +40,16 @@ from config import UserError
 from model import Count, CountOrZero, Positive
 
 
+TokenizerKind = Literal['bpe', 'gpt2', 'byte', 'given']
+
+
 @dataclass
 class DataOptions:
     """Data"""
 
     dataset: str = 'wiki10k'  # wiki10k, wikitext103, wikipedia, sst2, or text with a source
     source: str | None = None  # local txt, csv, tsv, jsonl, parquet, gz: path, folder, quoted glob
-    tokenizer: Literal['bpe', 'gpt2', 'byte'] = 'bpe'  # bpe is trained on the data set itself
+    tokenizer: TokenizerKind = 'bpe'  # bpe is trained on the data; given is that of init_from
     vocab_size: Count | None = None  # with the three special tokens; None = 8192 for bpe, else all
     lowercase: bool = False  # lower-case the text first (uncased encoders)
 
@@ -102,7 +106,7 @@ def check_content(content, wanted, name=''):
 
 
 def damaged(path, error):
-    return UserError(f'{path}: damaged ({error}): prepare the data again')
+    return UserError(f'{path}: damaged ({error}): restore it, or prepare the data again')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -114,9 +118,10 @@ class Tokenizer:
 
     ranks: list of bytes in the order of their ids. pattern: cuts the text into words. lowercase:
     lower-case the text first. The ids of the special tokens follow the ranks: eot, mask, pad.
-    vocab_size counts them all.
+    vocab_size counts them all, eot_token is the name of eot.
     """
 
+    eot_token = SPECIAL[0]
     FILE = {'name': str, 'pattern': str, 'lowercase': bool, 'ranks': tuple[str, ...]}
 
     def __init__(self, name, ranks, pattern, lowercase=False):
@@ -145,6 +150,14 @@ class Tokenizer:
     def decode(self, ids):
         return self.encoding.decode([int(i) for i in ids])
 
+    def decode_stream(self, ids):
+        """Yields the text of each id as it comes. A character may be spread over several tokens:
+        its bytes wait until it is whole."""
+        decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        for i in ids:
+            yield decoder.decode(self.encoding.decode_bytes([i]))
+        yield decoder.decode(b'', final=True)
+
     def to_json(self):
         ranks = [base64.b64encode(token).decode() for token in self.ranks]
         return json.dumps(dict(name=self.name, pattern=self.pattern, lowercase=self.lowercase,
@@ -158,17 +171,150 @@ class Tokenizer:
     def save(self, path):
         Path(path).write_text(self.to_json())
 
+    def library_files(self, vocab_size):
+        """{name: content} of the files from which transformers loads this tokenizer. vocab_size: of
+        the model; special tokens beyond it are left out."""
+        import tokenizers
+        from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
+        written = {token: ''.join(map(PRINTABLE.get, token)) for token in self.ranks}
+        library = tokenizers.Tokenizer(models.BPE(
+            vocab={written[token]: i for i, token in enumerate(self.ranks)},
+            merges=[(written[a], written[b]) for a, b in merges_of(self.ranks)],
+            ignore_merges=True))  # like tiktoken, first look whether a word is a token as it is
+        if self.lowercase:
+            # python also knows the small sigma at the end of a word, this library does not
+            final_sigma = Regex(r'(?<=\p{Cased})\u03A3(?!\p{Case_Ignorable}*\p{Cased})')
+            library.normalizer = normalizers.Sequence([
+                normalizers.Replace(final_sigma, '\u03C2'), normalizers.Lowercase()])
+        library.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(self.pattern), 'isolated'),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        library.decoder = decoders.ByteLevel()
+        library.add_special_tokens(list(SPECIAL[:vocab_size - len(self.ranks)]))
+        return library_files(library.to_str(), self.eot_token)
+
     @classmethod
     def load(cls, path):
-        """The tokenizer that `save` wrote. Raises UserError if the file is not such a tokenizer."""
-        content = load_json(path, cls.FILE, f'{path}: there is no such tokenizer file')
+        """The tokenizer that `save` wrote, or one of the library `tokenizers`. Raises UserError if
+        the file is neither."""
+        content = load_json(path, {}, f'{path}: there is no such tokenizer file')
+        if 'model' in content:
+            return LibraryTokenizer(content, path)
         try:
+            check_content(content, cls.FILE)
             ranks = [base64.b64decode(token, validate=True) for token in content['ranks']]
             if len(set(ranks)) < len(ranks) or not {bytes([b]) for b in range(256)} <= set(ranks):
                 raise ValueError('ranks lacks a byte or has a token twice')
             return cls(content['name'], ranks, content['pattern'], content['lowercase'])
-        except ValueError as error:
+        except (ValueError, UserError) as error:
             raise damaged(path, error) from None
+
+
+class LibraryTokenizer(Tokenizer):
+    """A tokenizer.json of the library `tokenizers`, as folders in the layout of transformers hold
+    it. It adds no special tokens; eot is the end of a sequence. mask and pad are None if it has no
+    tokens of these names: only encoders need them, and no encoder has such a tokenizer."""
+
+    def __init__(self, content, path):
+        """content: of the file `path`. `save` adds the key `eot` to it; without that the files
+        beside it say what eot is. Raises UserError if they do not, or if it is no tokenizer."""
+        import tokenizers
+        self.content = {key: value for key, value in content.items() if key != 'eot'}
+        try:
+            self.library = tokenizers.Tokenizer.from_str(json.dumps(self.content))
+        except Exception as error:  # the library has no class of its own for what is wrong
+            raise UserError(f'{path}: no file of the library tokenizers ({error}): download it '
+                            'again') from None
+        self.library.no_truncation()
+        self.library.no_padding()
+        self.library.encode_special_tokens = True  # what is written out in a text is text
+        vocabulary = self.library.get_vocab()
+        self.vocab_size = max(vocabulary.values(), default=0) + 1
+        self.eot_token = content.get('eot') or end_of_sequence(Path(path).parent, self.library)
+        if self.eot_token not in vocabulary:
+            raise UserError(f'{path}: its token for the end of a sequence, which documents are '
+                            f'separated by, is {self.eot_token!r:.40}, which it does not have: set '
+                            'eos_token_id in the config.json beside it')
+        self.eot, self.mask, self.pad = map(vocabulary.get, (self.eot_token, *SPECIAL[1:]))
+
+    def ids_needed(self, causal):
+        return self.vocab_size
+
+    def encode_batch(self, texts):
+        return [text.ids for text in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids):
+        return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def decode_stream(self, ids):
+        """Yields the text of each id as it comes. What an id stands for may depend on the ids
+        before it, so that the last ones that were shown are decoded with it, and left out."""
+        waiting, n_shown = [], 0
+        for i in ids:
+            waiting.append(i)
+            text = self.decode(waiting)[len(self.decode(waiting[:n_shown])):]
+            if text and not text.endswith('\ufffd'):  # of a character that is not whole
+                yield text
+                waiting, n_shown = waiting[n_shown:], len(waiting) - n_shown
+        yield self.decode(waiting)[len(self.decode(waiting[:n_shown])):]
+
+    def to_json(self):
+        return json.dumps(self.content | dict(eot=self.eot_token))
+
+    def library_files(self, vocab_size):
+        return library_files(json.dumps(self.content), self.eot_token)
+
+
+def end_of_sequence(folder, library):
+    """The token for the end of a sequence that the files of a folder in the layout of transformers
+    name; None if none does. library: its tokenizer."""
+    for name, key in (('config.json', 'eos_token_id'), ('tokenizer_config.json', 'eos_token')):
+        path = folder / name
+        value = load_json(path, {}, None).get(key) if path.exists() else None
+        value = value[0] if isinstance(value, list) and value else value
+        value = value.get('content') if isinstance(value, dict) else value
+        if type(value) is int and value >= 0:
+            return library.id_to_token(value)
+        if isinstance(value, str):
+            return value
+    return None
+
+
+def library_files(tokenizer, eot_token):
+    """{name: content} of a tokenizer of the library `tokenizers`, given as its json text, and of
+    what transformers wants to know beside it."""
+    config = dict(tokenizer_class='PreTrainedTokenizerFast', bos_token=eot_token,
+                  eos_token=eot_token, clean_up_tokenization_spaces=False)
+    return {'tokenizer.json': tokenizer,
+            'tokenizer_config.json': json.dumps(config, indent=2) + '\n'}
+
+
+def printable_bytes():
+    """{byte: character} as the library `tokenizers` writes bytes: a byte that is printable as its
+    own character, each other one as the next unused character from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+PRINTABLE = printable_bytes()
+
+
+def merges_of(ranks):
+    """[(left, right), ...] in the order of ids: the two parts that each token of a BPE is merged
+    from. They are what is left of its bytes when all that have lower ranks are merged."""
+    rank_of, merges = {token: rank for rank, token in enumerate(ranks)}, []
+    for rank, token in enumerate(ranks):
+        parts = [bytes([byte]) for byte in token]
+        while len(parts) > 2:
+            merged = [rank_of.get(a + b, rank) for a, b in itertools.pairwise(parts)]
+            i = merged.index(min(merged))
+            if merged[i] >= rank:
+                break
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        if len(parts) == 2:
+            merges.append(parts)
+    return merges
 
 
 def train_bpe(documents, vocab_size, lowercase):
@@ -190,11 +336,7 @@ def train_bpe(documents, vocab_size, lowercase):
     bpe.train_from_iterator(texts(), trainers.BpeTrainer(
         vocab_size=n_ranks, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty()))
-    # The library writes a byte as a printable character: the byte's own if that is printable,
-    # otherwise the next unused character from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    byte_of = {character: byte for byte, character in PRINTABLE.items()}
     words = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(words) < n_ranks:
         raise UserError(f'vocab_size={vocab_size}: this corpus is too small for it, it yields '
@@ -465,7 +607,7 @@ SPLIT = {
 META = {
     'dataset': str, 'source': str | None,
     'source_state': str | None,  # digest of the names, sizes and times of the source's files
-    'tokenizer': Literal['bpe', 'gpt2', 'byte'], 'lowercase': bool, 'vocab_size': Count,
+    'tokenizer': TokenizerKind, 'lowercase': bool, 'vocab_size': Count,
     'dtype': Literal['uint16', 'uint32'],
     'split': str,  # how the documents are split, for people
     'train': SPLIT, 'val': SPLIT,
@@ -486,6 +628,9 @@ def folder_of(options, tokenizer=None):
 def vocab_size_of(options):
     """Number of ids of the tokenizer that the options name, the special tokens included. Raises
     UserError if a BPE cannot have as many."""
+    if options.tokenizer == 'given':
+        raise UserError('tokenizer=given: is that of a folder that train.py --init_from=FOLDER '
+                        'starts from; a new one is bpe, gpt2 or byte')
     if options.tokenizer != 'bpe':
         return {'byte': 256, 'gpt2': 50256}[options.tokenizer] + len(SPECIAL)
     vocab_size, least = options.vocab_size or 8192, 256 + len(SPECIAL)

@@ -23,15 +23,21 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
 from config import UserError
-from model import ConfigError, Range, flat_options, make_model, option_names
+from deepseek import (Checkpoint, load_deepseek, options_of_deepseek, to_deepseek,
+                      write_checkpoint)
+from model import ConfigError, Range, flat_options, make_config, make_model, option_names
 from prepare import Tokenizer
 
 # bfloat16 matrix products of a GPU, dense FLOP/s, from the vendor's data sheets. The first name
 # that is part of the card's counts: an H100 in a PCIe slot is slower than one on an SXM board.
 PEAK_BF16 = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
              'H200 NVL': 835e12, 'H200': 989e12, 'L40S': 362e12}
+
+# what the config.json of a checkpoint in DeepSeek-V3's layout calls it
+DEEPSEEK_TYPES = 'deepseek_v3', 'kimi_k2'
 
 NVIDIA_DRIVER = Path('/dev/nvidiactl')  # exists where there is one, whether torch can use it or not
 
@@ -232,10 +238,14 @@ def save_checkpoint(path, state):
 
 def load_checkpoint(path):
     """A checkpoint as a dict of tensors and plain values. Its checksums are verified, and nothing
-    in it is executed. Raises UserError if it is missing, damaged, or something else."""
+    in it is executed. path: what best_checkpoint returns. Raises UserError if it is missing,
+    damaged, or something else."""
+    if Path(path).is_dir():
+        return state_of_folder(path)
     if not Path(path).is_file():
         raise UserError(f'{path}: there is no such checkpoint: name the folder of a run of '
-                        'train.py, out/quick for instance')
+                        'train.py, out/quick for instance, or one that holds a DeepSeek-V3 in the '
+                        'layout of transformers, with its weights as safetensors')
     try:
         with zipfile.ZipFile(path) as file:
             broken = file.testzip()
@@ -254,11 +264,30 @@ def load_checkpoint(path):
     return state
 
 
+def state_of_folder(folder):
+    """What load_checkpoint returns of a folder that holds a DeepSeek-V3 in the layout of
+    transformers. `model` is the Checkpoint, of which load_weights reads one tensor at a time."""
+    checkpoint = Checkpoint(folder)
+    kind = checkpoint.config.get('model_type')
+    if kind not in DEEPSEEK_TYPES:
+        raise UserError(f'{folder}: its layout is {kind!r:.40} (model_type in config.json), and '
+                        "only that of DeepSeek-V3 can be trained here; svd.py and "
+                        'add_output_latent take others too')
+    try:
+        model_config = make_config('transformer', **options_of_deepseek(checkpoint.config))
+    except ConfigError as error:
+        raise UserError(f'{folder}/config.json: {error}') from None
+    options = dict(arch='transformer', tokenizer='given') | flat_options(model_config)
+    return dict(model=checkpoint, options=options, step=0, provenance={})
+
+
 def best_checkpoint(folder):
     """The checkpoint that speaks for a run: the best one, or if the run was stopped before its
-    first evaluation the latest."""
-    best = Path(folder) / 'ckpt_best.pt'
-    return best if best.exists() else Path(folder) / 'ckpt.pt'
+    first evaluation the latest. A folder of safetensors is a checkpoint itself."""
+    best, latest = Path(folder) / 'ckpt_best.pt', Path(folder) / 'ckpt.pt'
+    if not (best.exists() or latest.exists()) and any(Path(folder).glob('*.safetensors*')):
+        return Path(folder)
+    return best if best.exists() else latest
 
 
 def model_options_of(flat):
@@ -314,7 +343,12 @@ def load_weights(model, state, path):
             raise UserError(f'{path}: another architecture: it was trained with {name}={saved}, '
                             f'not {value}')
     try:
-        model.load_state_dict(split_fused(state['model'], model))
+        if isinstance(state['model'], Checkpoint):
+            load_deepseek(model, state['model'], state['model'].config)
+        else:
+            model.load_state_dict(split_fused(state['model'], model))
+    except ConfigError as error:
+        raise UserError(f'{path}: {error}') from None
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(f'{path}: another architecture: {reason}') from None
@@ -326,7 +360,8 @@ def load_weights(model, state, path):
 
 def load_run(folder, device='cpu'):
     """(model, tokenizer, options) of a run folder: its best model in evaluation mode, and its
-    options as a flat dict. Raises UserError if the folder holds no run, or parts of two."""
+    options as a flat dict; or of a folder with a DeepSeek-V3 in the layout of transformers. Raises
+    UserError if the folder holds no run, or parts of two."""
     path = best_checkpoint(folder)
     state = load_checkpoint(path)
     model = build(state['options']['arch'], model_options_of(state['options']))
@@ -345,6 +380,31 @@ def load_tokenizer(folder, state, model_config, path, remedy):
     if trained_with != digest or model_config.vocab_size < needed:
         raise UserError(f'{file}: another tokenizer than {path.name} was trained with: {remedy}')
     return tokenizer
+
+
+def export(model, tokenizer, folder):
+    """Writes a model and its tokenizer into a new folder in the layout of transformers, whole or
+    not at all. Raises UserError on what that layout cannot hold."""
+    folder = Path(folder).resolve()
+    partial = folder.with_name(f'{folder.name}.partial')
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f'{folder}: is there already, and not empty: export into a new folder')
+    if partial.exists():
+        raise UserError(f'{partial}: another export is writing there, or was cut off: remove it')
+    try:
+        weights, hf_config = to_deepseek(model)
+        eot = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
+        partial.mkdir(parents=True)
+        write_checkpoint(partial, weights, hf_config | eot)
+        for name, content in tokenizer.library_files(model.config.vocab_size).items():
+            (partial / name).write_text(content, 'utf-8')
+        partial.rename(folder)
+    except ConfigError as error:
+        raise UserError(f'cannot be exported: {error}') from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(f'{folder}: cannot be written ({error})') from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def provenance(machine, meta, tokenizer):
@@ -385,6 +445,9 @@ class Run:
 
     def make_folder(self, tokenizer, resumed_step):
         folder, latest = self.folder, self.folder / 'ckpt.pt'
+        if best_checkpoint(folder).is_dir():
+            raise UserError(f'{folder}: holds a checkpoint in the layout of transformers, whose '
+                            'config.json a run would replace: set --out_dir')
         try:
             if resumed_step is None and latest.exists():
                 date = date_of(latest, lambda date: Path(f'{folder}-{date}').exists())

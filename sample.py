@@ -10,7 +10,6 @@ into a gigabyte. The first draws with the seed, the second with the seed plus 1,
 --seed=1338 writes alone is the second of --seed=1337, but for rounding.
 """
 
-import codecs
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ CACHE_BYTES = 2 ** 30  # of the samples that are drawn together
 class SampleOptions(MachineOptions):
     """Options"""
 
-    out_dir: str | None = None  # run folder of train.py
+    out_dir: str | None = None  # run folder of train.py, or another that its init_from takes
     start: str = ''  # text to go on from, or FILE:PATH; '' = the start of a document
     num_samples: Count = 1  # continuations; one is shown as it comes, several are drawn together
     max_new_tokens: Count = 300  # tokens to write, fewer where the document ends
@@ -65,7 +64,7 @@ def draw(model, tokenizer, prompt, options, machine, first, n):
         for tokens in model.stream(
                 idx, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                 top_p=options.top_p, seed=options.seed + first, stop=tokenizer.eot,
-                n_ids=tokenizer.eot + 1, compile=options.compile):
+                n_ids=tokenizer.ids_needed(causal=True), compile=options.compile):
             yield tokens.tolist()
 
 
@@ -90,15 +89,18 @@ def with_progress(steps, options, first, n):
 
 
 def show(tokenizer, ids):
-    """Prints tokens as they come, and returns a list of them. A character may be spread over
-    several tokens: its bytes wait until it is whole."""
-    decoder, shown = codecs.getincrementaldecoder('utf-8')('replace'), []
-    for token in ids:
-        shown.append(token)
-        if token != tokenizer.eot:  # a sample that has ended repeats it until all have ended
-            text = decoder.decode(tokenizer.encoding.decode_bytes([token]))
-            print(text, end='', flush=True)
-    print(decoder.decode(b'', final=True))
+    """Prints tokens as they come, and returns a list of them."""
+    shown = []
+
+    def written():
+        for token in ids:
+            shown.append(token)
+            if token != tokenizer.eot:  # a sample that has ended repeats it until all have ended
+                yield token
+
+    for text in tokenizer.decode_stream(written()):
+        print(text, end='', flush=True)
+    print()
     return shown
 
 

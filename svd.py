@@ -614,7 +614,7 @@ def main():
     if source.is_file():
         raise UserError(f'{source}: is a file: name the folder that it is in')
     check_device(options.device)
-    ours, name = best_checkpoint(source).exists(), source.resolve().name
+    ours, name = best_checkpoint(source).is_file(), source.resolve().name
     layers = list(read_run(source) if ours else read_checkpoint(source))
     numbers, middle = chosen_layers(source, len(layers), options)
     folder = Path(options.out_dir or (source if ours else Path('out') / f'svd-{name}'))

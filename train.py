@@ -32,8 +32,8 @@ from deepseek import add_output_latent
 from model import (ARCHITECTURES, BlockConfig, ChannelLinear, ConfigError, Count, CountOrZero, MoE,
                    ModelConfig, NotNegative, Positive, Range, Share, flat_options, make_config)
 from prepare import DataOptions, Tokenizer
-from run import (Machine, MachineOptions, Run, best_checkpoint, build, describe, load_checkpoint,
-                 load_weights, model_options_of, provenance)
+from run import (Machine, MachineOptions, Run, best_checkpoint, build, describe, export,
+                 load_checkpoint, load_tokenizer, load_weights, model_options_of, provenance)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
 MASKS = 'splitmix64'  # how they are drawn, in every checkpoint: with other ones no run goes on
@@ -79,8 +79,9 @@ class TrainOptions(MachineOptions, DataOptions):
     log_interval: Count = 10  # steps between lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
     o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent that a run did not have
-    init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), or another run's folder
+    init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), or a folder: see README
     eval_only: bool = False  # score the model of init_from and end
+    export: str | None = None  # folder to write the model of init_from for transformers, and end
     dry_run: bool = False  # print parameters, FLOPs and cache bytes and end; needs no data
     compile: bool | None = None  # torch.compile; None = on CUDA only
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
@@ -89,6 +90,9 @@ class TrainOptions(MachineOptions, DataOptions):
         if self.eval_only and self.init_from == 'scratch':
             raise UserError('eval_only scores a trained model: say which with --init_from=RUN, '
                             'or =resume')
+        if self.export and self.init_from == 'scratch':
+            raise UserError('export writes a trained model: say which with --init_from=RUN, or '
+                            '=resume')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ def inherited_options(saved, eval_only):
 def report_changes(saved, values, path):
     """Says which options of a resumed run have changed. Raises UserError if with them it would not
     be the same run."""
-    free = 'init_from', 'out_dir', 'eval_only', 'dry_run', 'wandb'
+    free = 'init_from', 'out_dir', 'eval_only', 'export', 'dry_run', 'wandb'
     for name, value in values.items():
         if name in free or name not in saved or value in (saved[name], None):
             continue
@@ -838,6 +842,8 @@ def main():
         with torch.device('meta'):
             model = build(options.arch, model_options)
         return print_facts(options, facts_of(options, model))
+    if options.export:
+        return export_model(options, model_options, state)
     machine, origin = Machine(options), origin_of(options)
     tokenizer = Tokenizer.load(origin / 'tokenizer.json') if state else None
     # before the model is built: a block_size beyond the data could take all memory
@@ -859,6 +865,16 @@ def main():
         train(options, model, forward, state if resuming else None, machine, data)
     if machine.world > 1:
         dist.destroy_process_group()
+
+
+def export_model(options, model_options, state):
+    """Writes the model that a run would start from into the folder `export`."""
+    model, origin = start_model(options, model_options, state), origin_of(options)
+    tokenizer = load_tokenizer(origin, state, model.config, origin, 'copy both from one run')
+    if os.environ.get('RANK', '0') == '0':
+        export(model, tokenizer, options.export)
+        print(f'{options.export}: step {state["step"]} of {origin}, {model.n_params():,} '
+              'parameters, in the layout of DeepSeek-V3 for transformers')
 
 
 def check_resumable(state, model, data, folder):
