@@ -172,8 +172,9 @@ class Tokenizer:
         Path(path).write_text(self.to_json())
 
     def library_files(self, vocab_size):
-        """{name: content} of the files from which transformers loads this tokenizer. vocab_size: of
-        the model; special tokens beyond it are left out."""
+        """{name: content} of the files from which transformers loads this tokenizer: the same ids,
+        but that a special token that is written out in a text is no text there. vocab_size: of the
+        model; special tokens beyond it are left out."""
         import tokenizers
         from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
         written = {token: ''.join(map(PRINTABLE.get, token)) for token in self.ranks}
@@ -197,7 +198,8 @@ class Tokenizer:
     def load(cls, path):
         """The tokenizer that `save` wrote, or one of the library `tokenizers`. Raises UserError if
         the file is neither."""
-        content = load_json(path, {}, f'{path}: there is no such tokenizer file')
+        content = load_json(path, {}, f'{path}: there is no such tokenizer file: copy it here from '
+                            'where the rest of this folder comes from')
         if 'model' in content:
             return LibraryTokenizer(content, path)
         try:

@@ -107,11 +107,12 @@ def test_the_commands_of_generation(here, copy):
 @pytest.mark.slow
 def test_the_commands_of_deepseek(here, copy):
     commands = [c for c in COMMANDS if 'decoder_mla' in c and 'bench' not in c]
-    assert len(commands) == 4
+    assert len(commands) == 5
     for command in commands[:3]:
         micro = [] if 'init_from' in command else ['--micro_batch_size=4']
         here(command, *NO_HUB, *CUT_SHORT, '--tokenizer=bpe', '--block_size=64', *micro)
     assert 'between heads' in here(commands[3], '--layers=0')
+    assert 'for transformers' in here(commands[4])
     n_parameters = 'print(sum(p.numel() for p in again.parameters()))\n'
     (copy / 'snippet.py').write_text(BLOCKS['python'][1] + n_parameters)
     assert int(run('python snippet.py').split()[-1]) > 1000
