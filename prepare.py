@@ -243,7 +243,8 @@ class LibraryTokenizer(Tokenizer):
         return self.vocab_size
 
     def encode_batch(self, texts):
-        return [text.ids for text in self.library.encode_batch_fast(texts, add_special_tokens=False)]
+        encodings = self.library.encode_batch_fast(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids):
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)

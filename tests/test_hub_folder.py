@@ -109,7 +109,8 @@ def test_what_is_exported_is_the_run_for_transformers_and_for_us(
 
 def test_a_folder_of_transformers_is_trained_cut_sampled_and_fine_tuned(
         folder, script, capsys):
-    script(train, '--init_from=hub', '--out_dir=on', '--max_iters=2', *DATA, *FEW, '--block_size=24')
+    script(train, '--init_from=hub', '--out_dir=on', '--max_iters=2', '--block_size=24',
+           *DATA, *FEW)
     model, tokenizer, options = load_run('on')
     assert model.config.block_size == 24 and options['tokenizer'] == 'given'
     assert tokenizer.digest() == load_run('hub')[1].digest()
@@ -168,7 +169,8 @@ def test_a_tokenizer_that_is_not_ours(folder):
         assert ids == library.encode(text, add_special_tokens=False).ids
         lower = text.lower().replace('ς', 'σ')  # the library does not know it
         assert ''.join(tokenizer.decode_stream(ids)) == tokenizer.decode(ids) == lower
-    assert tokenizer.decode(tokenizer.encode('</s>')) == '</s>' and 1 not in tokenizer.encode('</s>')
+    written_out = tokenizer.encode('</s>')
+    assert 1 not in written_out and tokenizer.decode(written_out) == '</s>'
     stream = list(tokenizer.decode_stream(tokenizer.encode('é') + tokenizer.encode('漢')[:2]))
     assert stream == ['é', '\ufffd']  # a character comes whole; at the end bytes are left
     tokenizer.save('elsewhere.json')
@@ -205,7 +207,8 @@ def without_a_shard():
     (lambda: edit('hub/config.json', rms_norm_eps=1e-5), 'hub/config.json: rms_norm_eps=1e-05'),
     (lambda: edit('hub/config.json', num_hidden_layers=3),
      'hub: model.layers.2.input_layernorm.weight: missing'),
-    (lambda: edit('hub/config.json', vocab_size=340), 'hub: model.embed_tokens.weight: has the shape'),
+    (lambda: edit('hub/config.json', vocab_size=340),
+     'hub: model.embed_tokens.weight: has the shape'),
     (lambda: theirs(vocab_size=280).save_pretrained('hub'),
      'tokenizer of .* needs 291|another tokenizer than hub'),
 ])
@@ -219,7 +222,8 @@ def test_a_folder_that_cannot_be_used(folder, script, change, message):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--init_from=hub', '--out_dir=hub', *DATA, *FEW], 'hub: holds a checkpoint in the layout'),
-    (['--init_from=hub', '--gate=True', '--eval_only=True', *DATA, *FEW], 'trained with gate=False'),
+    (['--init_from=hub', '--gate=True', '--eval_only=True', *DATA, *FEW],
+     'trained with gate=False'),
     (['--export=new'], '--init_from=RUN'),
     (['--init_from=bpe', '--export=hub'], 'hub: is there already, and not empty'),
     (['--init_from=bpe', '--export=bpe/ckpt.pt'], 'ckpt.pt: is there already'),
