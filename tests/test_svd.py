@@ -560,7 +560,7 @@ def damage(folder, kind):
 @pytest.mark.parametrize('kind, message', [
     ('missing shard', 'model-1.safetensors: this shard is missing'),
     ('truncated', 'model-1.safetensors: truncated or damaged'),
-    ('missing tensor', 'has no tensor model.layers.1.self_attn.kv_b_proj.weight'),
+    ('missing tensor', 'model.layers.1.self_attn.kv_b_proj.weight: missing from the checkpoint'),
     ('no o_proj', 'has no model.layers.0.self_attn.o_proj.weight'),
     ('no weights', 'holds no safetensors'),
     ('broken config', 'config.json: cannot be read'),
