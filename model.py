@@ -1548,7 +1548,7 @@ class ModelConfig:
     tie_embeddings: bool = True  # the head is the embedding, transposed
     init_std: Positive = 0.02  # standard deviation of the initial weights
     zero_writers: bool = False  # matrices that write into the residual stream start at 0
-    scale_latents: bool = True  # what goes through a latent starts as large as without it
+    scale_latents: bool = False  # what goes through a latent starts as large as without it
 
     derived = ()  # options of a block that the architecture sets itself
 
@@ -1777,8 +1777,8 @@ def init_weights(model):
     bias, sink                               0                       0
     gain of a norm, skip or depth            as built: 1             as built: 1
 
-    and with scale_latents, the default, so that what goes through a latent of L numbers instead of
-    D starts as large as without it:
+    and with scale_latents, so that what goes through a latent of L numbers instead of D starts as
+    large as without it:
 
     gain of the norm of a latent             sqrt(D/L)               1
     one of two matrices that stand for       N(0, 1/sqrt(fan))       as any other
@@ -1786,13 +1786,14 @@ def init_weights(model):
 
     n counts the matrices that write into one stack of blocks, so that the variance at its end does
     not grow with its depth (GPT-2). With zero_writers they are 0, and a block changes nothing at
-    first. To the encoders, whose other weights start large, that is worth more than any attention;
-    small decoders gain nothing (RESULTS.md). None is for grouped latents: if everything starts
-    small, they stay at the entropy of token frequencies. A tenth lets the skip connections dominate
-    at first.
+    first. None is for grouped latents: if everything starts small, they stay at the entropy of
+    token frequencies. A tenth lets the skip connections dominate at first.
+
     A normed latent has unit variance, and a matrix of init_std sums over L of its numbers alone:
-    without the gain keys, values and queries start sqrt(D/L) too small. RESULTS.md has what this
-    is worth; LongCat-Flash (arXiv 2509.01322) has the same factor as a constant.
+    without the gain keys, values and queries start sqrt(D/L) too small. LongCat-Flash (arXiv
+    2509.01322) has the same factor as a constant. What both options are worth depends on the other
+    weights: the encoders of config/, with an init_std of 1/sqrt(D), gain a lot by either, small
+    decoders with 0.02 gain nothing or lose (RESULTS.md), and so neither is the default.
     """
     std, scaled = model.config.init_std, model.config.scale_latents
     zero = std and model.config.zero_writers

@@ -172,8 +172,8 @@ TINY = dict(vocab_size=61, n_layer=1, n_embd=32)
 
 @pytest.mark.parametrize('make', [
     lambda: ours(),
-    lambda: make_model('transformer', **TINY, zero_writers=False).eval(),
-    lambda: make_model('encoder_decoder', **TINY, n_head=4, zero_writers=False).eval(),
+    lambda: make_model('transformer', **TINY).eval(),
+    lambda: make_model('encoder_decoder', **TINY, n_head=4).eval(),
     lambda: theirs(),
     lambda: theirs(**MOE),
     lambda: theirs(**LLAMA, attention_bias=True)],
@@ -214,7 +214,7 @@ def test_svd_is_the_best_product_and_the_config_follows():
     ('encoder_decoder', dict(cross_n_head=4))])
 def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options):
     """At full rank nothing changes, and the config rebuilds the model."""
-    model, idx = make_model(arch, **OURS | options, zero_writers=False).eval(), tokens(1, 9)
+    model, idx = make_model(arch, **OURS | options).eval(), tokens(1, 9)
     before = model(idx)
     add_output_latent(model, 32, n_groups=2)
     assert_close(model(idx), before)

@@ -759,10 +759,10 @@ def test_initialisation(scaled, zero):
 
 def test_what_goes_through_a_latent_starts_as_large_as_without_it():
     x = torch.randn(4, 64, 256)
-    sizes = dict(n_embd=256, n_head=8, n_layer=1, vocab_size=50, init_std=0.05, zero_writers=False)
+    sizes = dict(n_embd=256, n_head=8, n_layer=1, vocab_size=50, init_std=0.05, scale_latents=True)
     latents = dict(attention='mla', q_latent=64, kv_latent=32, o_latent=64)
     plain, scaled, unscaled = (
-        make_model('transformer', **sizes, **options).blocks[0].attn
+        make_model('transformer', **{**sizes, **options}).blocks[0].attn
         for options in ({}, latents, dict(latents, scale_latents=False)))
 
     def sizes_of(attn):
@@ -787,7 +787,7 @@ def test_what_goes_through_a_latent_starts_as_large_as_without_it():
 ])
 def test_the_relatives_start_as_large_as_plain_attention(options):
     torch.manual_seed(0)
-    sizes = dict(n_embd=256, n_head=8, n_layer=1, vocab_size=50, init_std=0.05, zero_writers=False)
+    sizes = dict(n_embd=256, n_head=8, n_layer=1, vocab_size=50, init_std=0.05, scale_latents=True)
     seen = {}
     attn = make_model('transformer', **sizes, **options).blocks[0].attn
     attn.attend = lambda *qkv: seen.update(zip('qkv', qkv)) or m.join_heads(qkv[0])

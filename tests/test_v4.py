@@ -184,8 +184,7 @@ def test_score_flops(kind, topk, T):
 
 
 def test_an_indexer_that_takes_all_changes_nothing():
-    options = {**TINY, **V4, 'layers': 'csa', 'csa_group': 2, 'index_head_dim': 6,
-               'zero_writers': False}
+    options = {**TINY, **V4, 'layers': 'csa', 'csa_group': 2, 'index_head_dim': 6}
     plain, indexed = (make_model('transformer', **options, index_topk=k).double() for k in (None, 8))
     indexed.load_state_dict(plain.state_dict(), strict=False)
     idx = tokens(2, 16)
