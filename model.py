@@ -1580,13 +1580,14 @@ class TransformerConfig(ModelConfig):
         if self.n_dense > self.n_layer:
             raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
         groups = dict(csa=self.block.csa_group, hca=self.block.hca_group)
-        for kind in self.block.layers.split():
+        kinds = self.block.layers.split()[:self.n_layer]
+        for kind in kinds:
             if groups.get(kind, 0) > self.block_size:
                 raise ConfigError(f'{kind}_group={groups[kind]} is more than block_size='
                                   f'{self.block_size}: there would never be an entry')
         if self.first_k_dense and self.block.mlp != 'moe':
             raise ConfigError("first_k_dense belongs to mlp='moe': set that too")
-        if self.block.index_topk and 'csa' not in self.block.layers.split():
+        if self.block.index_topk and 'csa' not in kinds:
             raise ConfigError(f"index_topk chooses entries in csa layers: "
                               f"layers={self.block.layers!r} has none")
         if self.subtract_next_position and not (self.learned_positions and self.block.causal):
