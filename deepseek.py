@@ -211,7 +211,8 @@ def expert_options(c):
                          ('topk_method', 'noaux_tc'), ('moe_layer_freq', 1)):
         if c.get(name, wanted) != wanted:
             raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
-    names = 'n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'n_group', 'topk_group'
+    names = ('n_routed_experts', 'num_experts_per_tok', 'moe_intermediate_size', 'n_group',
+             'topk_group')
     E, k, hidden, n_group, topk_group = sizes_in(c, names, optional=('n_group', 'topk_group'))
     return dict(mlp='moe', n_routed_experts=E, n_experts_per_tok=k, expert_hidden=hidden,
                 n_shared_experts=c.get('n_shared_experts') or 0, n_group=n_group or 1,

@@ -173,12 +173,13 @@ class ExpertLinear(ChannelLinear):
         weight, device = self.weight, x.device.type
         if torch.is_autocast_enabled(device):
             x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
-        if any(width % 8 for width in weight.shape[1:]) or x.dtype != torch.bfloat16 and (
-                x.dtype == torch.float64 or torch.compiler.is_compiling()):
-            # what groups products cannot do
-            rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-            return torch.cat([F.linear(row, matrix) for row, matrix in zip(rows, weight)])
-        return F.grouped_mm(x, weight.mT, offs=ends)
+        # grouped products take rows of 16 bytes, no float64, and compiled nothing but bfloat16
+        bfloat16_alone = torch.compiler.is_compiling()
+        takes = {torch.bfloat16} if bfloat16_alone else {torch.bfloat16, torch.float32}
+        if x.dtype in takes and not any(width % 8 for width in weight.shape[1:]):
+            return F.grouped_mm(x, weight.mT, offs=ends)
+        rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+        return torch.cat([F.linear(row, matrix) for row, matrix in zip(rows, weight)])
 
 
 def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
@@ -509,15 +510,16 @@ class Attention(nn.Module):
     def read(self, scores, cached, key_mask):
         """Means of what is cached, (B, n, S, w), with the softmax of scores (B, H, S): (B, H, w).
         """
-        weights = self.weights(scores, None if key_mask is None else key_mask[:, :, 0])
+        weights = self.weights(scores, key_mask)
         weights = weights.unflatten(1, (cached.size(1), -1))  # (B, H, S) -> (B, n, H/n, S)
         return (weights @ cached).flatten(1, 2)
 
     def weights(self, scores, key_mask):
-        """The softmax of products q.k, (B, H, ..., S) -> the same. key_mask: broadcasts, or None.
-        """
+        """The softmax of products q.k, of one query (B, H, S) or of many (B, H, T, S) -> the same.
+        key_mask: a mask that broadcasts to (B, H, T, S), or None."""
         scores = scores * self.scale
         if key_mask is not None:
+            key_mask = key_mask[:, :, 0] if scores.dim() == 3 else key_mask
             scores = scores.masked_fill(~key_mask, -math.inf)
         if self.sink is None:
             return scores.softmax(dim=-1)
@@ -862,7 +864,6 @@ class TPA(Attention):
         q (B, H, 1, d), k_head and v_head (B, R, S, H), k and v (B, R, S, d) -> (B, 1, H*d)."""
         q = q.transpose(1, 2)  # (B, 1, H, d)
         scores = (q @ k.transpose(2, 3) * k_head.transpose(2, 3)).mean(dim=1)  # (B, H, S)
-        key_mask = None if key_mask is None else key_mask[:, :, 0]
         weights = self.weights(scores, key_mask)[:, None] * v_head.transpose(2, 3)  # (B, R, H, S)
         return (weights @ v).mean(dim=1).flatten(1)[:, None]
 
@@ -1293,7 +1294,8 @@ class MoE(nn.Module):
         rows, k = x.flatten(0, -2), self.n_chosen  # (N, D)
         weights, experts = self.route(rows)
         order = experts.flatten().argsort(stable=True)  # of the N*k pairs (row, expert), by expert
-        counts = (experts.flatten()[:, None] == torch.arange(self.n_experts, device=x.device)).sum(0)
+        numbers = torch.arange(self.n_experts, device=x.device)
+        counts = (experts.flatten()[:, None] == numbers).sum(dim=0)  # (E,)
         if self.training:
             self.load += counts
         pairs = rows[:, None].expand(-1, k, -1).flatten(0, 1)  # (N*k, D)

@@ -616,7 +616,8 @@ def plot_expert_shares(folder):
     figure, panels = pyplot().subplots(n_layers, sharex=True, figsize=(7, 1 + 1.2 * n_layers),
                                        layout='constrained', squeeze=False)
     for i, axes in enumerate(panels[:, 0]):
-        image = axes.imshow(shares[:, i].T * n_experts, aspect='auto', cmap='RdBu_r', vmin=0, vmax=2,
+        image = axes.imshow(shares[:, i].T * n_experts, aspect='auto', cmap='RdBu_r',
+                            vmin=0, vmax=2,
                             extent=(lines[0]['step'], lines[-1]['step'], n_experts - 0.5, -0.5),
                             interpolation='nearest')
         axes.set_ylabel(f'{i + 1}. layer\nof experts')

@@ -217,11 +217,12 @@ def facts_of(options, model):
 def print_facts(options, facts):
     flops, cache = facts['train_flops_per_token'], facts['cache_bytes_per_token']
     fixed, active = facts['cache_fixed_bytes'], facts['active_parameters']
-    active = f', {active:,} active' if active < facts['parameters'] else ''
+    of_a_token = f', {active:,} active' if active < facts['parameters'] else ''
+    cached = '' if cache is None else f', {cache:,.0f} cache bytes a token'
+    cached += f' and {fixed:,} at most beside' if fixed else ''
     print(f'{options.arch}: {facts["parameters"]:,} parameters '
-          f'({facts["parameters_without_positions"]:,} without positions{active}), {flops / 1e6:.1f} MFLOP '
-          f'a token in training{f", {cache:,.0f} cache bytes a token" if cache is not None else ""}'
-          f'{f" and {fixed:,} at most beside" if fixed else ""}')
+          f'({facts["parameters_without_positions"]:,} without positions{of_a_token}), '
+          f'{flops / 1e6:.1f} MFLOP a token in training{cached}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -728,10 +729,9 @@ def report(run, options, machine, step, now, lr, means, grad_norm, seconds_a_ste
                **(dict(mfu=mfu) if mfu else {}), **load)
     left = min((options.max_iters - step) * seconds_a_step,
                (options.max_seconds or math.inf) - now)
+    busiest = f'busiest expert {load["busiest_expert"]:.2f}, ' if load else ''
     run.say(f'step {step}{"" if options.max_seconds else f"/{options.max_iters}"}: '
-            f'{describe(terms)}, '
-            f'{f"busiest expert {busiest:.2f}, " if (busiest := load.get("busiest_expert")) else ""}'
-            f'lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
+            f'{describe(terms)}, {busiest}lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
             f'{f", {mfu:.0%} MFU" if mfu else ""}, {memory:.1f} GB, '
             f'{timedelta(seconds=max(0, round(left)))} left')
 

@@ -6,8 +6,8 @@ A file holds an input x (B, T, D), the output y, dy, the gradients dx and grad:N
 sum(y * dy), the weights param:NAME under the other code's names, and `config`, its sizes as json.
 Which attention that is, is in the name of the file: layer_KIND.npz, or layer_KIND_something.npz.
 LAYOUTS says for each KIND which options and weights of ours those are. All are causal, with rotary
-positions of base 10000 or those that the file holds. Exit status 1: something differs by more than 1e-5 of the largest
-entry.
+positions of base 10000 or those that the file holds. Exit status 1: something differs by more than
+1e-5 of the largest entry.
 """
 
 import json

@@ -79,7 +79,7 @@ CAUSAL_VARIANTS = {
                        index_head_dim=6, gate=True),
     'v4_no_rope': dict(attention='v4', q_latent=12, window=1, layers='hca csa', hca_group=3),
 }
-ENCDEC_VARIANTS['encdec_experts'] = VARIANTS['experts'] | dict(n_layer=1, first_k_dense=0, rope_dims=2)
+ENCDEC_VARIANTS['encdec_experts'] = dict(VARIANTS['experts'], n_layer=1, rope_dims=2)
 ENCDEC_VARIANTS['encdec_v4'] = dict(V4, layers='csa hca', csa_group=2, hca_group=5, index_topk=3,
                                     index_head_dim=6, sink=True, n_layer=2, n_dense=1)
 EVERY = {name: dict(options, arch='encoder_decoder' if name in ENCDEC_VARIANTS else 'transformer')

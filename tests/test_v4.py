@@ -185,7 +185,8 @@ def test_score_flops(kind, topk, T):
 
 def test_an_indexer_that_takes_all_changes_nothing():
     options = {**TINY, **V4, 'layers': 'csa', 'csa_group': 2, 'index_head_dim': 6}
-    plain, indexed = (make_model('transformer', **options, index_topk=k).double() for k in (None, 8))
+    plain, indexed = (make_model('transformer', **options, index_topk=k).double()
+                      for k in (None, 8))
     indexed.load_state_dict(plain.state_dict(), strict=False)
     idx = tokens(2, 16)
     assert torch.allclose(plain(idx), indexed(idx), atol=1e-12)
@@ -209,8 +210,8 @@ def test_only_its_own_loss_trains_the_indexer():
 def test_the_indexer_learns_what_is_read():
     """On fixed tokens its loss falls to a fraction, and what it chooses is what is read most."""
     torch.manual_seed(0)
-    model = make_model('transformer', **{**TINY, **V4, 'layers': 'csa', 'csa_group': 2, 'n_layer': 1,
-                                         'index_topk': 2, 'index_head_dim': 8, 'init_std': 0.3})
+    options = dict(layers='csa', csa_group=2, index_topk=2, index_head_dim=8, init_std=0.3)
+    model = make_model('transformer', **{**TINY, **V4, **options, 'n_layer': 1})
     own = [p for name, p in model.named_parameters() if '.indexer.' in name]
     optimizer, idx, losses = torch.optim.Adam(own, lr=0.01), tokens(8, 16), []
     for _ in range(200):
