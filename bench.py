@@ -7,6 +7,7 @@
     python bench.py sweep config/mha.py config/mla.py --seed=1,2,3 --jobs=2
     python bench.py sweep config/quick.py --learning_rate=3e-3,6e-3 --finetune="--seeds=3"
     python bench.py compare out/sweep-mha/* out/sweep-mla/*
+    python bench.py frontier config/zoo.py config/zoo_mla.py --learning_rate=4e-3,8e-3 --seed=1,2,3
 
 With configs it measures training and decoding, in turns, and reports the median of several rounds.
 Weights and tokens are random.
@@ -36,6 +37,12 @@ compare: runs that differ in their seed alone form a group. The tables have a li
 mean and 95% interval over the seeds where there are three or more, else the values themselves. For
 two groups with three seeds in common it also prints the difference between runs of the same seed.
 compare.csv has all the numbers, compare.png the curves.
+
+frontier: the loss of causal configs beside what a cache takes. Takes what sweep takes. Of several
+values of learning_rate the first seed chooses one for each config, which the other seeds use too.
+What is not trained yet is trained; then all configs are timed in turns, as with configs alone. A
+line for each config: mean and interval of its loss, its difference from the first config between
+runs of one seed, the bytes of a cache of block_size tokens, and speed. frontier.csv, frontier.png.
 """
 
 import concurrent.futures
@@ -126,7 +133,7 @@ class AttentionOptions:
 
 @dataclass
 class SweepOptions:
-    """Options of sweep, which takes those of training as well"""
+    """Options of sweep and frontier, which take those of training as well"""
 
     jobs: Count = 1  # runs at a time; they share the cores, and of several GPUs each has its own
     finetune: str | None = None  # fine-tune each run, with these options of finetune_sst2.py
@@ -682,8 +689,9 @@ def values_of(argument):
     return key, values
 
 
-def read_sweep(arguments):
-    """(SweepOptions, paths of the configs, {option: its values}) of a sweep's command line."""
+def read_sweep(arguments, command='sweep'):
+    """(SweepOptions, paths of the configs, {option: its values}) of the command line of sweep or
+    frontier."""
     if {'--help', '-h'} & set(arguments):
         config.load(['--help'], SweepOptions, *TRAINING, doc=__doc__)
     names = {f'--{option.name}' for option in fields(SweepOptions)}
@@ -691,7 +699,7 @@ def read_sweep(arguments):
     values, _ = config.load(own, SweepOptions, takes_config=False)
     paths = [argument for argument in arguments if not argument.startswith('--')]
     if not paths:
-        raise UserError('which config? python bench.py sweep CONFIG --key=a,b,c')
+        raise UserError(f'which config? python bench.py {command} CONFIG --key=a,b,c')
     if len({Path(path).stem for path in paths}) < len(paths):
         raise UserError(f'{" ".join(paths)}: two configs of one name would share their folders')
     grid = dict(values_of(argument) for argument in arguments
@@ -701,7 +709,7 @@ def read_sweep(arguments):
             raise UserError(f'{key}={",".join(chosen)}: names a value twice')
     for key in ('out_dir', 'init_from', 'dry_run', 'eval_only', 'export'):
         if key in grid:
-            raise UserError(f'{key} is not for sweep, which trains each run in a folder of its '
+            raise UserError(f'{key} is not for {command}, which trains each run in a folder of its '
                             'own: leave it out')
     return SweepOptions(**values), paths, grid
 
@@ -942,20 +950,31 @@ class Sweep:
         return f'; {n_left} to go, about {timedelta(seconds=round(seconds))}'
 
 
-def sweep(arguments):
-    """Trains, and fine-tunes if asked, a run for every config and combination of values."""
-    options, paths, grid = read_sweep(arguments)
-    runs = plan_runs(options, paths, grid)
+def train_runs(runs, options):
+    """Trains, and fine-tunes if asked, what is left of these SweepRuns. Returns the folders of those
+    that failed; why stands on stderr."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a sweep as Ctrl-C does
     failures = Sweep(runs, options.jobs).run_all()
-    done = [str(run.folder) for run in runs if run.folder not in failures]
-    if len(done) > 1:
-        print('\n' + shlex.join(['python', 'bench.py', 'compare', *done]))
     for folder, reason in failures.items():
         print(f'{folder} failed: {reason}', file=sys.stderr)
+    return set(failures)
+
+
+def stop_at_failures(failures, runs):
     if failures:
         raise UserError(f'{len(failures)} of {len(runs)} runs failed; the same command goes on '
                         'from here')
+
+
+def sweep(arguments):
+    """A run for every config and combination of values."""
+    options, paths, grid = read_sweep(arguments)
+    runs = plan_runs(options, paths, grid)
+    failures = train_runs(runs, options)
+    done = [str(run.folder) for run in runs if run.folder not in failures]
+    if len(done) > 1:
+        print('\n' + shlex.join(['python', 'bench.py', 'compare', *done]))
+    stop_at_failures(failures, runs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1255,8 +1274,108 @@ def compare(arguments):
     print(f'\n{folder}: compare.csv, compare.png')
 
 
+# --------------------------------------------------------------------------------------------------
+# frontier: loss beside cache
+
+
+FRONTIER = dict(
+    learning_rate=('learning\nrate', 'g'),
+    val_loss=('validation\nloss', '.4f'),
+    difference=('difference from\nthe first', '.4f'),
+    cache_bytes=('cache, bytes\na token', ',.0f'),
+    train_tokens_per_s=('training,\ntokens/s', ',.0f'),
+    decode_ms_per_token=('decoding,\nms a token', '.2f'),
+    params=('parameters', ','))
+
+
+def tuned_runs(options, paths, grid):
+    """The runs of all seeds at the learning rate that the first seed prefers, {path: SweepRuns}."""
+    runs = plan_runs(options, paths, grid)
+    trials = [run for run in runs if run.options.get('seed') == grid.get('seed', [None])[0]]
+    failures = train_runs(trials, options)
+    chosen = {}
+    for path in paths:
+        losses = {run.options.get('learning_rate'): final_loss(read_run(run.folder))
+                  for run in trials if run.path == path and run.folder not in failures}
+        if not losses:
+            raise UserError(f'{path}: failed at every learning rate, see above')
+        rate = min(losses, key=losses.get)
+        chosen[path] = [run for run in runs
+                        if run.path == path and run.options.get('learning_rate') == rate]
+    return chosen
+
+
+def show_frontier(table):
+    rows = []
+    for line in table:
+        values = [(line[name], form) for name, (_, form) in FRONTIER.items()]
+        rows.append([line['config'], *(shown(value, form) if isinstance(value, dict)
+                                       else format(value, form) for value, form in values)])
+    print('\nmean +- half the 95% interval over the seeds ' + ', '.join(map(str, table[0]['seeds']))
+          + f', for fewer than {FEWEST} their values; losses in nats')
+    print_table(['', *(title for title, _ in FRONTIER.values())], rows)
+
+
+def plot_frontier(path, table):
+    """Losses with their intervals, over the cache and over the speed of training."""
+    figure, panels = pyplot().subplots(1, 2, figsize=(12, 5), layout='constrained', sharey=True)
+    xlabels = dict(cache_bytes='bytes of a cache of {context:,} tokens, a token',
+                   train_tokens_per_s='training, tokens/s')
+    for axes, (name, xlabel) in zip(panels, xlabels.items()):
+        for i, line in enumerate(table):
+            loss = line['val_loss']
+            axes.errorbar(line[name], loss['mean'], yerr=loss['interval'], color=f'C{i % 10}',
+                          marker='o', capsize=3, alpha=0.8)
+            axes.annotate(line['config'].removesuffix('.py'), (line[name], loss['mean']),
+                          (6, 3), textcoords='offset points', fontsize=8, color=f'C{i % 10}')
+        axes.set(xlabel=xlabel.format(**table[0]))
+        axes.grid(alpha=0.3)
+    powers = np.log2([line['cache_bytes'] for line in table])
+    ticks = 2 ** np.arange(math.floor(powers.min()), math.ceil(powers.max()) + 1)
+    panels[0].set_xscale('log', base=2)
+    panels[0].set(xticks=ticks, xticklabels=ticks, ylabel='validation loss (nats), 95% interval')
+    save_figure(figure, path)
+
+
+def frontier(arguments):
+    """Trains configs at the learning rates that suit them, times them, and draws loss beside cache
+    and speed."""
+    options, paths, grid = read_sweep(arguments, 'frontier')
+    fixed = {key: values[0] for key, values in grid.items() if key not in ('learning_rate', 'seed')}
+    for key in fixed:
+        if len(grid[key]) > 1:
+            raise UserError(f'{key}={",".join(grid[key])}: frontier takes several values of '
+                            'learning_rate and seed alone; sweep takes all')
+    asked = [options_asked_for(path, fixed, path) for path in paths]
+    for path, own in zip(paths, asked):
+        if not own.get('causal', True):
+            raise UserError(f'{path}: an encoder, which has no cache')
+    chosen = tuned_runs(options, paths, grid)
+    final = [run for runs in chosen.values() for run in runs]
+    stop_at_failures(train_runs(final, options), final)
+    finished = {run.folder: run for run in read_runs([run.folder for run in final])}
+    timing = dataclasses.replace(read_options(flags(fixed)),
+                                 context=max(own['block_size'] for own in asked))
+    table = []
+    for runs, line in zip(chosen.values(), measure_configs(paths, flags(fixed), timing)):
+        group = [finished[run.folder] for run in runs]
+        losses = {run.seed: final_loss(run) for run in group}
+        if not table:
+            reference = losses
+        table.append(line | dict(
+            learning_rate=group[0].options['learning_rate'], seeds=list(losses),
+            cache_bytes=line['cache_bytes_per_token_counted'],
+            val_loss=summarize(losses.values()),
+            difference=summarize([losses[seed] - reference[seed] for seed in losses])))
+    folder = config.make_folder(timing.results, 'results')
+    write_csv(folder / 'frontier.csv', list(map(flat_line, table)))
+    plot_frontier(folder / 'frontier.png', table)
+    show_frontier(table)
+    print(f'\n{folder}: frontier.csv, frontier.png')
+
+
 def main():
-    commands = dict(attention=attention, sweep=sweep, compare=compare)
+    commands = dict(attention=attention, sweep=sweep, compare=compare, frontier=frontier)
     arguments = sys.argv[1:]
     if arguments and arguments[0] in commands:
         return commands[arguments[0]](arguments[1:])

@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 
@@ -20,7 +22,7 @@ import bench
 from config import UserError
 from conftest import REPOSITORY, train_runs, write_corpus
 from model import make_model
-from run import Machine, MachineOptions, load_checkpoint, pyplot
+from run import Machine, MachineOptions, load_checkpoint, pyplot, read_metrics
 from train import TrainOptions, compiled
 
 SMALL = ['--n_layer=1', '--vocab_size=300', '--rounds=1', '--context=40', '--micro_batch_size=2',
@@ -558,6 +560,53 @@ def test_the_axis_of_losses_is_cut_to_what_follows_the_first_tenth():
     pyplot().close(figure)
 
 
+@pytest.mark.slow
+def test_frontier_tunes_with_the_first_seed_alone(two_configs, script, capfd):
+    command = ['frontier', 'a.py', 'b.py', '--causal=True', '--max_iters=4', '--jobs=2',
+               '--learning_rate=1e-30,1e-3', '--seed=3,1,2']
+    script(bench, *command)
+    names = [f'learning_rate={rate},seed={seed},causal=True,max_iters=4' for rate, seed in
+             (('1e-3', 1), ('1e-3', 2), ('1e-3', 3), ('1e-30', 3))]
+    for name in 'ab':
+        assert sorted(path.name for path in Path(f'out/sweep-{name}').iterdir()) == names
+    losses = {name: np.array([read_metrics(Path(f'out/sweep-{name}') / run)[-1]['val_loss']
+                              for run in (names[2], names[0], names[1])]) for name in 'ab'}
+    with open('out/bench/frontier.csv') as file:
+        first, second = csv.DictReader(file)
+    for name, line in (('a', first), ('b', second)):
+        assert line['config'] == name and line['seeds'] == '3 1 2'
+        assert float(line['learning_rate']) == 1e-3
+        assert float(line['val_loss_mean']) == pytest.approx(losses[name].mean())
+        width = dict(a=16, b=32)[name]
+        assert float(line['cache_bytes']) == 2 * width * 4  # one layer, keys and values, float32
+        assert float(line['train_tokens_per_s']) > 0 and line['context'] == '32'
+    difference = losses['b'] - losses['a']
+    assert float(first['difference_mean']) == 0
+    assert float(second['difference_mean']) == pytest.approx(difference.mean())
+    assert float(second['difference_interval']) == pytest.approx(
+        4.3027 * difference.std(ddof=1) / 3 ** 0.5, rel=1e-4)
+    assert Path('out/bench/frontier.png').stat().st_size > 10_000
+    out = capfd.readouterr().out
+    assert f'{losses["a"].mean():.4f} +- ' in out and f'{difference.mean():.4f} +- ' in out
+
+
+def test_a_rate_at_which_training_fails_is_not_chosen(two_configs, script, monkeypatch):
+    losses = {'1e-3': 2.0, '2e-3': 1.0, '4e-3': 3.0}
+    bad = '2e-3'
+    monkeypatch.setattr(bench, 'train_runs', lambda runs, options: {
+        run.folder for run in runs if run.options['learning_rate'] == bad})
+    monkeypatch.setattr(bench, 'read_run', lambda folder: SimpleNamespace(evaluations=[dict(
+        val_loss=losses[folder.name.rpartition('=')[2]])]))
+    arguments = ['a.py', '--seed=1,2', '--learning_rate=1e-3,2e-3,4e-3']
+    options, paths, grid = bench.read_sweep(arguments)
+    runs = bench.tuned_runs(options, paths, grid)['a.py']
+    assert [run.options for run in runs] == [
+        dict(seed=seed, learning_rate='1e-3') for seed in '12']
+    monkeypatch.setattr(bench, 'train_runs', lambda runs, options: {run.folder for run in runs})
+    with pytest.raises(UserError, match='a.py: failed at every learning rate, see above'):
+        bench.tuned_runs(options, paths, grid)
+
+
 def test_which_training_loss_is_drawn(workspace):
     new, old = fake_run('new', 1, [3.0, 2.0]), fake_run('old', 1, [3.0, 2.0], facts=False)
     terms = fake_run('terms', 1, [3.0, 2.0], facts=False, embedding=True)
@@ -592,6 +641,9 @@ def test_loss_between_two_evaluations():
     ([QUICK, '--jobs=2'], 'jobs: there is no such option'),
     (['sweep', QUICK, '--dry_run=True'], 'dry_run is not for sweep'),
     (['sweep', QUICK, '--seed=1,1'], 'seed=1,1: names a value twice'),
+    (['frontier'], 'which config? python bench.py frontier'),
+    (['frontier', QUICK], 'quick.py: an encoder, which has no cache'),
+    (['frontier', DECODER, '--n_layer=1,2'], 'n_layer=1,2: frontier takes several values of'),
     (['attention', '--n_layer=3'], 'n_layer: there is no such option'),
     (['attention', '--layer_widths=128,100'], 'a layer 100 wide does not divide into an even '
      'number of heads of 32'),
