@@ -951,8 +951,8 @@ class Sweep:
 
 
 def train_runs(runs, options):
-    """Trains, and fine-tunes if asked, what is left of these SweepRuns. Returns the folders of those
-    that failed; why stands on stderr."""
+    """Trains, and fine-tunes if asked, what is left of these SweepRuns. Returns the folders of
+    those that failed; why stands on stderr."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a sweep as Ctrl-C does
     failures = Sweep(runs, options.jobs).run_all()
     for folder, reason in failures.items():

@@ -80,7 +80,7 @@ class Machine:
         try:
             self.device = torch.device(f'cuda:{self.local_rank}' if name == 'cuda' else name)
             torch.empty(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ImportError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f'--device={options.device}: {reason}') from None
         if self.device.type == 'meta':

@@ -34,7 +34,8 @@ SMALL = [*DATA, '--vocab_size=300', '--block_size=32', '--n_layer=2', '--n_head=
          '--rope_key=shared', '--rope_dims=4', '--learned_positions=False', '--batch_size=8',
          '--max_iters=2', '--eval_iters=1', '--log_interval=1']
 FEW = ['--eval_iters=1', '--batch_size=8']
-ODD = ['The river, 1234 BRIDGES\n\n\t and  two ', 'ünïcödé 漢字 \U0001f469\u200d\U0001f467 x\u0301',
+ODD = ['The river, 1234 BRIDGES\n\n\t and  two ',
+       'ünïcödé 漢字 \U0001f469\u200d\U0001f467 x\u0301',
        "don't DON'T '", '\r\n\u00a0\u2028', 'aaaaaaa aaaaa', 'ΣΑΣ ΟΔΟΣ, Σ', '']
 
 

@@ -122,7 +122,7 @@ def test_the_commands_of_deepseek(here, copy):
 def test_the_commands_of_speed(here, monkeypatch):
     import bench
     commands = [c for c in COMMANDS if 'bench.py' in c]
-    assert len(commands) == 4
+    assert len(commands) == 5
     # memory_of measures in a process of its own, which takes seconds to start
     monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)
     assert 'decoder_mla_o' in here(commands[0], '--n_layer=1', '--vocab_size=300', '--rounds=1')
@@ -131,6 +131,9 @@ def test_the_commands_of_speed(here, monkeypatch):
     config, *grid = commands[2].split()[3:]  # the grid is run in tests/test_bench.py
     names = [bench.values_of(values)[0] for values in grid]
     assert Path(config).exists() and names == ['learning_rate', 'seed']
+    *configs, rates, seeds = commands[4].split('#')[0].split()[3:]  # so is this one
+    assert all(Path(config).exists() for config in configs)
+    assert [bench.values_of(values)[0] for values in (rates, seeds)] == names
 
 
 def test_the_commands_of_fine_tuning(here, copy):

@@ -833,6 +833,7 @@ def test_help_shows_what_a_config_sets(script, capsys):
      'another architecture: size mismatch for pos_emb.weight'),
     (['--eval_only=True'], '--init_from=RUN'),
     (['--device=tpu'], '--device=tpu'),
+    (['--device=hpu'], '--device=hpu'),
     (['--device=meta'], '--device=meta: computes nothing'),
     (['--out_dir=a\0b'], 'takes a string'),
     (['--source=\udcff'], 'takes a string'),
