@@ -323,7 +323,8 @@ def attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p):
         mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
     scores = q @ (k * scale).transpose(-2, -1)  # (B, H, T, S)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        # in place, and with no pass of its own on the way back, as masked_fill has
+        scores.add_(torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf))
     weights = scores.softmax(dim=-1)
     return (dropout(weights, dropout_p) if dropout_p else weights) @ v
 
