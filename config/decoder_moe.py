@@ -2,8 +2,8 @@
 SwiGLU and 2 of 16 others, together as wide as the one of decoder_mla.py.
 
 Asks: what are three times the weights worth at the same arithmetic a token, and does an output
-latent (--o_latent=96 --o_norm=sum) cost a model with experts anything? Nothing is published at this
-size; the published experiment was of a whole DeepSeek-V3.
+latent (--o_latent=96) cost a model with experts anything? RESULTS.md has a short run. Nothing is
+published at this size; the published experiment was of a whole DeepSeek-V3, with --o_norm=sum.
 """
 from config.decoder_mla import *
 
