@@ -334,14 +334,17 @@ def measure_configs(paths, overrides, options):
     """The lines of the report, after a round to warm up and `rounds` rounds that count."""
     machine, decoder = Machine(options), Machine(options, trains=False)
     subjects = [Subject(path, overrides, machine) for path in paths]
-    memory = [memory_of(path, overrides) for path in paths]
+    memory = []
+    for i, path in enumerate(paths, 1):  # on a GPU this compiles, about a minute each
+        print(f'\rmemory of {i} of {len(paths)}', end='', file=sys.stderr, flush=True)
+        memory.append(memory_of(path, overrides))
     for subject in subjects:
         if subject.causal:
             subject.prepare_decoding(options.context, decoder)
     peaks = []
     for i in range(options.rounds + 1):
         end = '\n' if i == options.rounds else ''
-        print(f'\rround {i} of {options.rounds}', end=end, file=sys.stderr, flush=True)
+        print(f'\rround {i} of {options.rounds}     ', end=end, file=sys.stderr, flush=True)
         peaks.append(matmul_peak(machine))
         for subject in subjects:
             measured = subject.measure()

@@ -360,6 +360,7 @@ def test_a_run_is_found_by_its_options(two_configs, capsys):
 def test_environments_of_the_jobs(monkeypatch):
     monkeypatch.setattr(bench.os, 'cpu_count', lambda: 7)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
     assert bench.environments(1) == [{}]
     assert [job['OMP_NUM_THREADS'] for job in bench.environments(3)] == ['2'] * 3
     assert bench.environments(20)[0]['OMP_NUM_THREADS'] == '1'
