@@ -45,6 +45,7 @@ line for each config: mean and interval of its loss, its difference from the fir
 runs of one seed, the bytes of a cache of block_size tokens, and speed. frontier.csv, frontier.png.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import csv
@@ -1321,16 +1322,27 @@ def show_frontier(table):
 
 def plot_frontier(path, table):
     """Losses with their intervals, over the cache and over the speed of training."""
+    from matplotlib.transforms import offset_copy
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 5), layout='constrained', sharey=True)
     xlabels = dict(cache_bytes='bytes of a cache of {context:,} tokens, a token',
                    train_tokens_per_s='training, tokens/s')
     for axes, (name, xlabel) in zip(panels, xlabels.items()):
-        for i, line in enumerate(table):
-            loss = line['val_loss']
-            axes.errorbar(line[name], loss['mean'], yerr=loss['interval'], color=f'C{i % 10}',
-                          marker='o', capsize=3, alpha=0.8)
-            axes.annotate(line['config'].removesuffix('.py'), (line[name], loss['mean']),
-                          (6, 3), textcoords='offset points', fontsize=8, color=f'C{i % 10}')
+        at = collections.Counter()
+        for i, line in sorted(enumerate(table), key=lambda item: item[1]['val_loss']['mean']):
+            loss, x, color = line['val_loss'], line[name], f'C{i % 10}'
+            # what stands at the same place is spread a little, to the right and left in turns
+            k, side = (at[x] + 1) // 2, -1 if at[x] % 2 else 1
+            at[x] += 1
+            aside = offset_copy(axes.transData, figure, 3 * side * k, units='points')
+            axes.errorbar(x, loss['mean'], yerr=loss['interval'], color=color, marker='o',
+                          capsize=2, alpha=0.8, transform=aside)
+            axes.annotate(line['config'].removesuffix('.py'), (x, loss['mean']),
+                          (side * (3 * k + 6), 0), textcoords='offset points', va='center',
+                          ha='left' if side > 0 else 'right', fontsize=8, color=color)
+            half = loss['interval'] or 0
+            axes.update_datalim([(x, loss['mean'] - half), (x, loss['mean'] + half)])
+        axes.margins(x=0.15)
+        axes.autoscale_view()
         axes.set(xlabel=xlabel.format(**table[0]))
         axes.grid(alpha=0.3)
     powers = np.log2([line['cache_bytes'] for line in table])
