@@ -3,7 +3,7 @@ caches 512 numbers a token and layer. Each zoo_*.py has another attention, and m
 all have as many parameters, within 0.1%. Their first lines say what they cache, of a token and
 layer too.
 
-Asks: which attention for which cache? The protocol, and what has run of it, stand in RESULTS.md.
+Asks: which attention for which cache? The protocol and the answer stand in RESULTS.md.
 Sizes and recipe are ours; what is published of each attention was measured at other sizes.
 """
 
