@@ -331,21 +331,25 @@ def peak_memory(path, overrides):
     return round(machine.memory_gb() * 2 ** 30)
 
 
+def show_progress(text, end=''):
+    """Prints a short text over the one before, on stderr."""
+    print(f'\r{text:<24}', end=end, file=sys.stderr, flush=True)
+
+
 def measure_configs(paths, overrides, options):
     """The lines of the report, after a round to warm up and `rounds` rounds that count."""
     machine, decoder = Machine(options), Machine(options, trains=False)
     subjects = [Subject(path, overrides, machine) for path in paths]
     memory = []
-    for i, path in enumerate(paths, 1):  # on a GPU this compiles, about a minute each
-        print(f'\rmemory of {i} of {len(paths)}', end='', file=sys.stderr, flush=True)
+    for i, path in enumerate(paths, 1):  # on a GPU this compiles
+        show_progress(f'memory of {i} of {len(paths)}')
         memory.append(memory_of(path, overrides))
     for subject in subjects:
         if subject.causal:
             subject.prepare_decoding(options.context, decoder)
     peaks = []
     for i in range(options.rounds + 1):
-        end = '\n' if i == options.rounds else ''
-        print(f'\rround {i} of {options.rounds}     ', end=end, file=sys.stderr, flush=True)
+        show_progress(f'round {i} of {options.rounds}', '\n' if i == options.rounds else '')
         peaks.append(matmul_peak(machine))
         for subject in subjects:
             measured = subject.measure()
@@ -1339,7 +1343,7 @@ def plot_frontier(path, table):
             axes.annotate(line['config'].removesuffix('.py'), (x, loss['mean']),
                           (side * (3 * k + 6), 0), textcoords='offset points', va='center',
                           ha='left' if side > 0 else 'right', fontsize=8, color=color)
-            half = loss['interval'] or 0
+            half = loss['interval'] or 0  # the limits do not see what is drawn aside
             axes.update_datalim([(x, loss['mean'] - half), (x, loss['mean'] + half)])
         axes.margins(x=0.15)
         axes.autoscale_view()
