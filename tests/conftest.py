@@ -13,6 +13,8 @@ import pytest
 
 
 def pytest_configure(config):
+    # a shell's background jobs, and all that they start, ignore Ctrl-C, which some tests send
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     # torch.compile imports a part of torch that torch itself has deprecated
     config.addinivalue_line('filterwarnings', 'ignore:`torch.jit:DeprecationWarning')
     config.addinivalue_line(
