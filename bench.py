@@ -1324,35 +1324,58 @@ def show_frontier(table):
     print_table(['', *(title for title, _ in FRONTIER.values())], rows)
 
 
+def name_points(axes, points):
+    """Writes the names {name: (x, y, points aside, color)} beside points, right or left, a little
+    lower or higher: where they cover the fewest points and names, and stay inside."""
+    def box(artist, pad=0):
+        return artist.get_window_extent().padded(pad)
+
+    def covered(text):
+        inside = axes.bbox.x0 < box(text).x0 and box(text).x1 < axes.bbox.x1
+        return sum(box(text).overlaps(other) for other in taken) + 2 * (not inside)
+
+    axes.figure.draw_without_rendering()  # places the axes
+    taken = [box(line, 2) for container in axes.containers for line in container[:1]]
+    for name, (x, y, aside, color) in points.items():
+        texts = [axes.annotate(name, (x, y), (aside + side * 6, up), textcoords='offset points',
+                               ha='left' if side > 0 else 'right', va='center', fontsize=8,
+                               color=color)
+                 for up in (0, -5, 5) for side in (1, -1)]
+        kept = min(texts, key=covered)
+        for text in texts:
+            if text is not kept:
+                text.remove()
+        taken.append(box(kept))
+
+
 def plot_frontier(path, table):
     """Losses with their intervals, over the cache and over the speed of training."""
     from matplotlib.transforms import offset_copy
     figure, panels = pyplot().subplots(1, 2, figsize=(12, 5), layout='constrained', sharey=True)
-    xlabels = dict(cache_bytes='bytes of a cache of {context:,} tokens, a token',
-                   train_tokens_per_s='training, tokens/s')
-    for axes, (name, xlabel) in zip(panels, xlabels.items()):
-        at = collections.Counter()
-        for i, line in sorted(enumerate(table), key=lambda item: item[1]['val_loss']['mean']):
-            loss, x, color = line['val_loss'], line[name], f'C{i % 10}'
-            # what stands at the same place is spread a little, to the right and left in turns
-            k, side = (at[x] + 1) // 2, -1 if at[x] % 2 else 1
-            at[x] += 1
-            aside = offset_copy(axes.transData, figure, 3 * side * k, units='points')
-            axes.errorbar(x, loss['mean'], yerr=loss['interval'], color=color, marker='o',
-                          capsize=2, alpha=0.8, transform=aside)
-            axes.annotate(line['config'].removesuffix('.py'), (x, loss['mean']),
-                          (side * (3 * k + 6), 0), textcoords='offset points', va='center',
-                          ha='left' if side > 0 else 'right', fontsize=8, color=color)
-            half = loss['interval'] or 0  # the limits do not see what is drawn aside
-            axes.update_datalim([(x, loss['mean'] - half), (x, loss['mean'] + half)])
-        axes.margins(x=0.15)
-        axes.autoscale_view()
-        axes.set(xlabel=xlabel.format(**table[0]))
-        axes.grid(alpha=0.3)
     powers = np.log2([line['cache_bytes'] for line in table])
     ticks = 2 ** np.arange(math.floor(powers.min()), math.ceil(powers.max()) + 1)
     panels[0].set_xscale('log', base=2)
     panels[0].set(xticks=ticks, xticklabels=ticks, ylabel='validation loss (nats), 95% interval')
+    xlabels = dict(cache_bytes='bytes of a cache of {context:,} tokens, a token',
+                   train_tokens_per_s='training, tokens/s')
+    for axes, (name, xlabel) in zip(panels, xlabels.items()):
+        at, points = collections.Counter(), {}
+        for i, line in sorted(enumerate(table), key=lambda item: item[1]['val_loss']['mean']):
+            loss, x, color = line['val_loss'], line[name], f'C{i % 10}'
+            # what stands at the same place is spread a little, to the right and left in turns
+            aside = 3 * ((at[x] + 1) // 2) * (-1 if at[x] % 2 else 1)
+            at[x] += 1
+            axes.errorbar(x, loss['mean'], yerr=loss['interval'], color=color, marker='o',
+                          capsize=2, alpha=0.8,
+                          transform=offset_copy(axes.transData, figure, aside, units='points'))
+            half = loss['interval'] or 0  # the limits do not see what is drawn aside
+            axes.update_datalim([(x, loss['mean'] - half), (x, loss['mean'] + half)])
+            points[line['config'].removesuffix('.py')] = x, loss['mean'], aside, color
+        axes.margins(x=0.15)
+        axes.autoscale_view()
+        axes.set(xlabel=xlabel.format(**table[0]))
+        axes.grid(alpha=0.3)
+        name_points(axes, points)
     save_figure(figure, path)
 
 
