@@ -1,5 +1,6 @@
 """zoo.py with the attention of DeepSeek-V4: a window of 32 tokens, and entries of 4 tokens in two
-layers and of 16 in one. 9 cached numbers, and a window of 1,984; see cache_fixed in model.py.
+layers and of 16 in one. 9 cached numbers, and beside them at most 3,360 for the window and open
+groups, in the mean of the layers; see cache_fixed in model.py.
 """
 from config.zoo import *
 
