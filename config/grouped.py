@@ -1,8 +1,9 @@
 """Grouped latents: 48 bytes a group, compressed to 16 and then to 2 latents, 16 wide blocks over
 those, and back to bytes.
 
-Asks: is a deep trunk over a few latents worth more than a plain decoder, for the same seconds? See
-RESULTS.md. Sizes and recipe are ours, tuned for five minutes of two cores: no loss is published.
+Asks: is a deep trunk over a few latents worth more than a plain decoder of equal arithmetic? Here it
+is not: see RESULTS.md. Sizes and recipe are ours, for five minutes of two cores: no loss is
+published.
 """
 
 # data: bytes, three ids more for the special tokens
