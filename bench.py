@@ -1326,16 +1326,18 @@ def show_frontier(table):
 
 def name_points(axes, points):
     """Writes the names {name: (x, y, points aside, color)} beside points, right or left, a little
-    lower or higher: where they cover the fewest points and names, and stay inside."""
+    lower or higher: where they cover the fewest points, names, and bars, and end inside."""
     def box(artist, pad=0):
         return artist.get_window_extent().padded(pad)
 
+    taken = [box(line, 2) for line, _, _ in axes.containers]
+    bars = [box(bar) for _, _, bars in axes.containers for bar in bars]
+
     def covered(text):
         inside = axes.bbox.x0 < box(text).x0 and box(text).x1 < axes.bbox.x1
-        return sum(box(text).overlaps(other) for other in taken) + 2 * (not inside)
+        return (sum(map(box(text).overlaps, taken)) + sum(map(box(text).overlaps, bars)) / 4
+                + 2 * (not inside))
 
-    axes.figure.draw_without_rendering()  # places the axes
-    taken = [box(line, 2) for container in axes.containers for line in container[:1]]
     for name, (x, y, aside, color) in points.items():
         texts = [axes.annotate(name, (x, y), (aside + side * 6, up), textcoords='offset points',
                                ha='left' if side > 0 else 'right', va='center', fontsize=8,
@@ -1358,6 +1360,7 @@ def plot_frontier(path, table):
     panels[0].set(xticks=ticks, xticklabels=ticks, ylabel='validation loss (nats), 95% interval')
     xlabels = dict(cache_bytes='bytes of a cache of {context:,} tokens, a token',
                    train_tokens_per_s='training, tokens/s')
+    named = []
     for axes, (name, xlabel) in zip(panels, xlabels.items()):
         at, points = collections.Counter(), {}
         for i, line in sorted(enumerate(table), key=lambda item: item[1]['val_loss']['mean']):
@@ -1375,6 +1378,9 @@ def plot_frontier(path, table):
         axes.autoscale_view()
         axes.set(xlabel=xlabel.format(**table[0]))
         axes.grid(alpha=0.3)
+        named.append(points)
+    figure.draw_without_rendering()  # places the axes
+    for axes, points in zip(panels, named):
         name_points(axes, points)
     save_figure(figure, path)
 
