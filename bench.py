@@ -525,7 +525,8 @@ def attention(overrides):
     ratios, a plot, and from which width on one attention is cheaper than another."""
     options = read_options(overrides, BenchOptions, AttentionOptions)
     sizes = read_options(overrides, BenchOptions, AttentionOptions, kind=AttentionOptions)
-    machine, folder = Machine(options), config.make_folder(options.results, 'results')
+    machine, folder = Machine(options), Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
     table = {}  # (head_dim, latents, T, width): {kind: line}
     settings = sizes.head_dims, LATENTS, sizes.lengths
     for head_dim, latents, T, width in itertools.product(*settings, sizes.more_widths):
@@ -1267,7 +1268,8 @@ def compare(arguments):
     runs = read_runs(folders)
     groups, common = group_runs(runs), common_ground(runs)
     table = [compare_group(label, group, common) for label, group in groups.items()]
-    folder = config.make_folder(options.results, 'results')
+    folder = Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / 'compare.csv', list(map(flat_line, table)))
     plot_groups(folder / 'compare.png', groups)
     if options.json:
@@ -1415,7 +1417,8 @@ def frontier(arguments):
             cache_bytes=line['cache_bytes_per_token_counted'],
             val_loss=summarize(losses.values()),
             difference=summarize([losses[seed] - reference[seed] for seed in losses])))
-    folder = config.make_folder(timing.results, 'results')
+    folder = Path(timing.results)
+    folder.mkdir(parents=True, exist_ok=True)
     write_csv(folder / 'frontier.csv', list(map(flat_line, table)))
     plot_frontier(folder / 'frontier.png', table)
     show_frontier(table)

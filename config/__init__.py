@@ -13,10 +13,10 @@ import errno
 import functools
 import inspect
 import itertools
+import json
 import os
 import re
 import runpy
-import select
 import sys
 import types
 import typing
@@ -62,21 +62,12 @@ def run(main):
               'block_size or model', file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not (error.errno == errno.EPIPE and reader_left()):
-            raise
-        if full:
-            print(f'{name}: {error.strerror}', file=sys.stderr)
+        if error.errno != errno.EPIPE:
+            print(f'{name}: {error.filename or "output"}: {error.strerror or error}',
+                  file=sys.stderr)
         # what is still to be printed must not fail again when python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(2 if full else 141)
-
-
-def reader_left():
-    """Whether nobody reads the standard output any more, as after `| head`."""
-    poll = select.poll()
-    poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+        sys.exit(141 if error.errno == errno.EPIPE else 2)
 
 
 @functools.cache
@@ -212,13 +203,33 @@ def convert(value, kind):
     raise ValueError
 
 
-def make_folder(path, option):
-    """The folder that an option names, made where it is missing."""
+def read_json(path, remedy):
+    """The dict that a json file holds. Raises UserError, which ends in the remedy, if it holds
+    anything else, and OSError."""
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f'{path}: cannot be made ({error}): set --{option}') from None
-    return Path(path)
+        content = json.loads(Path(path).read_text('utf-8'))
+        if not isinstance(content, dict):
+            raise ValueError(f'holds {type(content).__name__}, not names and values')
+    except (ValueError, RecursionError) as error:
+        raise UserError(f'{path}: damaged ({error}): {remedy}') from None
+    return content
+
+
+def read_json_lines(path):
+    """The dicts of a jsonl file, one per line; [] if there is no such file. A kill may have cut off
+    the last line, which is then left out. Raises UserError and OSError."""
+    texts = path.read_text('utf-8').splitlines() if path.exists() else []
+    lines = []
+    for i, text in enumerate(texts):
+        try:
+            lines.append(json.loads(text))
+            if not isinstance(lines[-1], dict):
+                raise ValueError('not names and values')
+        except ValueError as error:
+            if i + 1 < len(texts):
+                raise UserError(f'{path}: damaged in line {i + 1} ({error}): remove that '
+                                'line') from None
+    return [line for line in lines if isinstance(line, dict)]
 
 
 def describe(kind):
