@@ -1,62 +1,50 @@
 """Transformers with latent attention, in one file that reads from top to bottom.
 
-    pieces           norms, matrices, rotary positions, softmax attention
-    attention        what an attention has to provide; MHA; MLA; their relatives; DeepSeek-V4's; the
-                     output latent
-    block            feed-forward, mixture of experts, residual block, block with cross-attention
-    options          every option of a model, with its range
-    language model   what all architectures share, and where weights get their first values
-    architectures    Transformer, EncoderDecoder, GroupedLatent
-    loss, generation, counting
+    I    a complete language model: pieces, attention (MHA, MLA, the output latent), block, options,
+         Transformer, cache and generation. You can stop there.
+    II   relatives of MLA (GTA, TPA, DeepSeek-V4's attention), and mixture of experts
+    III  two other architectures: encoder-decoder, grouped latents
+    IV   initial weights, counting of FLOPs and cache, kernels that are faster than torch's, checks
+         of options, and the tables in which you name an attention or an architecture of your own
 
-Symbols, here and in every shape comment:
+Symbols in shape comments:
 
-    B  sequences                       T  new tokens, those that ask     S  tokens attended to
-    D  n_embd, width of the stream     V  vocab_size                     H  n_head (Hkv: n_kv_head)
-    d  head_dim (dv: of a value head)  r  rope_dims                      L  kv_latent
-    R  rank: of an output latent, of the vocabulary, of a feed-forward, of factors in TPA
-    W  window, in tokens
-    m  tokens of an entry in V4        n  entries, and other numbers that stand beside
-    E  experts                         k  those that a token meets
-    M  predicted positions a sequence in masked-language modelling
-    N  rows that meet the vocabulary: B*T, or B*M
-
-In grouped latents also:
-
-    g  group_size, tokens a group      K  slots a group on a level, K' on the level above it
-    G  groups of a call                k  new slots of a group, k' on the level above
-    C  n_channels
+    B  sequences                T  new tokens (queries)      S  tokens attended to (keys and values)
+    D  n_embd                   V  vocab_size                L  kv_latent, width of a latent
+    H  n_head, Hkv n_kv_head    d  head_dim, dv of values    r  rope_dims
+    R  rank of an output latent, or of another factorised matrix
 
 Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); grouped queries, Ainslie
 et al. 2023 (2305.13245); MLA, DeepSeek-V2 (2405.04434, section 2.1) and DeepSeek-V3 (2412.19437,
-section 2.1.1). Those of its relatives stand with their classes.
+section 2.1.1). Each relative of MLA names its own paper.
 """
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Annotated, Literal, NamedTuple, get_args
+from itertools import chain
+from types import UnionType
+from typing import Annotated, Literal, NamedTuple, Union, get_args, get_origin
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-
-class ConfigError(ValueError):
-    """Options that contradict each other, or that an architecture does not have. The message says
-    what to change."""
-
-
+# ==================================================================================================
+# Part I: a complete language model
 # --------------------------------------------------------------------------------------------------
 # pieces: norms, matrices, rotary positions, softmax attention
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with eps 1e-6. The result has the precision of the input, and so does the gain while
-    it is applied: the fused kernel wants one precision, and under autocast latents are bfloat16.
-    latent_of: if it norms a latent, the width that the latent replaces; see init_weights.
-    n_parts: x is so many vectors of this width side by side, and each is normed by itself."""
+    """RMSNorm with eps 1e-6, computed in the precision of the input.
+
+    latent_of: the width that a latent replaces, if this norm is for a latent (see init_weights).
+    n_parts: the input is this many vectors of `width` side by side, each normed separately.
+    """
 
     def __init__(self, width, latent_of=None, n_parts=1):
         super().__init__(width, eps=1e-6)
@@ -64,7 +52,7 @@ class RMSNorm(nn.RMSNorm):
         self.weight = nn.Parameter(torch.ones(n_parts * width))
 
     def forward(self, x):
-        gain = self.weight.to(x.dtype)
+        gain = self.weight.to(x.dtype)  # the fused kernel wants one precision
         if self.n_parts == 1:
             return F.rms_norm(x, self.normalized_shape, gain, self.eps).type_as(x)
         parts = x.unflatten(-1, (self.n_parts, -1))  # (..., n_parts, width)
@@ -76,27 +64,14 @@ def make_norm(kind, width):
     return RMSNorm(width) if kind == 'rms' else nn.LayerNorm(width, eps=1e-5, bias=False)
 
 
-def dropout(x, p):
-    """F.dropout. On a CPU, which draws one number after the other, one draw of 64 bits serves four
-    elements: 16 bits of its own decide whether an element is kept, so 1-p is rounded to 2^-16."""
-    if x.device.type != 'cpu' or torch.compiler.is_compiling():
-        return F.dropout(x, p)
-    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
-    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
-    n_kept = max(1, round(2 ** 16 * (1 - p)))  # of 2^16
-    return x * (bits <= n_kept - 1 - 2 ** 15).to(x.dtype) * (2 ** 16 / n_kept)
-
-
 class Dropout(nn.Dropout):
-    """nn.Dropout by the function above."""
-
     def forward(self, x):
         return dropout(x, self.p) if self.training else x
 
 
 def identity(x):
     """Stands where there is no norm or dropout. As a module it would cost a small model 3% of its
-    time in generation, and a Dropout of 0 more."""
+    decoding time."""
     return x
 
 
@@ -105,22 +80,17 @@ def make_dropout(p):
 
 
 class Linear(nn.Linear):
-    """A matrix that says what it serves, for what has to treat matrices differently.
+    """A matrix that tells init_weights how to start it.
 
-    writes: its output is added to the residual stream, so it starts smaller (see init_weights).
-    on_source: it is applied to the tokens that are attended to, to make keys or values. In
-    cross-attention those are other tokens than those that ask, and so its FLOPs count for others.
-    fan: its products with the numbers of another matrix stand for one matrix, with no norm between;
-    starting with variance 1/fan makes them as large as the numbers of the other. If it reads a rank
-    that the other made, that is the rank.
-    n_groups: see grouped_linear.
+    residual_out: its output is added to the residual stream, so it starts smaller.
+    init_fan_in: this matrix and the one before it factorise a single matrix, with no norm in
+      between. With variance 1/init_fan_in their product starts as large as the first factor.
+    n_groups: block-diagonal. Each group of inputs has its own outputs.
     """
 
-    def __init__(self, n_in, n_out, bias=False, writes=False, on_source=False, fan=None,
-                 n_groups=1):
+    def __init__(self, n_in, n_out, bias=False, residual_out=False, init_fan_in=None, n_groups=1):
         super().__init__(n_in // n_groups, n_out, bias=bias)
-        self.writes, self.on_source, self.fan = writes, on_source, fan
-        self.n_groups = n_groups
+        self.residual_out, self.init_fan_in, self.n_groups = residual_out, init_fan_in, n_groups
 
     def forward(self, x):
         if self.n_groups == 1:
@@ -129,85 +99,27 @@ class Linear(nn.Linear):
 
 
 def grouped_linear(x, weight, n_groups):
-    """A block-diagonal product: each of the n_groups parts of x (..., n_in) meets its own part of
-    the rows of weight (n_out, n_in/n_groups) and gives its own part of the result (..., n_out)."""
-    if n_groups == 1:
-        return F.linear(x, weight)
+    """x (..., n_in), weight (n_out, n_in / n_groups) -> (..., n_out), a block-diagonal product."""
     x, weight = x.unflatten(-1, (n_groups, -1)), weight.unflatten(0, (n_groups, -1))
     return torch.einsum('...gi,goi->...go', x, weight).flatten(-2)
 
 
-class ChannelLinear(nn.Module):
-    """A Linear for each of C channels as one batched product, (C*B, T, n_in) -> (C*B, T, n_out)."""
-
-    def __init__(self, layer, n_channels):
-        super().__init__()
-        self.n_channels = n_channels
-        self.writes = getattr(layer, 'writes', False)
-        self.on_source = getattr(layer, 'on_source', False)
-        self.fan, self.n_groups = getattr(layer, 'fan', None), getattr(layer, 'n_groups', 1)
-        self.weight = nn.Parameter(torch.empty(n_channels, *layer.weight.shape))
-        self.bias = None
-        if layer.bias is not None:
-            self.bias = nn.Parameter(torch.empty(n_channels, 1, layer.out_features))
-
-    def forward(self, x):
-        T, C, n_groups = x.size(1), self.n_channels, self.n_groups
-        x = x.reshape(C, -1, n_groups, x.size(-1) // n_groups).transpose(1, 2)  # (C, ., B*T, .)
-        y = x @ self.weight.unflatten(1, (n_groups, -1)).mT  # (C, n_groups, B*T, n_out/n_groups)
-        y = y.transpose(1, 2).flatten(2)  # (C, B*T, n_out)
-        y = y if self.bias is None else y + self.bias
-        return y.view(-1, T, y.size(-1))
-
-
-class ExpertLinear(ChannelLinear):
-    """A Linear for each of E experts as one grouped product. share: how many of the experts a row
-    meets, of all."""
-
-    def __init__(self, layer, n_experts, share):
-        super().__init__(layer, n_experts)
-        self.share = share
-
-    def forward(self, x, ends):
-        """x (n, n_in), sorted by expert; ends (E,): where the rows of each end -> (n, n_out)."""
-        weight, device = self.weight, x.device.type
-        if torch.is_autocast_enabled(device):
-            x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
-        # grouped products take rows of 16 bytes, no float64, and compiled nothing but bfloat16
-        bfloat16_alone = torch.compiler.is_compiling()
-        takes = {torch.bfloat16} if bfloat16_alone else {torch.bfloat16, torch.float32}
-        if x.dtype in takes and not any(width % 8 for width in weight.shape[1:]):
-            return F.grouped_mm(x, weight.mT, offs=ends)
-        rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
-        return torch.cat([F.linear(row, matrix) for row, matrix in zip(rows, weight)])
-
-
-def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, writes=False):
-    """A matrix; with a rank, two matrices of that rank, with an RMSNorm between them if inner_norm.
-    The bias belongs to the last one, and so does writing into the residual stream."""
-    if rank is None:
-        return Linear(n_in, n_out, bias, writes=writes)
-    norm = [RMSNorm(rank, latent_of=n_in)] if inner_norm else []
-    second = Linear(rank, n_out, bias, writes=writes, fan=None if inner_norm else rank)
-    return nn.Sequential(Linear(n_in, rank), *norm, second)
-
-
 def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None):
-    """Cosine and sine, (2, length, rope_dims/2), of position times theta^(-2i/rope_dims); None if
-    rope_dims is 0. RoFormer, section 3.2.2.
+    """Cosine and sine, (2, length, rope_dims/2), of the angle position * theta^(-2i/rope_dims) of
+    each rotated pair i (RoFormer, section 3.2.2). None if rope_dims is 0.
 
-    factor: angles are divided by it, so that positions beyond those of training stay within their
-    range. trained_length: only those of pairs that turn less than once in so many positions; of
-    pairs that turn 32 times and more none, and in between a share (YaRN, arXiv 2309.00071, section
-    3.2).
+    factor: divides the angles, so that positions beyond those of training stay within range.
+    trained_length: YaRN (arXiv 2309.00071, section 3.2). Only the angles of slow pairs, which turn
+      less than once in this many positions, are divided; those of fast pairs, which turn 32 times
+      or more, are not; those in between are divided in part.
     """
     if not rope_dims:
         return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
-    share = 1.0  # of a pair that is divided
+    share = 1.0  # of each angle that is divided
     if trained_length:
         first, last = (math.log(trained_length / (turns * 2 * math.pi)) * rope_dims
-                       / (2 * math.log(theta)) for turns in (32, 1))  # pairs that turn so often
+                       / (2 * math.log(theta)) for turns in (32, 1))  # the pairs with so many turns
         first, last = max(math.floor(first), 0), min(math.ceil(last), rope_dims - 1)
         pair = torch.arange(rope_dims // 2, dtype=torch.float64)
         share = ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
@@ -216,24 +128,9 @@ def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None):
     return torch.stack((angle.cos(), angle.sin())).float()
 
 
-def rope_until(table, end):
-    """The rotary table up to position end - 1; None if there is none. In a static step, where end
-    is a tensor, only the row of that position."""
-    if table is None:
-        return None
-    return table.index_select(1, end - 1) if isinstance(end, torch.Tensor) else table[:, :end]
-
-
-def rows_until(weight, end, T):
-    """The rows of the T positions up to end - 1; T is 1 in a static step, where end is a tensor."""
-    if isinstance(end, torch.Tensor):
-        return weight.index_select(0, end - 1)
-    return weight[end - T:end]
-
-
 def rotate(x, table):
-    """Rotates the first rope_dims dimensions of x (..., T, d), whose positions are the last T of
-    the table. Dimension i forms a pair with i + rope_dims/2."""
+    """Rotates the first rope_dims dimensions of x (..., T, d) by the last T rows of a rotary table.
+    Dimension i forms a pair with i + rope_dims/2."""
     # the table is float32 even under autocast: in bfloat16 neighbours would share an angle
     cos, sin = table[:, table.size(1) - x.size(-2):].unbind()
     half = cos.size(-1)
@@ -250,105 +147,29 @@ def join_heads(y):
     return y.transpose(1, 2).flatten(2)  # (B, H, T, dv) -> (B, T, H*dv)
 
 
-def attend(q, k, v, causal=False, key_mask=None, dropout_p=0.0, window=None, sink=None,
-           scale=None):
-    """Softmax attention with scale 1/sqrt(d), or another:
-    q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv).
+def attend(q, k, v, causal=False, mask=None, window=None, **options):
+    """Softmax attention: q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv).
 
-    key_mask: (B, S) bool, True = may be attended to, or a mask that broadcasts to (B, H, T, S).
-    causal: the T queries stand at the last T of the S positions and see nothing later; with a
-    window they see only the last `window` keys, their own included.
-    sink: (H,) or None, see softmax_attention.
+    causal: the T queries are the last T of the S positions, and see nothing later.
+    window: a causal query sees only the last `window` keys, its own included; None = all.
+    mask: (B, S) bool, True = visible, or a mask that broadcasts to (B, H, T, S), bool or additive.
+    options: scale, dropout_p and sink of softmax_attention (Part IV), which is
+      F.scaled_dot_product_attention, or what is faster on a CPU.
     """
-    T, S, d, dv = q.size(2), k.size(2), q.size(-1), v.size(-1)
-    scale = d ** -0.5 if scale is None else scale
-    # Flash kernels want heads of one width. Padding with zeros changes no product, and it costs
-    # less than the unfused path.
-    if d < dv:
-        q, k = F.pad(q, (0, dv - d)), F.pad(k, (0, dv - d))
-    elif dv < d:
-        v = F.pad(v, (0, d - dv))
-
-    windowed = window is not None and window < S
-    if windowed and T == S:
-        y = attend_in_windows(q, k, v, window, sink, dropout_p=dropout_p, scale=scale)
-        return join_heads(y[..., :dv])
-    if windowed:
-        S = min(S, T + window - 1)  # the first query sees no key before these
-        k, v = k[:, :, -S:], v[:, :, -S:]
-
-    mask = key_mask
+    T, S = q.size(2), k.size(2)
+    if window is not None and T + window - 1 < S:  # no query sees the keys before these
+        S = T + window - 1
+        k, v, mask = k[:, :, -S:], v[:, :, -S:], mask if mask is None else mask[..., -S:]
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
+    windowed = window is not None and window < S
     if causal and T > 1 and (T < S or windowed):
         # is_causal would take the queries for the first T positions
         mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
         if windowed:
             mask = mask.triu(S - T - window + 1)
-    y = softmax_attention(q, k, v, sink, mask, is_causal=causal and mask is None and T > 1,
-                          dropout_p=dropout_p, scale=scale)
-    return join_heads(y[..., :dv])
-
-
-def softmax_attention(q, k, v, sink, mask, is_causal=False, *, scale, dropout_p):
-    """F.scaled_dot_product_attention. sink (H,) or None: a logit of each head that counts in the
-    denominator of the softmax and takes no value (gpt-oss, arXiv 2508.10925).
-
-    The sink is a key before all others, whose value is zero. In a further dimension it is 1, and
-    queries are the logit; so the fused kernels do it, which have no sink of their own.
-    """
-    if sink is not None:
-        logit = (sink / scale).to(q.dtype)[:, None, None].expand(*q.shape[:1], -1, q.size(2), 1)
-        q = F.pad(torch.cat((q, logit), dim=-1), (0, 0, int(is_causal), 0))
-        k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
-        k[:, :, 0, -1].fill_(1.0)
-        mask = None if mask is None else F.pad(mask, (1, 0), value=True)
-    # A CPU has no kernel with dropout, and the backward pass of the one for bfloat16 is slow
-    few = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
-    if (dropout_p or few) and q.device.type == 'cpu' and not torch.compiler.is_compiling():
-        y = attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p)
-    else:
-        y = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale,
-            enable_gqa=q.size(1) != k.size(1))
-    # is_causal lets query i see key i and those before: a query in front keeps the two in step
-    return y if sink is None else y[:, :, int(is_causal):, :-1]
-
-
-def attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p):
-    """F.scaled_dot_product_attention, for a CPU on which that is slower."""
-    if q.size(1) != k.size(1):
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
-    if is_causal:
-        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
-    scores = q @ (k * scale).transpose(-2, -1)  # (B, H, T, S)
-    if mask is not None:
-        # in place, and with no pass of its own on the way back, as masked_fill has
-        scores.add_(torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf))
-    weights = scores.softmax(dim=-1)
-    return (dropout(weights, dropout_p) if dropout_p else weights) @ v
-
-
-def attend_in_windows(q, k, v, window, sink, **options):
-    """Causal attention in which a query sees the last `window` keys, (B, H, T, d) -> (B, H, T, dv).
-
-    The sequence is cut into n = T/W blocks, which are folded into the batch. A block meets its own
-    keys and those of the block before it: T * 2W products instead of T * T.
-    """
-    B, T = q.size(0), q.size(2)
-    q, k, v = (F.pad(x, (0, 0, 0, -T % window)).unflatten(2, (-1, window)) for x in (q, k, v))
-    n = q.size(2)  # q, k, v: (B, H, n, W, d)
-
-    def with_block_before(x):
-        return torch.cat((F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x), dim=3)  # (B, H, n, 2W, d)
-
-    k, v = with_block_before(k), with_block_before(v)
-    mask = torch.ones(window, 2 * window, dtype=torch.bool, device=q.device).tril(window).triu(1)
-    mask = mask.repeat(n, 1, 1)  # (n, W, 2W)
-    mask[0, :, :window] = False  # there is no block before the first
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B*n, H, ., d)
-    y = softmax_attention(q, k, v, sink, mask.repeat(B, 1, 1)[:, None], **options)
-    return y.unflatten(0, (B, n)).transpose(1, 2).flatten(2, 3)[:, :, :T]
+    is_causal = causal and mask is None and T > 1
+    return join_heads(softmax_attention(q, k, v, mask, is_causal, **options))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -356,56 +177,48 @@ def attend_in_windows(q, k, v, window, sink, **options):
 
 
 class Attention(nn.Module):
-    """What an attention has to provide. To add one, subclass this class or one below it:
+    """What attentions share: queries, the softmax, the gate, and the output projection.
 
-    options      names of the fields of BlockConfig that this attention has and others may not have
-    check        raises ConfigError on options that contradict each other
-    __init__     builds the projections; `make_queries` and `make_output` build those of the queries
-                 and `o_proj`. A Linear that writes into the residual stream says writes=True, one
-                 for keys or values says on_source=True
-    heads        what the heads have read. It gives queries, keys and values to self.attend; if it
-                 computes attention in another way, it has to obey causal, window and n_channels
-    cache_width  how many numbers `heads` gives to the cache for each token; cache_fixed, how many
-                 it keeps whatever the length
-    matrices     what each head does to a token; only svd.py asks for it
-    static_step  True, if with a cache it needs no more than `heads` of one new token, their rows of
-                 the rotary table and a key_mask of all rows of the cache; for sample.py --compile
+    To add an attention, subclass this class or one below it and name it in ATTENTIONS (Part IV):
 
-    and name it in ATTENTIONS. make_attention checks what it can. Everything else follows: every
-    architecture, FLOPs, cache bytes, initial weights, optimizer groups, checkpoints.
+    options   names of the fields of BlockConfig that only this attention and its like have
+    check     raises ConfigError on options that contradict each other
+    __init__  builds the projections; `make_queries` and `make_output` build the first and the last
+    forward   computes q, k and v, stores in the cache what it needs of them, and returns
+              self.output(self.attend(q, k, v), x)
 
-    Every attention can have an output latent (MLA-o, see OutputLatent) and
+    Everything else follows: every architecture, FLOPs, cache bytes, initial weights, optimizer
+    groups, checkpoints. All attentions have these options:
 
-    gate=True    what the heads have read passes a gate, the sigmoid of a projection of the layer's
-                 input, (B, T, D) -> (B, T, H*dv), element by element (arXiv 2505.06708)
-    sink=True    each head has one learned logit more in the denominator of its softmax, so that it
-                 can read little; see softmax_attention (gpt-oss, arXiv 2508.10925)
-
-    Neither caches anything.
+    o_latent  an output latent (MLA-o), see OutputLatent
+    window    a causal query sees only the last `window` tokens
+    gate      what the heads read is multiplied by sigmoid(gate_proj(x)), element by element (arXiv
+              2505.06708)
+    sink      one learned logit per head in the denominator of the softmax (gpt-oss, 2508.10925)
     """
 
     options = ()
-    static_step = False  # whether `heads` gives, with a StaticCache, what it gives with a Cache
-    window = None  # keys that a query sees at most; GroupedLatent sets it, and V4
-    n_channels = 1  # parallel copies that are folded into the batch; ChannelBlock sets it
 
-    def __init__(self, config, source_width=None):
-        """config: a BlockConfig. source_width: width of the sequence that is attended to, if that
-        is another than the one that asks."""
+    def __init__(self, config, kv_width=None):
+        """config: a BlockConfig. kv_width: width of x_kv, if it differs from that of x."""
         super().__init__()
-        self.source_width = source_width or config.n_embd
+        self.kv_width = kv_width or config.n_embd
         self.n_head, self.head_dim = config.n_head, config.head_dim
         self.v_head_dim, self.rope_dims = config.v_head_dim or config.head_dim, config.rope_dims
-        self.n_softmax = config.n_head * config.kv_branches  # each head has one, but for MLRA
-        self.causal, self.dropout = config.causal, config.attention_dropout
+        self.n_softmax = config.n_head * config.kv_branches  # one per head, except in MLRA
+        self.causal, self.window = config.causal, config.window
+        self.dropout = config.attention_dropout
         self.scale = config.softmax_factor * config.head_dim ** -0.5
-        self.terms = {}  # what it reports of a call in training, as terms of LanguageModel.body
         v_width = self.n_head * self.v_head_dim
         self.gate_proj = Linear(config.n_embd, v_width) if config.gate else None
         self.sink = nn.Parameter(torch.zeros(self.n_softmax)) if config.sink else None
 
+    @classmethod
+    def check(cls, config):
+        pass
+
     def make_queries(self, config, bias=False):
-        """The matrices that `queries` applies: one, or two with a normed latent in between."""
+        """The query projection: one matrix, or two with a normed latent in between."""
         width, self.q_latent = self.n_head * self.head_dim, config.q_latent
         if self.q_latent:
             self.q_a_proj = Linear(config.n_embd, self.q_latent)
@@ -415,465 +228,822 @@ class Attention(nn.Module):
             self.q_proj = Linear(config.n_embd, width, bias)
 
     def queries(self, x):
-        """Those of all heads, (B, T, D) -> (B, H, T, d)."""
+        """x (B, T, D) -> queries of all heads (B, H, T, d)."""
         q = self.q_b_proj(self.q_a_norm(self.q_a_proj(x))) if self.q_latent else self.q_proj(x)
         return split_heads(q, self.n_head)
 
     def make_output(self, config, bias=False):
-        """The matrix o_proj, or with o_latent the two of an output latent."""
+        """The output projection: one matrix, or the two of an output latent."""
         v_width = self.n_head * self.v_head_dim
         if config.o_latent:
             self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd,
                                        config.o_norm, bias, config.o_groups)
         else:
-            self.o_proj = Linear(v_width, config.n_embd, bias, writes=True)
+            self.o_proj = Linear(v_width, config.n_embd, bias, residual_out=True)
 
-    @classmethod
-    def check(cls, config):
-        """Raises ConfigError if options of this attention contradict each other."""
-
-    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
-        """What the heads have read, side by side: x (B, T, D) -> (B, T, H*dv).
-
-        source: the tokens to attend to, (B, S, width), often x itself. rope: the rotary table up to
-        the last position of x, or None; source_rope: that of the source. key_mask: see `attend`.
-        cache: x and source hold the new tokens alone; cache.extend(self, ...) stores what they add,
-        rotated or not, and returns it behind what came before.
-        """
-        raise NotImplementedError
-
-    def cache_width(self):
-        """Numbers that generation keeps for a token in this attention."""
-        raise NotImplementedError(f'{type(self).__name__} has no cache_width')
-
-    def cache_fixed(self):
-        """Numbers that generation keeps beside, at most, whatever the length."""
-        return 0
-
-    def matrices(self):
-        """What each head does to a normed token: {part: (heads (H, d, n), basis (n, D) or None)}.
-        The matrix of a head is heads[h] @ basis; where basis is None, n is D. If groups of heads
-        have a basis each, it is (groups, n, D).
-
-        Parts: q, k, v, o, and q_rope and k_rope for the rotated dimensions, which stand apart; a
-        part without dimensions is left out. For o it is the transpose of what a head writes. Gains
-        of the attention's norms are folded in; a gate is not, as it is another for each token.
-        """
-        raise NotImplementedError(f'{type(self).__name__} has no matrices')
-
-    def query_matrices(self):
-        """(heads, basis) of `queries`, as in `matrices`."""
-        if not self.q_latent:
-            return self.q_proj.weight.unflatten(0, (self.n_head, -1)), None  # (H, d, D)
-        basis = self.q_a_norm.weight[:, None] * self.q_a_proj.weight  # (q_latent, D)
-        return self.q_b_proj.weight.unflatten(0, (self.n_head, -1)), basis
-
-    def output_matrices(self):
-        """The part o of `matrices`."""
-        if isinstance(self.o_proj, OutputLatent):
-            return self.o_proj.matrices()
-        return self.o_proj.weight.t().unflatten(0, (self.n_head, -1)), None  # (H, dv, D)
-
-    def forward(self, x, *, source=None, rope=None, source_rope=None, **context):
-        """`heads`, the gate and o_proj. Without a source x attends to itself, without a source_rope
-        the source stands at the positions of x."""
-        source = x if source is None else source
-        source_rope = rope if source_rope is None else source_rope
-        if isinstance(context.get('cache'), StaticCache):
-            context['key_mask'] = context['cache'].filled
-        y = self.heads(x, source, rope=rope, source_rope=source_rope, **context)
+    def output(self, y, x):
+        """y (B, T, H*dv), what the heads read, and x (B, T, D), the layer's input -> (B, T, D)."""
         if self.gate_proj is not None:
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(y)
 
-    def attend(self, q, k, v, key_mask=None):
-        dropout_p = self.dropout if self.training else 0.0
-        return attend(q, k, v, self.causal, key_mask, dropout_p, self.window, self.sink,
-                      self.scale)
+    def attend(self, q, k, v, mask=None):
+        """q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv) -> (B, T, H*dv)."""
+        return attend(q, k, v, self.causal, mask, self.window, scale=self.scale, sink=self.sink,
+                      dropout_p=self.dropout if self.training else 0.0)
 
-    # An attention that need not make keys and values of what it caches has a second way to read,
-    # for the one new token of a step of generation; these are the parts of it. H/n heads share one
-    # of the n tensors that they compare with and read.
+    def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
+                shared=None):
+        """x (B, T, D), the queries' tokens -> (B, T, D).
 
-    def one_step(self, x, cache):
-        return cache is not None and x.size(1) == 1 and self.causal
-
-    def in_window(self, *cached):
-        """What one query may see of cached tensors (B, ..., S, width)."""
-        if self.window is None:
-            return cached
-        return [x[..., -self.window:, :] for x in cached]
-
-    def products(self, q, cached):
-        """One query of each head, q (B, H, w), times what is cached, (B, n, S, w): (B, H, S)."""
-        return (q.unflatten(1, (cached.size(1), -1)) @ cached.mT).flatten(1, 2)
-
-    def read(self, scores, cached, key_mask):
-        """Means of what is cached, (B, n, S, w), with the softmax of scores (B, H, S): (B, H, w).
+        x_kv: the tokens of keys and values (B, S, kv_width), if they are not x.
+        rope: the rotary table up to the last position of x, or None; rope_kv: that of x_kv, if its
+          positions differ.
+        key_mask: (B, S) bool, True = a real token.
+        cache: x and x_kv are the new tokens alone. cache.extend(self, ...) stores what they add and
+          returns it after what is there already.
+        shared: a dict that all layers of one forward pass share. A layer may leave something for
+          later layers there, or an auxiliary loss (see V4).
         """
-        weights = self.weights(scores, key_mask)
-        weights = weights.unflatten(1, (cached.size(1), -1))  # (B, H, S) -> (B, n, H/n, S)
-        return (weights @ cached).flatten(1, 2)
-
-    def weights(self, scores, key_mask):
-        """The softmax of products q.k, of one query (B, H, S) or of many (B, H, T, S) -> the same.
-        key_mask: a mask that broadcasts to (B, H, T, S), or None."""
-        scores = scores * self.scale
-        if key_mask is not None:
-            key_mask = key_mask[:, :, 0] if scores.dim() == 3 else key_mask
-            scores = scores.masked_fill(~key_mask, -math.inf)
-        if self.sink is None:
-            return scores.softmax(dim=-1)
-        sink = self.sink.to(scores.dtype).view(-1, *[1] * (scores.dim() - 2))  # (H, ..., 1)
-        sink = sink.expand(*scores.shape[:-1], 1)
-        return torch.cat((sink, scores), dim=-1).softmax(dim=-1)[..., 1:]
-
-    def score_flops(self, n_keys):
-        """Forward FLOPs of a query over n_keys keys: q.k, and the weighted sum of v."""
-        return 2 * self.n_channels * self.n_softmax * (self.head_dim + self.v_head_dim) * n_keys
-
-    def product_flops(self, queries, sources):
-        """Forward FLOPs, for so many rows, of products of what the matrices make."""
-        return 0
+        raise NotImplementedError
 
 
 class MHA(Attention):
-    """Multi-head attention; with n_kv_head < n_head, grouped-query attention. The cache holds
-    2 Hkv d numbers a token."""
+    """Multi-head attention. With n_kv_head < n_head, grouped-query attention; with n_kv_head=1,
+    multi-query attention. With q_latent and n_kv_head=1, multi-matrix factorisation attention (MFA,
+    arXiv 2412.19255), whose heads can be many and wide because queries go through a latent.
 
-    options = ('n_kv_head', 'qk_norm', 'bias')
-    static_step = True
+    The cache holds 2 Hkv d elements per token.
+    """
 
-    def __init__(self, config, source_width=None, n_kv_head=None):
-        super().__init__(config, source_width)
-        self.n_kv_head = n_kv_head or config.n_kv_head or config.n_head
-        kv_width = self.n_kv_head * self.head_dim
+    options = ('n_kv_head', 'q_latent', 'qk_norm', 'bias')
+
+    def __init__(self, config, kv_width=None):
+        super().__init__(config, kv_width)
+        self.n_kv_head = config.n_kv_head or config.n_head
         self.make_queries(config, config.bias)
-        self.k_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
-        self.v_proj = Linear(self.source_width, kv_width, config.bias, on_source=True)
+        self.k_proj = Linear(self.kv_width, self.n_kv_head * self.head_dim, config.bias)
+        self.v_proj = Linear(self.kv_width, self.n_kv_head * self.head_dim, config.bias)
         self.q_norm = RMSNorm(self.head_dim) if config.qk_norm else identity
         self.k_norm = RMSNorm(self.head_dim) if config.qk_norm else identity
         self.make_output(config, config.bias)
 
     @classmethod
     def check(cls, config):
-        if config.n_kv_head and config.n_head % config.n_kv_head:
-            raise ConfigError(f'n_head={config.n_head} is not divisible by '
-                              f'n_kv_head={config.n_kv_head}')
+        divisible(config, 'n_head', 'n_kv_head')
 
-    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+    def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
+                shared=None):
+        x_kv = x if x_kv is None else x_kv
         q = self.q_norm(self.queries(x))  # (B, H, T, d)
-        k = self.k_norm(split_heads(self.k_proj(source), self.n_kv_head))  # (B, Hkv, S, d)
-        v = split_heads(self.v_proj(source), self.n_kv_head)
+        k = self.k_norm(split_heads(self.k_proj(x_kv), self.n_kv_head))  # (B, Hkv, S, d)
+        v = split_heads(self.v_proj(x_kv), self.n_kv_head)
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, source_rope)
+            q, k = rotate(q, rope), rotate(k, rope if rope_kv is None else rope_kv)
         if cache is not None:
             k, v = cache.extend(self, k, v)
-        if self.sink is not None and self.one_step(x, cache):
-            k, v = self.in_window(k, v)  # softmax_attention would copy all of them
-            y = self.read(self.products(q[:, :, 0], k), v, key_mask)
-            return y.flatten(1)[:, None]  # (B, H, d) -> (B, 1, H*d)
-        return self.attend(q, k, v, key_mask)
-
-    def cache_width(self):
-        return 2 * self.n_kv_head * self.head_dim
-
-    def matrices(self):
-        r, (q, q_basis) = self.rope_dims, self.query_matrices()
-        k = self.k_proj.weight.unflatten(0, (self.n_kv_head, -1))  # (Hkv, d, D)
-        v = self.v_proj.weight.unflatten(0, (self.n_kv_head, -1))
-        if isinstance(self.q_norm, RMSNorm):
-            q, k = q * self.q_norm.weight[:, None], k * self.k_norm.weight[:, None]
-        parts = dict(v=(v, None), o=self.output_matrices(), q=(q[:, r:], q_basis),
-                     q_rope=(q[:, :r], q_basis), k=(k[:, r:], None), k_rope=(k[:, :r], None))
-        return {name: part for name, part in parts.items() if part[0].size(1)}
-
-
-class MFA(MHA):
-    """Multi-matrix factorization attention (arXiv 2412.19255): queries go through a normed latent
-    of q_latent numbers, so that there can be many heads, and wide ones (head_dim may exceed
-    n_embd / n_head). They share one key and one value head. The cache holds 2 d numbers a token.
-    """
-
-    options = ('q_latent', 'qk_norm', 'bias')
-
-    def __init__(self, config, source_width=None):
-        super().__init__(config, source_width, n_kv_head=1)
-
-    @classmethod
-    def check(cls, config):
-        if not config.q_latent:
-            raise ConfigError("attention='mfa' needs q_latent, the width of its query latent")
+        return self.output(self.attend(q, k, v, key_mask), x)
 
 
 class MLA(Attention):
-    """Multi-head latent attention (DeepSeek-V2, section 2.1). The keys and values of all heads come
-    from one latent of kv_latent numbers a token, queries from one of q_latent (None: straight from
-    x). With o_latent, MLA-o, the heads also write through a latent that they share.
+    """Multi-head latent attention (DeepSeek-V2, section 2.1). Keys and values of all heads come
+    from one normed latent of kv_latent elements per token, queries from one of q_latent (None:
+    straight from x). With o_latent it is MLA-o.
 
-        x -- q_a_proj -> norm -> q_b_proj ---------------> q of each head
+        x -- q_a_proj -> norm -> q_b_proj ----------------> q of each head
         x -- kv_a_proj -> norm -> latent (cached) -+- k_b_proj -> k
                                                    +- v_b_proj -> v
-        x -- k_rope_proj -> rotate (cached) -----------> the rotated part of k, rope_key='shared'
+        x -- k_rope_proj -> rotate (cached) ------> the rotated part of k, if rope_key='shared'
 
-    Inside a head the rotated dimensions come first. rope_key='per_head': the first rope_dims key
-    dimensions of each head are rotated. 'shared' (DeepSeek): all heads share one rotated key of
-    rope_dims, which is neither normed nor scaled, and have head_dim - rope_dims of their own.
+    The rotated dimensions come first in a head. rope_key='shared' (DeepSeek): all heads share one
+    rotated key of rope_dims, which is not normed; each head has head_dim - rope_dims key dimensions
+    of its own. 'per_head': the first rope_dims key dimensions of each head are rotated.
 
-    kv_groups=g, GLA (arXiv 2505.21487): there are g latents, each with a norm of its own, and the
-    i-th is read by the i-th H/g heads. kv_branches=n, MLRA (2603.02188): each head reads n latents
-    by n attentions with the same query, and what they have read is added and divided by sqrt(n).
-    That is GLA with n times the heads, until the sum. With both there are n*g latents, and a head
-    reads n of them.
+    kv_groups=g is GLA (arXiv 2505.21487): g latents, each with its own norm, the i-th for the i-th
+    H/g heads. kv_branches=n is MLRA (2603.02188): each head reads n latents by n attentions with
+    the same query; their outputs are added and divided by sqrt(n). Combined, there are n*g latents,
+    and a head reads n of them.
 
-    The cache holds the n g latents and the shared key, n g L + r numbers, nothing a head. But with
-    'per_head', generation has to make the rotated keys of all cached tokens again at each step,
-    S*H*r*L multiply-adds a layer. At 8 heads of 32 and a latent of 32 the scores and weighted sums
-    of a token then take about 17 times the arithmetic of MHA if 32 dimensions rotate (9 times if 16
-    do), where with a shared key of 16 they take 1.25 times.
+    The cache holds the latents and the shared key, n g L + r elements per token, and nothing per
+    head. Decoding never makes keys and values from it, see `absorbed`; with 'per_head' it makes the
+    rotated key dimensions again for all cached tokens, S H r L multiply-adds per step.
     """
 
     options = ('q_latent', 'kv_latent', 'kv_groups', 'kv_branches', 'rope_key', 'v_head_dim')
 
-    def __init__(self, config, source_width=None):
-        super().__init__(config, source_width)
+    def __init__(self, config, kv_width=None):
+        super().__init__(config, kv_width)
         self.shared_key, self.kv_latent = config.rope_key == 'shared', config.kv_latent
-        # keys of each head that are rotated again need the angles of all positions, not of the last
-        self.static_step = self.shared_key or not self.rope_dims
         self.n_branches = config.kv_branches
         self.n_latents = n = config.kv_groups * config.kv_branches
         k_head_dim = self.head_dim - self.rope_dims if self.shared_key else self.head_dim
         self.make_queries(config)
-        self.kv_a_proj = Linear(self.source_width, n * self.kv_latent, on_source=True)
-        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.source_width, n_parts=n)
-        self.k_b_proj = Linear(n * self.kv_latent, self.n_softmax * k_head_dim, on_source=True,
-                               n_groups=n)
-        self.v_b_proj = Linear(n * self.kv_latent, self.n_softmax * self.v_head_dim, on_source=True,
-                               n_groups=n)
+        self.kv_a_proj = Linear(self.kv_width, n * self.kv_latent)
+        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.kv_width, n_parts=n)
+        self.k_b_proj = Linear(n * self.kv_latent, self.n_softmax * k_head_dim, n_groups=n)
+        self.v_b_proj = Linear(n * self.kv_latent, self.n_softmax * self.v_head_dim, n_groups=n)
         if self.shared_key:
-            self.k_rope_proj = Linear(self.source_width, self.rope_dims, on_source=True)
+            self.k_rope_proj = Linear(self.kv_width, self.rope_dims)
         self.make_output(config)
 
     @classmethod
     def check(cls, config):
-        if not config.kv_latent:
-            raise ConfigError(f'attention={config.attention!r} needs kv_latent, the width of its '
-                              'key-value latent')
-        if config.n_head % config.kv_groups:
-            raise ConfigError(f'n_head={config.n_head} is not divisible by '
-                              f'kv_groups={config.kv_groups}')
+        required(config, 'kv_latent', 'the width of its key-value latent')
+        divisible(config, 'n_head', 'kv_groups')
         if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
             raise ConfigError("rope_key='shared' needs rope_dims between 2 and "
-                              f'head_dim-1={config.head_dim - 1}: the other dimensions of a key '
-                              'belong to its head')
+                              f'head_dim - 1 = {config.head_dim - 1}: the other dimensions of a '
+                              'key belong to its head')
 
-    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+    def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
+                shared=None):
+        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         q = self.queries(x)  # (B, H, T, d)
         q = q if rope is None else rotate(q, rope)
         if self.n_branches > 1:
             q = q.repeat(1, self.n_branches, 1, 1)  # (B, n*H, T, d), branch by branch
-        latent = self.kv_a_norm(self.kv_a_proj(source))  # (B, S, n*g*L)
+        latent = self.kv_a_norm(self.kv_a_proj(x_kv))  # (B, S, n*g*L)
         k_rope = latent[..., :0]  # (B, S, r or 0)
         if self.shared_key:
-            k_rope = rotate(self.k_rope_proj(source), source_rope)
-        if cache is not None:
-            latent, k_rope = cache.extend(self, latent, k_rope)
-        if self.one_step(x, cache) and self.n_channels == 1:
-            latent, k_rope = self.in_window(latent, k_rope)
-            y = self.absorbed(q[:, :, 0], latent, k_rope, source_rope, key_mask)
+            k_rope = rotate(self.k_rope_proj(x_kv), rope_kv)
+        if cache is not None:  # side by side, because absorbed keys are
+            cached, = cache.extend(self, torch.cat((k_rope, latent), dim=-1))
+            k_rope, latent = cached.split((k_rope.size(-1), latent.size(-1)), dim=-1)
+        if cache is not None and x.size(1) == 1:
+            y = self.absorbed(q, cached, k_rope, latent, rope_kv)
         else:
             k = split_heads(self.k_b_proj(latent), self.n_softmax)  # (B, n*H, S, d or d-r)
-            v = split_heads(self.v_b_proj(latent), self.n_softmax)
+            v = split_heads(self.v_b_proj(latent), self.n_softmax)  # (B, n*H, S, dv)
             if self.shared_key:
                 k = torch.cat((k_rope[:, None].expand(-1, self.n_softmax, -1, -1), k), dim=-1)
-            elif source_rope is not None:
-                k = rotate(k, source_rope)
+            elif rope is not None:
+                k = rotate(k, rope_kv)
             y = self.attend(q, k, v, key_mask)
         if self.n_branches > 1:
             # (B, T, n*H*dv) -> (B, T, H*dv)
             y = y.unflatten(-1, (self.n_branches, -1)).sum(dim=-2) * self.n_branches ** -0.5
-        return y
+        return self.output(y, x)
 
-    def absorbed(self, q, latent, k_rope, source_rope, key_mask):
-        """`heads` for one token of generation, without the sum over branches: q (B, n*H, d), latent
-        (B, S, n*g*L), k_rope (B, S, r), key_mask (1, 1, 1, S) or None -> (B, 1, n*H*dv). k_b_proj
-        is applied to the query, and v_b_proj to the weighted sum of the latents, instead of both to
-        S latents (DeepSeek-V2, section 2.1.2)."""
-        to_k = self.k_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, d or d-r, L)
-        to_v = self.v_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, dv, L)
-        q_rotated, q_plain = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
-        scores = 0.0  # (B, n*H, S)
-        if self.shared_key:
-            scores = q_rotated @ k_rope.transpose(1, 2)
-        elif self.rope_dims:
-            to_rotated, to_k = to_k.split(q_rotated.shape[-1:] + q_plain.shape[-1:], dim=1)
-            k_rotated = grouped_linear(latent, to_rotated.flatten(0, 1), self.n_latents)
-            k_rotated = rotate(split_heads(k_rotated, self.n_softmax), source_rope)
-            scores = (k_rotated @ q_rotated[..., None])[..., 0]  # of (B, n*H, S, r)
-        # heads first: a matrix of a head is read once for all sequences
-        q_absorbed = (q_plain.transpose(0, 1) @ to_k).transpose(0, 1)  # (n*H, B, L) -> (B, n*H, L)
-        latent = split_heads(latent, self.n_latents)  # (B, n*g, S, L)
-        scores = scores + self.products(q_absorbed, latent)
-        read = self.read(scores, latent, key_mask).transpose(0, 1)  # (B, n*H, L) -> (n*H, B, L)
-        y = read @ to_v.transpose(1, 2)  # (n*H, B, dv)
-        return y.transpose(0, 1).flatten(1)[:, None]  # -> (B, 1, n*H*dv)
+    def absorbed(self, q, cached, k_rope, latent, rope_kv):
+        """One decoding step, in which W^UK is applied to the query instead of to S latents, and
+        W^UV to what is read instead of to S latents (DeepSeek-V2, section 2.1.2).
 
-    def cache_width(self):
-        return self.n_latents * self.kv_latent + self.rope_dims * self.shared_key
-
-    def matrices(self):
-        """With branches, each head stands there once for each."""
-        r, n, (q, q_basis) = self.rope_dims, self.n_branches, self.query_matrices()
-        o, o_basis = self.output_matrices()
-        basis = self.kv_a_norm.weight[:, None] * self.kv_a_proj.weight  # (n*g*L, D)
-        if self.n_latents > 1:
-            basis = basis.unflatten(0, (self.n_latents, -1))  # (n*g, L, D)
-        k, v = (layer.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, ., L)
-                for layer in (self.k_b_proj, self.v_b_proj))
-        if self.shared_key:
-            k, k_rope = (k, basis), (self.k_rope_proj.weight[None], None)
+        What remains is multi-query attention: queries [q_rope | q W^UK], keys [k_rope | latent],
+        and values the keys once more, because of the result only the part from latents is used.
+        q (B, n*H, 1, d), cached (B, S, r + n*g*L) = [k_rope | latent] -> (B, 1, n*H*dv).
+        """
+        w_uk = self.k_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, d or d-r, L)
+        w_uv = self.v_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, dv, L)
+        q_rope, q = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
+        mask = None
+        if self.rope_dims and not self.shared_key:
+            # each head has rotated keys of its own, whose scores are added as a mask
+            w_rope, w_uk = w_uk.split((q_rope.size(-1), q.size(-1)), dim=1)
+            k = grouped_linear(latent, w_rope.flatten(0, 1), self.n_latents)
+            k = rotate(split_heads(k, self.n_softmax), rope_kv)  # (B, n*H, S, r)
+            mask, q_rope = q_rope @ k.mT * self.scale, q_rope[..., :0]  # (B, n*H, 1, S)
+        q = torch.einsum('bhtd,hdl->bhtl', q, w_uk)
+        if self.n_latents == 1:
+            keys = cached[:, None]  # (B, 1, S, r + L)
         else:
-            k, k_rope = (k[:, r:], basis), (k[:, :r], basis)
-        if n > 1:
-            q, o = q.repeat(n, 1, 1), o.repeat(n, 1, 1) * n ** -0.5
-        if o_basis is not None and o_basis.dim() == 3:
-            o_basis = o_basis.repeat(n, 1, 1)
-        parts = dict(v=(v, basis), o=(o, o_basis), q=(q[:, r:], q_basis),
-                     q_rope=(q[:, :r], q_basis), k=k, k_rope=k_rope)
-        return {name: part for name, part in parts.items() if part[0].size(1)}
+            keys = split_heads(latent, self.n_latents)  # (B, n*g, S, L)
+            k_rope = k_rope[:, None].expand(-1, self.n_latents, -1, -1)
+            keys = torch.cat((k_rope, keys), dim=-1)
+        y = self.attend(torch.cat((q_rope, q), dim=-1), keys, keys, mask)
+        y = y.unflatten(-1, (self.n_softmax, -1))[..., -self.kv_latent:]  # (B, 1, n*H, L)
+        return torch.einsum('bthl,hvl->bthv', y, w_uv).flatten(2)
+
+
+class OutputLatent(nn.Module):
+    """The output projection of MLA-o, (B, T, H*dv) -> (B, T, D): each head has a matrix into a
+    latent of `rank` elements that all heads share, and one shared matrix leads out of it.
+
+    n_groups=G (DeepSeek-V4, arXiv 2606.19348): G groups of heads with a latent each, and one matrix
+    that leads out of all of them.
+    norm: 'none'; 'sum', RMSNorm of the latents; 'head', RMSNorm of each head's contribution to its
+    latent, with a gain per head, then their sum divided by the square root of their number.
+    """
+
+    def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False, n_groups=1):
+        super().__init__()
+        self.n_head, self.norm, self.n_groups = n_head, norm, n_groups
+        self.o_a_proj = Linear(n_in, n_groups * rank, n_groups=n_groups)
+        self.o_b_proj = Linear(n_groups * rank, n_out, bias, residual_out=True,
+                               init_fan_in=rank if norm == 'none' else None)
+        if norm == 'head':
+            self.gain = nn.Parameter(torch.ones(n_head, rank))
+        self.o_norm = RMSNorm(n_groups * rank) if norm == 'sum' else identity
+
+    def forward(self, y):
+        if self.norm != 'head':
+            return self.o_b_proj(self.o_norm(self.o_a_proj(y)))
+        G, H = self.n_groups, self.n_head // self.n_groups
+        y = y.unflatten(-1, (G, H, -1))  # (B, T, G, H/G, dv)
+        per_head = self.o_a_proj.weight.unflatten(1, (H, -1)).unflatten(0, (G, -1))
+        latent = torch.einsum('btghd,grhd->btghr', y, per_head)
+        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain.unflatten(0, (G, H))
+        latent = latent.sum(dim=3) / math.sqrt(H)  # (B, T, G, H/G, R) -> (B, T, G, R)
+        return self.o_b_proj(latent.flatten(2))
+
+
+# --------------------------------------------------------------------------------------------------
+# block
+
+
+def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, residual_out=False):
+    """One matrix; or, with a rank, two of that rank, with an RMSNorm in between if inner_norm."""
+    if rank is None:
+        return Linear(n_in, n_out, bias, residual_out)
+    norm = [RMSNorm(rank, latent_of=n_in)] if inner_norm else []
+    second = Linear(rank, n_out, bias, residual_out, init_fan_in=None if inner_norm else rank)
+    return nn.Sequential(Linear(n_in, rank), *norm, second)
+
+
+class MLP(nn.Module):
+    """Feed-forward (B, T, D) -> (B, T, D). gelu: out(gelu(in x)); relu2: out(relu(in x)^2); swiglu:
+    out(silu(in x) * gate x). With mlp_rank each matrix is a product of two, and those that read x
+    have an RMSNorm in the middle."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.kind = config.mlp
+        D, hidden, bias, rank = config.n_embd, config.mlp_hidden, config.mlp_bias, config.mlp_rank
+        self.in_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
+        if self.kind == 'swiglu':
+            self.gate_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
+        self.out_proj = make_linear(hidden, D, bias, rank, residual_out=True)
+
+    def forward(self, x):
+        h = self.in_proj(x)  # (B, T, hidden)
+        if self.kind == 'gelu':
+            h = F.gelu(h)
+        elif self.kind == 'relu2':
+            h = F.relu(h).square()
+        else:
+            h = F.silu(h) * self.gate_proj(x)
+        return self.out_proj(h)
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: x += attention(norm x), x += mlp(norm x)."""
+
+    def __init__(self, config, kv_width=None):
+        super().__init__()
+        self.attn_norm = make_norm(config.norm, config.n_embd)
+        self.attn = make_attention(config, kv_width)
+        self.mlp_norm = make_norm(config.norm, config.n_embd)
+        self.mlp = MoE(config) if config.mlp == 'moe' else MLP(config)
+        self.dropout = make_dropout(config.dropout)
+
+    def forward(self, x, **context):
+        """context: rope, key_mask, cache and shared, as in Attention.forward."""
+        x = x + self.dropout(self.attn(self.attn_norm(x), **context))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+# --------------------------------------------------------------------------------------------------
+# options: --help shows the comment after a field, and its type says which values it takes
+
+
+class ConfigError(ValueError):
+    """Options with wrong values, or that contradict each other. The message says what to change."""
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes: least <= number, above < number < below."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def allows(self, number):
+        return self.least <= number and self.above < number < self.below
+
+    def __str__(self):
+        words = (('>=', self.least), ('>', self.above), ('<', self.below))
+        return ' and '.join(f'{word} {limit}' for word, limit in words if math.isfinite(limit))
+
+
+Count = Annotated[int, Range(least=1)]
+CountOrZero = Annotated[int, Range(least=0)]
+Positive = Annotated[float, Range(above=0)]
+NotNegative = Annotated[float, Range(least=0)]
+Share = Annotated[float, Range(least=0, below=1)]
+
+
+@dataclass
+class BlockConfig:
+    """Options of a block"""
+
+    n_head: Count = 8  # attention heads
+    n_embd: Count = 256  # width of the residual stream
+    head_dim: Count | None = None  # width of a query and key head; None = n_embd / n_head
+    causal: bool = True  # decoder; False = encoder, trained by masked-language modelling
+    dropout: Share = 0.0  # on the embeddings and on the output of each branch
+    attention_dropout: Share | None = None  # on the attention weights; None = dropout
+    bias: bool = False  # mha: biases in its projections
+    attention: str = 'mha'  # mha, mla, gta, tpa, v4, or another key of model.ATTENTIONS
+    n_kv_head: Count | None = None  # mha, gta: key and value heads (grouped); None = n_head
+    qk_norm: bool = False  # mha: RMSNorm on the queries and keys of each head
+    q_latent: Count | None = None  # mha, mla, v4: width of the query latent; None = straight from x
+    kv_latent: Count | None = None  # mla: width of a key-value latent
+    kv_groups: Count = 1  # mla: latents, each for its own n_head / kv_groups heads (GLA)
+    kv_branches: Count = 1  # mla: latents per head, each read by an attention of its own (MLRA)
+    v_head_dim: Count | None = None  # mla: width of a value head; None = head_dim
+    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: which keys are rotated
+    q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
+    kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
+    window: Count | None = None  # causal: tokens that a query sees, its own included; None = all
+    layer_kinds: str = 'window'  # v4: kind of each layer, window, csa or hca; repeated in turn
+    csa_group: Count = 4  # v4: tokens per entry in csa layers
+    hca_group: Count = 128  # v4: tokens per entry in hca layers
+    index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all
+    index_n_head: Count = 4  # v4: heads of the indexer, which chooses them
+    index_head_dim: Count = 32  # v4: width of its heads
+    index_loss_coeff: Positive = 1.0  # v4: weight of its loss, added to the cross-entropy
+    gate: bool = False  # multiply what the heads read by a sigmoid of the layer's input
+    sink: bool = False  # a learned logit per head in the denominator of the softmax
+    o_latent: Count | None = None  # width of the output latent (MLA-o); None = one output matrix
+    o_norm: Literal['none', 'sum', 'head'] = 'none'  # norm of the output latent
+    o_groups: Count = 1  # output latents, each for its own n_head / o_groups heads
+    softmax_factor: Positive = 1.0  # the softmax is of q.k / sqrt(head_dim) times this
+    rope_dims: CountOrZero = 0  # rotated dimensions per head, its first ones; 0 = none
+    norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
+    mlp: Literal['gelu', 'swiglu', 'relu2', 'moe'] = 'gelu'  # feed-forward; moe = experts
+    mlp_hidden: Count | None = None  # hidden width of the feed-forward; None = 4 n_embd
+    mlp_bias: bool = False  # biases in the feed-forward
+    mlp_rank: Count | None = None  # each feed-forward matrix as two of this rank; None = dense
+    n_routed_experts: Count | None = None  # moe: experts to choose from
+    n_experts_per_tok: Count = 2  # moe: experts chosen per token
+    n_shared_experts: CountOrZero = 1  # moe: experts for every token
+    expert_hidden: Count | None = None  # moe: hidden width of an expert
+    n_group: Count = 1  # moe: groups of experts
+    topk_group: Count = 1  # moe: groups that the experts of one token may come from
+    routed_scaling: Positive = 1.0  # moe: factor on the output of the routed experts
+    balance_rate: NotNegative = 0.001  # moe: step of an expert's bias after each optimizer step
+
+    def __post_init__(self):
+        check_options(self)  # values, and what belongs to what: see Part IV
+        if self.head_dim is None:
+            divisible(self, 'n_embd', 'n_head', 'change one, or set head_dim')
+            self.head_dim = self.n_embd // self.n_head
+        if self.mlp_hidden is None:
+            self.mlp_hidden = 4 * self.n_embd
+        if self.attention_dropout is None:
+            self.attention_dropout = self.dropout
+        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
+            raise ConfigError(f'rope_dims={self.rope_dims}: must be an even number <= '
+                              f'head_dim={self.head_dim} (n_embd / n_head, unless set)')
+        if self.window and not self.causal:
+            raise ConfigError(f'window={self.window}: only causal attention has a window; set '
+                              'causal=True, or leave window out')
+        divisible(self, 'n_head', 'o_groups')
+        if self.mlp == 'moe':
+            MoE.check(self)
+        ATTENTIONS[self.attention].check(self)
+
+    def dense_mlp(self):
+        """The same block with a SwiGLU of mlp_hidden instead of experts."""
+        return self if self.mlp != 'moe' else with_defaults(self, MOE_OPTIONS, mlp='swiglu')
+
+    def dense(self):
+        """The same block with plain attention, no window, and undecomposed matrices."""
+        names = *foreign_options('mha'), 'q_latent', 'window', 'o_latent', 'o_norm', 'o_groups'
+        return with_defaults(self.dense_mlp(), names, attention='mha', mlp_rank=None)
+
+
+@dataclass
+class ModelConfig(BlockConfig):
+    """Options of every architecture, on top of those of its blocks"""
+
+    vocab_size: Count = 50257  # rows of the embedding, special tokens included
+    block_size: Count = 256  # longest sequence, tokens
+    n_layer: Count = 6  # number of blocks
+    rope_theta: Positive = 10000.0  # rotary base
+    rope_factor: Annotated[float, Range(least=1)] = 1.0  # rotary angles are divided by this
+    rope_trained_length: Count | None = None  # YaRN: only slow angles, as of so many tokens
+    final_norm: bool = True  # a norm before the vocabulary
+    vocab_rank: Count | None = None  # embedding and head of this rank; None = dense
+    tie_embeddings: bool = True  # the head is the transposed embedding
+    init_std: Positive = 0.02  # standard deviation of the initial weights
+    zero_init_residual: bool = False  # projections into the residual stream start at zero
+    scale_latents: bool = False  # what goes through a latent starts as large as without it
+
+    derived = ()  # options that an architecture sets itself
+    learned_positions = subtract_next_position = False  # only a Transformer has these
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.vocab_rank and not self.tie_embeddings:
+            raise ConfigError('vocab_rank shares its matrices with the head: it needs '
+                              'tie_embeddings=True')
+
+    def block(self, **changes):
+        """The options of a block as a BlockConfig, with changes."""
+        return BlockConfig(**{option.name: getattr(self, option.name)
+                              for option in fields(BlockConfig)} | changes)
+
+    def options(self):
+        """All options as a dict, which make_model takes."""
+        return {option.name: getattr(self, option.name) for option in fields(self)
+                if option.name not in self.derived}
+
+
+@dataclass
+class TransformerConfig(ModelConfig):
+    """One stack of blocks: a decoder (causal) or an encoder"""
+
+    n_dense: CountOrZero = 0  # first layers that keep mha and dense feed-forwards
+    first_k_dense: CountOrZero = 0  # moe: first layers with a swiglu of mlp_hidden instead
+    learned_positions: bool = True  # a learned embedding of the position
+    subtract_next_position: bool = False  # causal: subtract it from the last hidden state
+
+    def __post_init__(self):
+        super().__post_init__()
+        at_most(self, 'n_dense', 'n_layer')
+        if self.subtract_next_position and not (self.learned_positions and self.causal):
+            raise ConfigError('subtract_next_position subtracts the embedding of the next position '
+                              'from the last hidden state: it needs learned_positions=True and '
+                              'causal=True')
+        kinds = self.layer_kinds.split()[:self.n_layer]
+        for kind in {'csa', 'hca'} & {*kinds}:
+            at_most(self, f'{kind}_group', 'block_size')
+        if self.index_topk and 'csa' not in kinds:
+            raise ConfigError('index_topk chooses entries in csa layers: '
+                              f'layer_kinds={self.layer_kinds!r} has none')
+
+    def block_of(self, layer):
+        """The BlockConfig of one layer."""
+        if layer < self.n_dense:
+            return self.block().dense()
+        kinds = self.layer_kinds.split()
+        block = self.block(layer_kinds=kinds[layer % len(kinds)])
+        return block.dense_mlp() if layer < self.first_k_dense else block
+
+
+# --------------------------------------------------------------------------------------------------
+# language model
+
+
+def plain_cross_entropy(x, weight, targets):
+    """What linear_cross_entropy (Part IV) computes, but holding all N x V logits at once: x (N, D),
+    weight (V, D), targets (N,) -> {'loss': mean cross-entropy in nats}. Start from this for a loss
+    of your own, and call yours in LanguageModel.forward if self.training: validation losses compare
+    as long as evaluation keeps linear_cross_entropy."""
+    logits = F.linear(x, weight)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return {'loss': F.cross_entropy(logits, targets, ignore_index=-1)}
+
+
+class LanguageModel(nn.Module):
+    """What every architecture shares: embedding, final norm, head, loss, and generation. A subclass
+    builds its blocks, runs them in `body`, and calls init_weights (Part IV), which holds all rules
+    for where weights start."""
+
+    def __init__(self, config):
+        super().__init__()
+        c, D = config, config.n_embd
+        self.config = c
+        self.tok_emb = nn.Embedding(c.vocab_size, c.vocab_rank or D)
+        if c.vocab_rank:
+            self.vocab_proj = Linear(c.vocab_rank, D, init_fan_in=c.vocab_rank)
+        self.dropout = make_dropout(c.dropout)
+        self.norm = make_norm(c.norm, D) if c.final_norm else identity
+        if not c.tie_embeddings:
+            self.lm_head = Linear(D, c.vocab_size)
+        if c.learned_positions:  # one more position, if the next one is to be subtracted
+            self.pos_emb = nn.Embedding(c.block_size + c.subtract_next_position, D)
+
+    def add_rope(self, name, rope_dims, length, times=slice(None)):
+        """Registers a rotary table of `length` positions, or of those at `times`, as a buffer that
+        is not saved; None if rope_dims is 0."""
+        c = self.config
+        table = rope_table(length, rope_dims, c.rope_theta, c.rope_factor, c.rope_trained_length)
+        self.register_buffer(name, None if table is None else table[:, times], persistent=False)
+
+    def body(self, x, end, key_mask, cache):
+        """Runs the blocks on embedded tokens x (B, T, D), the last of which is at position end - 1.
+        Returns (hidden states (B, T, D), aux_losses).
+
+        aux_losses: {name: (scalar, coefficient)} of what is added to the training loss, and logged.
+        A coefficient of 0 only logs it. Validation losses are always the cross-entropy alone.
+        """
+        raise NotImplementedError
+
+    def hidden(self, idx, key_mask=None, cache=None):
+        """idx (B, T) int64 -> (final hidden states (B, T, D), aux_losses as in `body`).
+        key_mask (B, T) bool, True = a real token; encoders only."""
+        start = 0 if cache is None else cache.n_tokens
+        end = start + idx.size(1)
+        if cache is None and end > self.config.block_size:
+            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}')
+        if cache is not None and end > cache.length:
+            raise ValueError(f'{end} tokens, but the cache has room for {cache.length}')
+        if cache is not None and cache.batch != idx.size(0):
+            raise ValueError(f'{idx.size(0)} sequences, but the cache was made for {cache.batch}')
+        if key_mask is not None and self.config.causal:
+            raise ValueError('a causal model takes no key_mask: give it sequences of one length')
+        x = self.tok_emb(idx)
+        if self.config.vocab_rank:  # the residual stream keeps full precision under autocast
+            x = self.vocab_proj(x).type_as(x)
+        if self.config.learned_positions:
+            x = x + self.pos_emb.weight[start:end]
+        x, aux_losses = self.body(self.dropout(x), end, key_mask, cache)
+        if cache is not None:
+            cache.n_tokens = end
+        return self.norm(x), aux_losses
+
+    def forward(self, idx, targets=None, positions=None, key_mask=None, cache=None):
+        """idx (B, T) int64 -> logits (B, T, V); with targets, a dict of scalars in which `loss` is
+        the one to minimise.
+
+        targets: (B, T), -1 = not scored. positions (B, M): only these rows meet the vocabulary, so
+        logits are (B, M, V) and targets (B, M). Without gradients the dict also has `accuracy`, the
+        share of the scored targets that rank first. With a cache, idx holds the tokens that follow
+        those in the cache, one or many.
+        """
+        x, aux_losses = self.hidden(idx, key_mask, cache)
+        if self.config.subtract_next_position:
+            end = idx.size(1) if cache is None else cache.n_tokens
+            x = x - self.pos_emb.weight[end - idx.size(1) + 1:end + 1]
+        if positions is not None:
+            x = x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))  # -> (B, M, D)
+        head = self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
+        if self.config.vocab_rank:
+            x = x @ self.vocab_proj.weight  # (B, T, D) -> (B, T, vocab_rank), as is the head
+        if targets is None:
+            return F.linear(x, head)
+        out = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
+        if aux_losses and self.training:
+            out['cross_entropy'] = out['loss']
+            for name, (value, coefficient) in aux_losses.items():
+                out[name] = value
+                out['loss'] = out['loss'] + coefficient * value
+        return out
+
+    def n_params(self, positions=True):
+        """Number of parameters; positions=False leaves learned positions out, as papers often do.
+        """
+        return sum(p.numel() for name, p in self.named_parameters()
+                   if positions or name != 'pos_emb.weight')
+
+    def init_cache(self, batch, length):
+        """An empty cache for `batch` sequences of up to `length` tokens, at most block_size."""
+        check_cache(self, length)
+        return Cache(batch, length)
+
+    def generate(self, idx, max_new_tokens, **sampling):
+        """idx (B, T) -> (B, T + n), n <= max_new_tokens: the prompt, then what `stream` yields."""
+        new = [token[:, None] for token in self.stream(idx, max_new_tokens, **sampling)]
+        return torch.cat([idx, *new], dim=1)
+
+    def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
+               stop=None, n_ids=None):
+        """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, until
+        there are max_new_tokens or each sequence has had the token `stop`, after which it repeats
+        it.
+
+        The model sees the last block_size tokens. When the text outgrows them, every position
+        changes with every token, and the whole window is computed again.
+        temperature, top_k, top_p: see sample_token. n_ids: only ids below it are drawn. seed:
+        sequence i draws with seed + i, so its text does not depend on the others; None = torch's
+        generator.
+        """
+        B, T = idx.shape
+        size, end = self.config.block_size, T + max_new_tokens
+        u = uniform_numbers(B, max_new_tokens, seed).to(idx.device)  # (B, max_new_tokens)
+        text = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
+        done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        cache = self.init_cache(B, min(size, end)) if T <= size else None
+        for t in range(T, end):
+            cache = cache if t <= size else None
+            new = text[:, max(0, t - size):t] if cache is None else text[:, cache.n_tokens:t]
+            last = idx.new_full((B, 1), new.size(1) - 1)  # the only position to meet the vocabulary
+            with torch.inference_mode():  # `text` is made outside: it may be trained on
+                logits = self(new, positions=last, cache=cache)[:, 0, :n_ids]  # (B, n_ids)
+                token = sample_token(logits, u[:, t - T], temperature, top_k, top_p)
+                if stop is not None:
+                    token = torch.where(done, stop, token)
+                    done |= token == stop
+                text[:, t] = token
+            yield text[:, t]
+            if stop is not None and done.all():
+                return
+
+
+class Transformer(LanguageModel):
+    """One stack of blocks: a decoder with causal=True, otherwise an encoder.
+
+        tokens -> embedding (+ position) -> block -> ... -> block -> norm -> head -> logits
+    """
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.add_rope('rope', config.rope_dims, config.block_size)
+        self.blocks = nn.ModuleList(Block(config.block_of(i)) for i in range(config.n_layer))
+        init_weights(self)
+
+    def body(self, x, end, key_mask, cache):
+        rope, shared = None if self.rope is None else self.rope[:, :end], {}
+        for block in self.blocks:
+            x = block(x, rope=rope, key_mask=key_mask, cache=cache, shared=shared)
+        return x, index_losses(self.config, shared)
+
+
+# --------------------------------------------------------------------------------------------------
+# cache and generation
+
+
+class Cache:
+    """What decoding keeps of earlier tokens: for each layer, buffers of `length` rows, made when
+    the layer first stores something. n_tokens: the filled rows; set it back to forget the later
+    ones."""
+
+    def __init__(self, batch, length):
+        self.batch, self.length, self.n_tokens = batch, length, 0
+        self.buffers = {}  # {layer: its buffers, (B, ..., rows, width)}
+        self.every = {}  # {layer: tokens per row}
+        self.recent, self.recent_end = {}, {}  # of layers that only need the last tokens
+
+    def extend(self, layer, *new, every=1):
+        """Stores what a layer computed for new tokens, tensors (B, ..., T, width). Returns each
+        after what was stored before, (B, ..., S, width). every: tokens per row; `new` are the rows
+        of groups of tokens that are complete now."""
+        if layer not in self.buffers:
+            self.every[layer] = every
+            self.buffers[layer] = [x.new_empty(*x.shape[:-2], self.length // every, x.size(-1))
+                                   for x in new]
+        start, T = self.n_tokens // every, new[0].size(-2)
+        for buffer, x in zip(self.buffers[layer], new):
+            buffer.narrow(-2, start, T).copy_(x.detach())
+        return [buffer.narrow(-2, 0, start + T) for buffer in self.buffers[layer]]
+
+    def extend_recent(self, layer, n, *new):
+        """The same for a layer that needs no more than the n tokens before the new ones: nothing
+        else is kept, and n_tokens can only be set back to 0."""
+        end, T = self.n_tokens + new[0].size(-2), new[0].size(-2)
+        if self.n_tokens:
+            if self.recent_end[layer] != self.n_tokens:
+                raise ValueError(f'n_tokens={self.n_tokens}: this cache keeps only recent tokens, '
+                                 'so it can be set back to 0 and nowhere else')
+            new = [torch.cat(pair, dim=-2) for pair in zip(self.recent[layer], new)]
+        self.recent[layer] = [x[..., max(0, x.size(-2) - n):, :].detach().clone() for x in new]
+        self.recent_end[layer] = end
+        return new
+
+    def elements(self):
+        """(elements per token, elements at any length) that the cache holds for each sequence."""
+        growing = sum(buffer[..., 0, :].numel() / self.every[layer]
+                      for layer, buffers in self.buffers.items() for buffer in buffers)
+        fixed = sum(x.numel() for tensors in self.recent.values() for x in tensors)
+        return growing / self.batch, fixed // self.batch
+
+    def n_bytes(self):
+        tensors = chain(*self.buffers.values(), *self.recent.values())
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def check_cache(model, length):
+    if not model.config.causal:
+        raise ValueError('an encoder has nothing to cache: every token sees those that follow it')
+    if length > model.config.block_size:
+        raise ValueError(f'a cache of {length} tokens, but block_size is {model.config.block_size}')
+
+
+def uniform_numbers(n_rows, n, seed=None):
+    """Random numbers in (0, 1), (n_rows, n). With a seed, row i comes from a generator with seed +
+    i, the same on every device; without, from torch's own generator."""
+    if seed is None:
+        return torch.rand(n_rows, n)
+    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed + i))
+                        for i in range(n_rows)])
+
+
+def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
+    """logits (B, V), u (B,) in (0, 1) -> a token per row, (B,) int64: the one at which the
+    cumulative probability passes u. (torch.multinomial would draw V random numbers per row, which
+    costs a CPU more than a small model does.)
+
+    temperature divides the logits; 0 takes the likeliest token. top_k: only the k likeliest tokens.
+    top_p: only the likeliest tokens whose probabilities together reach p (nucleus, 1904.09751).
+    """
+    if temperature < 0:
+        raise ValueError(f'temperature={temperature}: must be 0 (the likeliest token) or more')
+    if temperature < 1e-6:  # only the likeliest token is left, and float32 would overflow
+        return logits.argmax(dim=-1)
+    logits, order = logits.float() / temperature, None
+    if top_k is not None or top_p is not None:
+        k = min(top_k or logits.size(-1), logits.size(-1))
+        logits, order = logits.topk(k, dim=-1)  # (B, k), the likeliest first
+    sums = logits.softmax(dim=-1).cumsum(dim=-1)
+    mass = sums[:, -1:]
+    if top_p is not None:  # up to the first token with which the sum reaches top_p
+        mass = sums.gather(1, torch.searchsorted(sums, mass * top_p))
+    token = torch.searchsorted(sums, mass * u[:, None], right=True)  # (B, 1)
+    return (token if order is None else order.gather(1, token))[:, 0]
+
+
+# ==================================================================================================
+# Part II: relatives of MLA, and experts
+# --------------------------------------------------------------------------------------------------
+# GTA, TPA
 
 
 class GTA(Attention):
-    """Grouped-tied attention (arXiv 2505.21487). A group of heads has one vector of d numbers: it
-    is their value, and its first d - r are also their key, behind one rotated key of rope_dims = r
-    that all heads share. As published, r is d/2. Without rotary positions keys are values.
+    """Grouped-tied attention (arXiv 2505.21487). A group of heads has one vector of d elements: it
+    is their value, and its first d - r elements are part of their key, after one rotated key of
+    rope_dims = r elements that all heads share. As published, r is d/2. Without rotary positions,
+    keys are values.
 
-        x -- q_proj -> rotate -----------------> q of each head
-        x -- k_rope_proj -> rotate (cached) ---> the first r dimensions of k, the same in all groups
-        x -- kv_proj (cached) -----------------> v of each group; its first d - r: the others of k
+        x -- q_proj -> rotate ----------------> q of each head
+        x -- k_rope_proj -> rotate (cached) --> the first r dimensions of k, the same in all groups
+        x -- kv_proj (cached) ----------------> v of each group; its first d - r: the rest of k
 
-    The cache holds Hkv d + r numbers a token.
+    The cache holds Hkv d + r elements per token.
     """
 
     options = ('n_kv_head',)
-    static_step = True
     check = MHA.check
 
-    def __init__(self, config, source_width=None):
-        super().__init__(config, source_width)
+    def __init__(self, config, kv_width=None):
+        super().__init__(config, kv_width)
         self.n_kv_head = config.n_kv_head or config.n_head
         self.make_queries(config)
-        self.kv_proj = Linear(self.source_width, self.n_kv_head * self.head_dim, on_source=True)
+        self.kv_proj = Linear(self.kv_width, self.n_kv_head * self.head_dim)
         if self.rope_dims:
-            self.k_rope_proj = Linear(self.source_width, self.rope_dims, on_source=True)
+            self.k_rope_proj = Linear(self.kv_width, self.rope_dims)
         self.make_output(config)
 
-    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+    def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
+                shared=None):
+        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         q = self.queries(x)  # (B, H, T, d)
-        v = split_heads(self.kv_proj(source), self.n_kv_head)  # (B, Hkv, S, d)
-        k_rope = source[..., :0]  # (B, S, r or 0)
+        v = split_heads(self.kv_proj(x_kv), self.n_kv_head)  # (B, Hkv, S, d)
+        k_rope = x_kv[..., :0]  # (B, S, r or 0)
         if self.rope_dims:
-            q, k_rope = rotate(q, rope), rotate(self.k_rope_proj(source), source_rope)
+            q, k_rope = rotate(q, rope), rotate(self.k_rope_proj(x_kv), rope_kv)
         if cache is not None:
             v, k_rope = cache.extend(self, v, k_rope)
-        if self.one_step(x, cache):
-            return self.tied(q[:, :, 0], *self.in_window(v, k_rope), key_mask)
-        plain = v[..., :self.head_dim - self.rope_dims]
-        k = torch.cat((k_rope[:, None].expand(-1, self.n_kv_head, -1, -1), plain), dim=-1)
-        return self.attend(q, k, v, key_mask)
-
-    def tied(self, q, v, k_rope, key_mask):
-        """`heads` for one token of generation, which copies no keys: q (B, H, d), v (B, Hkv, S, d),
-        k_rope (B, S, r) -> (B, 1, H*d)."""
-        r, d = self.rope_dims, self.head_dim
-        scores = self.products(q[..., r:], v[..., :d - r]) + q[..., :r] @ k_rope.transpose(1, 2)
-        return self.read(scores, v, key_mask).flatten(1)[:, None]  # (B, H, d) -> (B, 1, H*d)
-
-    def cache_width(self):
-        return self.n_kv_head * self.head_dim + self.rope_dims
-
-    def matrices(self):
-        r, (q, _) = self.rope_dims, self.query_matrices()
-        v = self.kv_proj.weight.unflatten(0, (self.n_kv_head, -1))  # (Hkv, d, D)
-        parts = dict(v=(v, None), o=self.output_matrices(), q=(q[:, r:], None),
-                     q_rope=(q[:, :r], None), k=(v[:, :self.head_dim - r], None))
-        if r:
-            parts['k_rope'] = self.k_rope_proj.weight[None], None
-        return {name: part for name, part in parts.items() if part[0].size(1)}
+        tied = v[..., :self.head_dim - self.rope_dims]
+        k = torch.cat((k_rope[:, None].expand(-1, self.n_kv_head, -1, -1), tied), dim=-1)
+        return self.output(self.attend(q, k, v, key_mask), x)
 
 
 class TPA(Attention):
-    """Tensor product attention (arXiv 2501.06425). The queries of all heads, a matrix H x d for
-    each token, are the mean of q_rank products of a vector over the heads and one over the
-    channels, and both are linear in the token. So are keys and values, with kv_rank. q_rank=None:
-    queries straight from x.
+    """Tensor product attention (arXiv 2501.06425). The queries of all heads, an H x d matrix per
+    token, are the mean of q_rank outer products of a vector over the heads and a vector over the
+    dimensions, both linear in the token. So are keys and values, with kv_rank. q_rank=None: queries
+    straight from x.
 
-        q[h, c] = 1/R sum_i a[i, h] b[i, c]     a = q_head_proj(x) (R, H), b = q_channel_proj(x)
+        q[h, c] = 1/R sum_i a[i, h] b[i, c]    a = q_head_proj(x) (R, H), b = q_channel_proj(x)
 
-    Rotating the vectors over the channels rotates their products. The cache holds the vectors,
-    2 R (H + d) numbers a token. As no matrix of a head makes its key of a token, there are no
-    `matrices`.
+    Rotating the vectors over the dimensions rotates their products. The cache holds the vectors,
+    2 R (H + d) elements per token.
     """
 
     options = ('q_rank', 'kv_rank')
-    static_step = True
 
-    def __init__(self, config, source_width=None):
-        super().__init__(config, source_width)
+    def __init__(self, config, kv_width=None):
+        super().__init__(config, kv_width)
         self.q_rank, self.kv_rank = config.q_rank, config.kv_rank
         if self.q_rank:
             self.q_head_proj, self.q_channel_proj = self.factors(config.n_embd, self.q_rank)
         else:
             self.make_queries(config)
-        self.k_head_proj, self.k_channel_proj = self.factors(self.source_width, self.kv_rank, True)
-        self.v_head_proj, self.v_channel_proj = self.factors(self.source_width, self.kv_rank, True)
+        self.k_head_proj, self.k_channel_proj = self.factors(self.kv_width, self.kv_rank)
+        self.v_head_proj, self.v_channel_proj = self.factors(self.kv_width, self.kv_rank)
         self.make_output(config)
 
-    def factors(self, width, rank, on_source=False):
-        """The matrices of vectors over the heads and over the channels. The former start so large,
-        sqrt(rank), that the mean of the products is as large as a product of width terms."""
-        return (Linear(width, rank * self.n_head, on_source=on_source, fan=width / rank),
-                Linear(width, rank * self.head_dim, on_source=on_source))
+    def factors(self, width, rank):
+        """The matrices for the vectors over heads and over dimensions. The first starts sqrt(rank)
+        larger, so that the mean of the products is as large as an ordinary projection."""
+        return (Linear(width, rank * self.n_head, init_fan_in=width / rank),
+                Linear(width, rank * self.head_dim))
 
     @classmethod
     def check(cls, config):
-        if not config.kv_rank:
-            raise ConfigError("attention='tpa' needs kv_rank, of its keys and of its values")
+        required(config, 'kv_rank', 'the rank of its keys and values')
 
-    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
+    def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
+                shared=None):
+        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         if self.q_rank:
             q_head = split_heads(self.q_head_proj(x), self.q_rank)  # (B, R, T, H)
             q = split_heads(self.q_channel_proj(x), self.q_rank)  # (B, R, T, d)
         else:
             q = self.queries(x)  # (B, H, T, d)
         k_head, k, v_head, v = (
-            split_heads(layer(source), self.kv_rank)  # (B, R, S, H or d)
+            split_heads(layer(x_kv), self.kv_rank)  # (B, R, S, H or d)
             for layer in (self.k_head_proj, self.k_channel_proj,
                           self.v_head_proj, self.v_channel_proj))
         if rope is not None:
-            q, k = rotate(q, rope), rotate(k, source_rope)
+            q, k = rotate(q, rope), rotate(k, rope_kv)
         if self.q_rank:
             q = mean_of_products(q_head, q)
         if cache is not None:
             k_head, k, v_head, v = cache.extend(self, k_head, k, v_head, v)
-        if self.one_step(x, cache):
-            return self.factored(q, *self.in_window(k_head, k, v_head, v), key_mask)
-        return self.attend(q, mean_of_products(k_head, k), mean_of_products(v_head, v), key_mask)
-
-    def factored(self, q, k_head, k, v_head, v, key_mask):
-        """`heads` for one token of generation, which makes no keys and values of the heads:
-        q (B, H, 1, d), k_head and v_head (B, R, S, H), k and v (B, R, S, d) -> (B, 1, H*d)."""
-        q = q.transpose(1, 2)  # (B, 1, H, d)
-        scores = (q @ k.transpose(2, 3) * k_head.transpose(2, 3)).mean(dim=1)  # (B, H, S)
-        weights = self.weights(scores, key_mask)[:, None] * v_head.transpose(2, 3)  # (B, R, H, S)
-        return (weights @ v).mean(dim=1).flatten(1)[:, None]
-
-    def cache_width(self):
-        return 2 * self.kv_rank * (self.n_head + self.head_dim)
-
-    def product_flops(self, queries, sources):
-        products = queries * (self.q_rank or 0) + sources * 2 * self.kv_rank
-        return 2 * self.n_channels * self.n_head * self.head_dim * products
+        k, v = mean_of_products(k_head, k), mean_of_products(v_head, v)
+        return self.output(self.attend(q, k, v, key_mask), x)
 
 
 def mean_of_products(head, channel):
@@ -882,35 +1052,40 @@ def mean_of_products(head, channel):
     return (head @ channel.transpose(1, 2)).transpose(1, 2)
 
 
+# --------------------------------------------------------------------------------------------------
+# the attention of DeepSeek-V4
+
+
 class Compressor(nn.Module):
-    """The history of DeepSeek-V4 in entries, one of every m tokens (arXiv 2606.19348, section 2.3):
-    a mean of their vectors, with weights of its own for each number.
+    """The past of a DeepSeek-V4 layer as entries, one per m tokens (arXiv 2606.19348, section 2.3):
+    means of the tokens' vectors, with a weight for each element.
 
-        x -- kv_proj ------------------------------> vectors -+
-        x -- gate_proj -> + position_bias -> softmax -> sum <-+
-                                                         +-> norm -> rotate (cached) -> entry
+        x -- kv_proj -----------------------------> vectors -+
+        x -- gate_proj -> + position_bias -> softmax -> sum -+-> norm -> rotate -> entry (cached)
 
-    overlap, CSA: a token makes two vectors, the first for the entry of the group that follows and
-    the second for that of its own, so that an entry is a mean over 2m tokens. An entry exists once
-    its group is complete, and is rotated by the position of the first token of that group.
+    overlap (CSA): a token makes two vectors, the first for the entry of the next group and the
+    second for that of its own, so an entry is a mean over 2m tokens. An entry exists once its group
+    is complete, and is rotated by the position of the group's first token.
     """
 
     def __init__(self, n_in, width, group_size, overlap):
         super().__init__()
         self.group_size, self.overlap = group_size, overlap
-        self.kv_proj = Linear(n_in, width * (1 + overlap), on_source=True)
-        self.gate_proj = Linear(n_in, width * (1 + overlap), on_source=True)
+        self.kv_proj = Linear(n_in, width * (1 + overlap))
+        self.gate_proj = Linear(n_in, width * (1 + overlap))
         self.position_bias = nn.Parameter(torch.zeros(group_size, width * (1 + overlap)))
         self.kv_norm = RMSNorm(width)
 
-    def forward(self, source, rope, cache):
-        """source (B, S, n_in), the new tokens -> the entries of all groups until now, (B, n, width)
-        """
+    def forward(self, x, rope, cache):
+        """x (B, T, n_in), the new tokens -> the entries of all complete groups, (B, n, width)."""
         m, start = self.group_size, 0 if cache is None else cache.n_tokens
-        end, first = start + source.size(1), start // m  # first: the group that is open at `start`
-        kv, gate = self.kv_proj(source), self.gate_proj(source)
-        if cache is not None:  # behind the tokens of the open group, and with overlap of the last
-            kv, gate = cache.last((self, 'open'), self.n_open(end), kv, gate)
+        end, first = start + x.size(1), start // m  # first: the group that is open at `start`
+        kv, gate = self.kv_proj(x), self.gate_proj(x)
+        if cache is not None:
+            kv, gate = cache.extend_recent(self, m - 1 + m * self.overlap, kv, gate)
+            # the open group, and with overlap the one before it, have a part in the new entries
+            n = end - first * m + m * (self.overlap and first > 0)
+            kv, gate = kv[:, kv.size(1) - n:], gate[:, gate.size(1) - n:]
         entries = self.pool(kv, gate)[:, int(self.overlap and first > 0):]
         if rope is not None:
             entries = rotate(entries, rope[:, first * m:end // m * m:m])
@@ -918,14 +1093,9 @@ class Compressor(nn.Module):
             entries, = cache.extend(self, entries, every=m)
         return entries
 
-    def n_open(self, end):
-        """How many tokens, of `end`, have a part in entries that do not exist yet."""
-        m = self.group_size
-        return end % m + m * (self.overlap and end >= m)
-
     def pool(self, kv, gate):
-        """The entry of each complete group of (B, S, .): (B, n, width). With overlap, the first one
-        has no group before it."""
+        """kv and gate (B, S, width or 2 width) -> the entry of each complete group, (B, n, width).
+        With overlap, the first one has no group before it."""
         m = self.group_size
         kv, gate = (x[:, :x.size(1) // m * m].unflatten(1, (-1, m)) for x in (kv, gate))
         gate = gate + self.position_bias  # (B, n, m, width or 2 width)
@@ -939,26 +1109,26 @@ class Compressor(nn.Module):
 
 
 class Indexer(nn.Module):
-    """Chooses the entries that a query of DeepSeek-V4 reads, by the scores of a few narrow heads,
-    the sum over h of w_h relu(q_h . k). Its keys k come from a Compressor of its own.
+    """Chooses the entries that a query of DeepSeek-V4 reads, by the scores of a few narrow heads:
+    sum over heads h of w_h relu(q_h . k). The keys k come from a Compressor of its own.
 
-    The choice has no gradient, so the loss does not train it, and x, queries' latents and source
-    are taken as given. Its own loss is the Kullback-Leibler divergence of the softmax of its scores
-    from what the attention reads of all entries that a query may see, heads added up and divided by
-    their sum (DeepSeek-V3.2, arXiv 2512.02556, section 2.1).
+    The choice has no gradient, so the model's loss does not train the indexer, and it takes its
+    inputs as constants. Its own loss is the Kullback-Leibler divergence of the softmax of its
+    scores from what the attention reads of all entries that a query may see, summed over heads and
+    divided by its sum (DeepSeek-V3.2, arXiv 2512.02556, section 2.1).
     """
 
-    def __init__(self, config, source_width):
+    def __init__(self, config, kv_width):
         super().__init__()
         self.n_head, self.head_dim = config.index_n_head, config.index_head_dim
         self.topk = config.index_topk
-        self.compressor = Compressor(source_width, self.head_dim, config.csa_group, overlap=True)
+        self.compressor = Compressor(kv_width, self.head_dim, config.csa_group, overlap=True)
         self.q_b_proj = Linear(config.q_latent, self.n_head * self.head_dim)
         self.weights_proj = Linear(config.n_embd, self.n_head)
 
-    def forward(self, x, q_latent, source, rope, source_rope, cache):
-        """q (B, h, T, di), w (B, h, T, 1) and k (B, 1, n, di) of `scores`."""
-        k = self.compressor(source.detach(), source_rope, cache)[:, None]
+    def forward(self, x, q_latent, x_kv, rope, rope_kv, cache):
+        """The arguments of `scores`: q (B, h, T, di), w (B, h, T, 1) and k (B, 1, n, di)."""
+        k = self.compressor(x_kv.detach(), rope_kv, cache)[:, None]
         q = split_heads(self.q_b_proj(q_latent.detach()), self.n_head)
         w = self.weights_proj(x.detach()).mT[..., None] * (self.n_head * self.head_dim) ** -0.5
         return q if rope is None else rotate(q, rope), w, k
@@ -969,116 +1139,101 @@ class Indexer(nn.Module):
         return (products.to(torch.promote_types(q.dtype, torch.float32)) * w).sum(dim=1)
 
     def choose(self, scores):
-        """The indices of the topk largest scores (B, T, n) of each query, or of all: (B, T, k)."""
-        # relu makes many scores exactly 0: of those the latest entries go first
+        """scores (B, T, n) -> the indices of the topk largest per query, or of all: (B, T, k)."""
+        # relu makes many scores exactly 0; among those the latest entries win
         order = 1e-30 * torch.arange(1, scores.size(-1) + 1, device=scores.device)
         scores = torch.where(scores == 0, order, scores)
         return scores.topk(min(self.topk, scores.size(-1)), dim=-1).indices
 
     def divergence(self, scores, read):
-        """The sum over all queries: scores (B, T, n), read (B, T, n), not yet divided by its sum.
-        """
+        """scores (B, T, n), read (B, T, n), not yet divided by its sum -> the sum over queries."""
         read = read / read.sum(dim=-1, keepdim=True).clamp(min=1e-30)
         return F.kl_div(scores.log_softmax(dim=-1), read, reduction='sum')
 
 
 class V4(Attention):
-    """The attention of DeepSeek-V4 (arXiv 2606.19348, section 2.3). One vector of d numbers a token
-    is the key and the value of all heads. A query reads the last `window` of them, and what lies
-    before through entries, each of which stands for a group of tokens (see Compressor). How many
-    depends on the kind of the layer, a word of `layers`:
+    """The attention of DeepSeek-V4 (arXiv 2606.19348, section 2.3). One vector of d elements per
+    token is the key and the value of all heads. A query reads the last `window` of them, and the
+    past before through entries, each of which stands for a group of tokens (see Compressor). The
+    kind of a layer, a word of layer_kinds, says how many:
 
         window    none
-        csa       one of every csa_group tokens, each of them a mean over two groups. With
-                  index_topk a query reads only so many, which an Indexer chooses
-        hca       one of every hca_group tokens
+        csa       one per csa_group tokens, each a mean over two groups. With index_topk a query
+                  reads only that many, which an Indexer chooses
+        hca       one per hca_group tokens
 
-        x -- q_a_proj -> norm -> q_b_proj -> norm of each head, no gain -> rotate -> q
-        x -- kv_proj -> norm -> rotate (the last W - 1 cached) ------------+-------> k = v
-        x -- Compressor (entries and open group cached) -------------------+
+        x -- q_a_proj -> norm -> q_b_proj -> norm per head, no gain -> rotate -> q
+        x -- kv_proj -> norm -> rotate (the last W - 1 are cached) --------+---> k = v
+        x -- Compressor (entries and the open group are cached) -----------+
 
-    Values are rotated as keys are, so what a head has read is rotated back by the position of the
-    query. The published layer has a sink and an output latent in groups: sink=True, o_latent,
-    o_groups. There the base of the rotary angles is 10,000 in window layers and 160,000, stretched
-    by YaRN, in the others; here all have rope_theta.
+    Values are rotated as keys are, so what a head has read is rotated back by the query's position.
+    The published layer has a sink and an output latent in groups (sink=True, o_latent, o_groups).
+    Its rotary base is 10,000 in window layers and 160,000, stretched by YaRN, in the others; here
+    all layers have rope_theta.
 
-    The cache grows by d/m numbers a token, with an indexer by (d + index_head_dim)/m; see
-    cache_fixed for the rest.
+    The cache grows by d/m elements per token, with an indexer by (d + index_head_dim)/m.
     """
 
-    options = ('q_latent', 'window', 'layers', 'csa_group', 'hca_group', 'index_topk',
-               'index_n_head', 'index_head_dim', 'index_loss_coeff')
+    options = ('q_latent', 'layer_kinds', 'csa_group', 'hca_group', 'index_topk', 'index_n_head',
+               'index_head_dim', 'index_loss_coeff')
     chunk = 256  # queries that are read for at once, or as many as the window has
 
-    def __init__(self, config, source_width=None):
-        """config.layers: the one word of this layer."""
-        super().__init__(config, source_width)
-        self.window, self.index_loss_coeff = config.window, config.index_loss_coeff
+    def __init__(self, config, kv_width=None):
+        """config.layer_kinds: the one word for this layer."""
+        super().__init__(config, kv_width)
         self.make_queries(config)
-        self.kv_proj = Linear(self.source_width, self.head_dim, on_source=True)
+        self.kv_proj = Linear(self.kv_width, self.head_dim)
         self.kv_norm = RMSNorm(self.head_dim)
         self.compressor = self.indexer = None
-        if config.layers != 'window':
-            sparse = config.layers == 'csa'
-            self.compressor = Compressor(self.source_width, self.head_dim,
-                                         config.csa_group if sparse else config.hca_group, sparse)
+        if config.layer_kinds != 'window':
+            sparse = config.layer_kinds == 'csa'
+            group_size = config.csa_group if sparse else config.hca_group
+            self.compressor = Compressor(self.kv_width, self.head_dim, group_size, overlap=sparse)
             if sparse and config.index_topk:
-                self.indexer = Indexer(config, self.source_width)
+                self.indexer = Indexer(config, self.kv_width)
         self.make_output(config)
 
     @classmethod
     def check(cls, config):
-        if not (config.q_latent and config.window):
-            raise ConfigError("attention='v4' needs q_latent, the width of its query latent, and "
-                              'window, the tokens that it reads exactly')
-        if not config.causal:
-            raise ConfigError("attention='v4' compresses the past: it needs causal=True")
-        kinds = config.layers.split()
+        required(config, 'q_latent', 'the width of its query latent')
+        required(config, 'window', 'the number of tokens that it reads exactly')
+        kinds = config.layer_kinds.split()
         if not kinds or not {*kinds} <= {'window', 'csa', 'hca'}:
-            raise ConfigError(f"layers={config.layers!r}: takes words out of window, csa and hca, "
-                              "such as 'window csa hca csa'")
-        if config.index_topk and config.rope_dims > config.index_head_dim:
-            raise ConfigError(f'rope_dims={config.rope_dims} is more than '
-                              f'index_head_dim={config.index_head_dim}: change one')
+            raise ConfigError(f'layer_kinds={config.layer_kinds!r}: must be words out of window, '
+                              "csa and hca, such as 'window csa hca csa'")
+        if config.index_topk:
+            at_most(config, 'rope_dims', 'index_head_dim')
 
-    def heads(self, x, source, *, rope=None, source_rope=None, key_mask=None, cache=None):
-        end = source.size(1) + (0 if cache is None else cache.n_tokens)
+    def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
+                shared=None):
+        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
+        end = x_kv.size(1) + (0 if cache is None else cache.n_tokens)
         q_latent = self.q_a_norm(self.q_a_proj(x))
         q = split_heads(self.q_b_proj(q_latent), self.n_head)  # (B, H, T, d)
         q = F.rms_norm(q, q.shape[-1:], eps=1e-6)
-        kv = self.kv_norm(self.kv_proj(source))[:, None]  # (B, 1, S, d)
+        kv = self.kv_norm(self.kv_proj(x_kv))[:, None]  # (B, 1, S, d)
         if rope is not None:
-            q, kv = rotate(q, rope), rotate(kv, source_rope)
+            q, kv = rotate(q, rope), rotate(kv, rope_kv)
         if cache is not None:
-            kv, = cache.last(self, min(end, self.window - 1), kv)
+            kv, = cache.extend_recent(self, self.window - 1, kv)
         entries, index = kv[:, :, :0], None  # (B, 1, n, d)
         if self.compressor is not None:
-            entries = self.compressor(source, source_rope, cache)[:, None]
+            entries = self.compressor(x_kv, rope_kv, cache)[:, None]
         if self.indexer is not None:
-            index = self.indexer(x, q_latent, source, rope, source_rope, cache)
-        if self.one_step(x, cache):
-            y = self.step(q[:, :, 0], kv, entries, index)[:, :, None]  # (B, H, 1, d)
-        else:
-            y = self.in_chunks(q, kv, entries, index, end)
+            index = self.indexer(x, q_latent, x_kv, rope, rope_kv, cache)
+        y = self.in_chunks(q, kv, entries, index, end, shared)
         if rope is not None:
             cos, sin = rope
             y = rotate(y, torch.stack((cos, -sin)))
-        return join_heads(y)
+        return self.output(join_heads(y), x)
 
-    def step(self, q, kv, entries, index):
-        """What one token of generation reads: q (B, H, d) -> (B, H, d)."""
-        if index is not None:
-            chosen = self.indexer.choose(self.indexer.scores(*index))[:, 0]  # (B, k)
-            entries = entries.gather(2, chosen[:, None, :, None].expand(-1, -1, -1, q.size(-1)))
-        k = torch.cat((kv, entries), dim=2)
-        return self.read(self.products(q, k), k, None)
+    def in_chunks(self, q, kv, entries, index, end, shared):
+        """What T queries read, the last at position end - 1: q (B, H, T, d), kv (B, 1, S, d) of the
+        last S positions, entries (B, 1, n, d) -> (B, H, T, d).
 
-    def in_chunks(self, q, kv, entries, index, end):
-        """What T queries read, the last of which is at position end - 1: (B, H, T, d) -> the same.
-
-        A chunk of them meets the keys of its windows and the entries that exist by its end, so that
-        no mask or matrix is T x T. kv: (B, 1, S, d), of the last S positions. With an indexer and
-        several chunks, backward computes each anew instead of keeping all of their scores.
+        A chunk of queries meets the keys of its windows and the entries that exist by its end, so
+        no mask or matrix is T x T. With an indexer and several chunks, backward computes each chunk
+        again instead of keeping all scores.
         """
         T, size = q.size(2), max(self.window, self.chunk)
         read, m = self.read_chunk, self.compressor.group_size if self.compressor else 1
@@ -1097,14 +1252,14 @@ class V4(Attention):
             y, apart = read(q, keys, n, t, first, here)
             parts.append(y)
             divergence = divergence + apart
-        if index is not None and self.training:
+        if index is not None and self.training and shared is not None:
             n_queries = q.size(0) * max(1, T - m + 1)  # those that see an entry
-            self.terms['index_loss'] = divergence / n_queries, self.index_loss_coeff
+            shared.setdefault('index_losses', []).append(divergence / n_queries)
         return torch.cat(parts, dim=2)
 
     def read_chunk(self, q, keys, n, t, first, index):
-        """q (B, H, chunk, d), whose first is at position t, keys (B, 1, ., d): those of the
-        positions from `first` on, then n entries -> (B, H, chunk, d), the Indexer's divergence."""
+        """q (B, H, chunk, d), the first at position t; keys (B, 1, ., d): those of the positions
+        from `first` on, then n entries -> (B, H, chunk, d), and the divergence of the Indexer."""
         stop, divergence = t + q.size(2), 0.0
         query = torch.arange(t, stop, device=q.device)[:, None]
         key = torch.arange(first, stop, device=q.device)
@@ -1115,7 +1270,7 @@ class V4(Attention):
             mask = torch.cat((mask, exists), dim=1)
         if index is not None:
             scores = self.indexer.scores(*index)
-            scores = scores.masked_fill(~exists, -1e30)  # not -inf: some see no entry at all
+            scores = scores.masked_fill(~exists, -1e30)  # not -inf: some queries see no entry
             if self.training:
                 with torch.no_grad():
                     read = self.weights(q @ keys.mT, mask)[..., -n:].sum(dim=1)
@@ -1124,154 +1279,44 @@ class V4(Attention):
             chosen = chosen.scatter(-1, self.indexer.choose(scores), True) & exists
             mask = mask.repeat(q.size(0), 1, 1)[:, None]  # (B, 1, chunk, .)
             mask[:, 0, :, -n:] = chosen
-        y = softmax_attention(q, keys, keys, self.sink, mask, scale=self.scale,
+        y = softmax_attention(q, keys, keys, mask, scale=self.scale, sink=self.sink,
                               dropout_p=self.dropout if self.training else 0.0)
         return y, divergence
 
-    def cache_width(self):
-        if self.compressor is None:
-            return 0
-        index = self.indexer.head_dim if self.indexer else 0
-        return (self.head_dim + index) / self.compressor.group_size
-
-    def cache_fixed(self):
-        """Numbers that the cache holds beside, at most: the window, and what the tokens of open
-        groups give to entries that do not exist yet."""
-        total = (self.window - 1) * self.head_dim
-        for part in self.modules():
-            if isinstance(part, Compressor):
-                m = part.group_size
-                total += 2 * part.position_bias.size(1) * part.n_open(2 * m - 1)
-        return total
-
-    def matrices(self):
-        r, (q, q_basis) = self.rope_dims, self.query_matrices()
-        kv = (self.kv_norm.weight[:, None] * self.kv_proj.weight)[None]  # (1, d, D)
-        parts = dict(v=(kv, None), o=self.output_matrices(), q=(q[:, r:], q_basis),
-                     q_rope=(q[:, :r], q_basis), k=(kv[:, r:], None), k_rope=(kv[:, :r], None))
-        return {name: part for name, part in parts.items() if part[0].size(1)}
-
-    def score_flops(self, n_keys):
-        """n_keys: of a causal query without a window, on average."""
-        T = round(2 * n_keys - 1)  # (T + 1)/2 is what it was
-        n_complete = sum_of_least(T, self.compressor.group_size) if self.compressor else 0
-        n_read = sum_of_least(T, 1, self.window)
-        if self.indexer:
-            n_read += sum_of_least(T, self.compressor.group_size, self.indexer.topk)
-            index = 2 * self.indexer.n_head * (self.indexer.head_dim + 1) * n_complete
-        else:
-            n_read, index = n_read + n_complete, 0
-        return (4 * self.n_head * self.head_dim * n_read + index) / T
+    def weights(self, scores, mask):
+        """Attention weights: the softmax of products q.k (B, H, T, S), with the sink."""
+        scores = (scores * self.scale).masked_fill(~mask, -math.inf)
+        if self.sink is None:
+            return scores.softmax(dim=-1)
+        sink = self.sink.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat((sink, scores), dim=-1).softmax(dim=-1)[..., 1:]
 
 
-def sum_of_least(T, m, most=math.inf):
-    """The sum over t = 1 .. T of min(t // m, most)."""
-    n = min(T // m, most)  # reached at t = n m, and kept
-    return m * n * (n - 1) // 2 + n * (T - n * m + 1)
-
-
-class OutputLatent(nn.Module):
-    """The output projection of MLA-o, (B, T, H*dv) -> (B, T, D), through a latent of `rank` numbers
-    that all heads share: each head has a matrix into it, and one shared matrix leads out of it.
-
-    n_groups=G (DeepSeek-V4, arXiv 2606.19348): the heads stand in G groups with a latent of `rank`
-    numbers each, and the one matrix leads out of all G of them.
-    norm: 'none'; 'sum', RMSNorm of the latents; 'head', RMSNorm of each head's contribution to its
-    latent with a gain of its own, then their sum over the square root of their number.
-    """
-
-    def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False, n_groups=1):
-        super().__init__()
-        self.n_head, self.norm, self.n_groups = n_head, norm, n_groups
-        self.o_a_proj = Linear(n_in, n_groups * rank, n_groups=n_groups)
-        self.o_b_proj = Linear(n_groups * rank, n_out, bias, writes=True,
-                               fan=rank if norm == 'none' else None)
-        if norm == 'head':
-            self.gain = nn.Parameter(torch.ones(n_head, rank))
-        self.o_norm = RMSNorm(n_groups * rank) if norm == 'sum' else identity
-
-    def forward(self, y):
-        if self.norm != 'head':
-            return self.o_b_proj(self.o_norm(self.o_a_proj(y)))
-        G, H = self.n_groups, self.n_head // self.n_groups
-        y = y.unflatten(-1, (G, H, -1))  # (B, T, G, H/G, dv)
-        per_head = self.o_a_proj.weight.unflatten(1, (H, -1)).unflatten(0, (G, -1))
-        latent = torch.einsum('btghd,grhd->btghr', y, per_head)
-        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain.unflatten(0, (G, H))
-        latent = latent.sum(dim=3) / math.sqrt(H)  # (B, T, G, H/G, R) -> (B, T, G, R)
-        return self.o_b_proj(latent.flatten(2))
-
-    def matrices(self):
-        """The part o of Attention.matrices: heads (H, dv, R) and basis (R, D), or (G, R, D)."""
-        G, H = self.n_groups, self.n_head // self.n_groups
-        heads = self.o_a_proj.weight.unflatten(0, (G, -1)).unflatten(2, (H, -1))  # (G, R, H/G, dv)
-        heads = heads.permute(0, 2, 3, 1).flatten(0, 1)  # (H, dv, R)
-        basis = self.o_b_proj.weight.t()
-        if self.norm == 'head':
-            heads = heads * self.gain[:, None]
-        elif self.norm == 'sum':
-            basis = self.o_norm.weight[:, None] * basis
-        return heads, basis if G == 1 else basis.unflatten(0, (G, -1))
-
-
-ATTENTIONS = {'mha': MHA, 'mla': MLA, 'gta': GTA, 'mfa': MFA, 'tpa': TPA, 'v4': V4}
-
-
-def make_attention(config, source_width=None):
-    """The attention that config names. If its projections forgot to say what they serve, initial
-    weights and FLOPs would be wrong and nobody would notice, so this asks for it."""
-    attention = ATTENTIONS[config.attention](config, source_width)
-    for mark, meaning in (('writes', 'adds to the residual stream (o_proj or a part of it)'),
-                          ('on_source', 'is applied to the tokens that are attended to')):
-        if not any(getattr(module, mark, False) for module in attention.modules()):
-            raise TypeError(f'{type(attention).__name__}: no Linear says {mark}=True: the one that '
-                            f'{meaning} has to')
-    attention.cache_width()  # raises NotImplementedError
-    return attention
+def index_losses(config, shared):
+    """The aux_losses of a model's indexers, as in LanguageModel.body."""
+    losses = shared.get('index_losses')
+    return {'index_loss': (sum(losses) / len(losses), config.index_loss_coeff)} if losses else {}
 
 
 # --------------------------------------------------------------------------------------------------
-# block
-
-
-class MLP(nn.Module):
-    """Position-wise feed-forward. gelu: out(gelu(in x)); relu2: out(relu(in x)^2); swiglu:
-    out(silu(in x) * gate x). With mlp_rank each of the matrices is two, and those that read x have
-    an RMSNorm in the middle."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.kind = config.mlp
-        D, hidden, bias, rank = config.n_embd, config.mlp_hidden, config.mlp_bias, config.mlp_rank
-        self.in_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
-        if self.kind == 'swiglu':
-            self.gate_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
-        self.out_proj = make_linear(hidden, D, bias, rank, writes=True)
-
-    def forward(self, x):
-        h = self.in_proj(x)  # (B, T, hidden)
-        if self.kind == 'gelu':
-            h = F.gelu(h)
-        elif self.kind == 'relu2':
-            h = F.relu(h).square()
-        else:
-            h = F.silu(h) * self.gate_proj(x)
-        return self.out_proj(h)
+# mixture of experts
 
 
 class MoE(nn.Module):
-    """Mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2): beside a shared SwiGLU, a
-    token goes through the n_experts_per_tok best of n_routed_experts.
+    """Mixture of experts (DeepSeek-V3, arXiv 2412.19437, section 2.1.2), (B, T, D) -> (B, T, D):
+    each token goes through a shared SwiGLU and the n_experts_per_tok best of n_routed_experts.
 
-        scores    sigmoid(router x), one for each expert
-        choice    the largest scores + bias; with n_group, only out of the topk_group groups whose
-                  two best have the largest sum
-        output    the sum of the chosen experts, with weights scores / sum of theirs,
-                  times routed_scaling
+        scores    sigmoid(router x), one per expert
+        choice    the largest scores + bias; with n_group, only from the topk_group groups whose two
+                  best have the largest sum
+        output    the sum of the chosen experts, weighted by scores / their sum, times
+                  routed_scaling
 
-    No gradient reaches the bias: after a step, `balance` raises it by balance_rate for experts that
-    had less than the mean of the tokens, and lowers it for the others.
+    No gradient reaches the bias: after a step, `balance` raises it by balance_rate for experts with
+    fewer tokens than the mean, and lowers it for the others.
     """
+
+    residual_out = True  # see init_weights
 
     def __init__(self, config):
         super().__init__()
@@ -1279,17 +1324,31 @@ class MoE(nn.Module):
         self.n_experts, self.n_chosen = E, c.n_experts_per_tok
         self.n_group, self.topk_group = c.n_group, c.topk_group
         self.scaling, self.balance_rate = c.routed_scaling, c.balance_rate
-        share = self.n_chosen / E
         self.router = Linear(D, E)
         self.register_buffer('router_bias', torch.zeros(E))
         self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens since `balance`
         self.register_buffer('last_load', torch.zeros(E), persistent=False)  # and before it
-        self.in_proj = ExpertLinear(Linear(D, hidden), E, share)
-        self.gate_proj = ExpertLinear(Linear(D, hidden), E, share)
-        self.out_proj = ExpertLinear(Linear(hidden, D, writes=True), E, share)
+        self.in_proj = nn.Parameter(torch.empty(E, hidden, D))
+        self.gate_proj = nn.Parameter(torch.empty(E, hidden, D))
+        self.out_proj = nn.Parameter(torch.empty(E, D, hidden))
         self.shared = None
         if c.n_shared_experts:
             self.shared = MLP(replace(c.dense_mlp(), mlp_hidden=c.n_shared_experts * hidden))
+
+    @classmethod
+    def check(cls, config):
+        required(config, 'n_routed_experts', 'the number of experts', 'mlp')
+        required(config, 'expert_hidden', 'the width of an expert', 'mlp')
+        E, k, groups = config.n_routed_experts, config.n_experts_per_tok, config.n_group
+        if config.mlp_bias or config.mlp_rank:
+            raise ConfigError("mlp='moe' has no mlp_bias and no mlp_rank: leave them out")
+        if E % groups or groups > 1 and E // groups < 2 or config.topk_group > groups:
+            raise ConfigError(f'n_group={groups}, topk_group={config.topk_group}: '
+                              f'n_routed_experts={E} must divide into n_group groups of at least '
+                              'two experts, and topk_group must be at most n_group')
+        if k > E // groups * config.topk_group:
+            raise ConfigError(f'n_experts_per_tok={k} is more than the '
+                              f'{E // groups * config.topk_group} experts to choose from')
 
     def forward(self, x):
         rows, k = x.flatten(0, -2), self.n_chosen  # (N, D)
@@ -1301,14 +1360,16 @@ class MoE(nn.Module):
             self.load += counts
         pairs = rows[:, None].expand(-1, k, -1).flatten(0, 1)  # (N*k, D)
         h, ends = pairs[order], counts.cumsum(0).int()
-        h = self.out_proj(F.silu(self.in_proj(h, ends)) * self.gate_proj(h, ends), ends)
+        h = F.silu(expert_linear(h, self.in_proj, ends)) * expert_linear(h, self.gate_proj, ends)
+        h = expert_linear(h, self.out_proj, ends)
         h = h[order.argsort()].unflatten(0, (-1, k))  # (N*k, D), row by row again -> (N, k, D)
         y = (h * weights[..., None]).sum(dim=1).type_as(h).view(x.shape)
         return y if self.shared is None else y + self.shared(x)
 
     def route(self, rows):
         """rows (N, D) -> weights and experts, both (N, k)."""
-        with torch.autocast(rows.device.type, enabled=False):  # a choice is not to be rounded
+        device = 'cpu' if rows.is_meta else rows.device.type
+        with torch.autocast(device, enabled=False):  # a choice must not be rounded
             high = torch.promote_types(rows.dtype, torch.float32)
             scores = F.linear(rows.to(high), self.router.weight.to(high)).sigmoid()  # (N, E)
             choice = (scores + self.router_bias).detach()
@@ -1323,31 +1384,63 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def balance(self):
-        """Moves the bias by the tokens that each expert has had, and forgets them."""
+        """Moves the bias by the load since the last call, and forgets the load."""
         self.router_bias += self.balance_rate * torch.sign(self.load.mean() - self.load)
         self.last_load.copy_(self.load)
         self.load.zero_()
 
 
-def make_mlp(config):
-    return MoE(config) if config.mlp == 'moe' else MLP(config)
+def expert_linear(x, weight, ends):
+    """x (n, n_in), sorted by expert; weight (E, n_out, n_in); ends (E,): where the rows of each
+    expert end -> (n, n_out)."""
+    device = x.device.type
+    if device != 'meta' and torch.is_autocast_enabled(device):
+        x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
+    # grouped_mm takes rows of 16 bytes, no float64, and compiled nothing but bfloat16
+    takes = {torch.bfloat16} if torch.compiler.is_compiling() else {torch.bfloat16, torch.float32}
+    if x.is_meta or x.dtype in takes and not any(width % 8 for width in weight.shape[1:]):
+        return F.grouped_mm(x, weight.mT, offs=ends)
+    rows = x.split(ends.diff(prepend=ends.new_zeros(1)).tolist())
+    return torch.cat([F.linear(row, matrix) for row, matrix in zip(rows, weight)])
 
 
-class Block(nn.Module):
-    """Pre-norm residual block: x += attention(norm x), x += mlp(norm x)."""
+# ==================================================================================================
+# Part III: other architectures
+# --------------------------------------------------------------------------------------------------
+# the encoder-decoder
 
-    def __init__(self, config, source_width=None):
-        super().__init__()
-        self.attn_norm = make_norm(config.norm, config.n_embd)
-        self.attn = make_attention(config, source_width)
-        self.mlp_norm = make_norm(config.norm, config.n_embd)
-        self.mlp = make_mlp(config)
-        self.dropout = make_dropout(config.dropout)
 
-    def forward(self, x, **context):
-        """context: rope, key_mask and cache, as in Attention.forward."""
-        x = x + self.dropout(self.attn(self.attn_norm(x), **context))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+@dataclass
+class EncoderDecoderConfig(TransformerConfig):
+    """Two causal stacks, the second of which reads the first"""
+
+    n_decoder_layer: Count | None = None  # blocks of the decoder; None = n_layer
+    cross_n_head: Count | None = None  # heads of the cross-attention; None = 2 n_head
+    embedding_loss: Literal['none', 'mse', 'cosine'] = 'none'  # embeddings to encoder output
+    embedding_loss_coeff: Positive = 1.0  # its weight, added to the cross-entropy
+    embedding_loss_affine: bool = True  # gains and biases in its two LayerNorms
+
+    derived = ('causal',)
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.n_decoder_layer = self.n_decoder_layer or self.n_layer
+        self.cross_n_head = self.cross_n_head or 2 * self.n_head
+        divisible(self, 'n_embd', 'cross_n_head')
+        at_most(self, 'n_dense', 'n_decoder_layer')
+        self.cross_of(self.n_decoder_layer - 1)  # raises ConfigError now rather than later
+
+    def cross_of(self, layer):
+        """The BlockConfig of the cross-attention of a decoder layer. Each head rotates as many
+        dimensions as it has, up to rope_dims."""
+        width = self.n_embd // self.cross_n_head
+        try:
+            return replace(self.block_of(layer), n_head=self.cross_n_head, head_dim=width,
+                           v_head_dim=None, rope_dims=min(self.rope_dims, width // 2 * 2))
+        except ConfigError as error:
+            raise ConfigError(f'cross-attention, cross_n_head={self.cross_n_head}: {error}; its '
+                              f'heads are {width} wide, those of the stacks '
+                              f'{self.head_dim}') from None
 
 
 class CrossBlock(Block):
@@ -1357,686 +1450,17 @@ class CrossBlock(Block):
     def __init__(self, config, cross_config):
         super().__init__(config)
         self.cross_norm = make_norm(config.norm, config.n_embd)
-        self.source_norm = make_norm(config.norm, config.n_embd)
+        self.kv_norm = make_norm(config.norm, config.n_embd)
         self.cross = make_attention(cross_config)
 
-    def forward(self, x, source, *, rope, cross_rope, cache):
-        x = x + self.dropout(self.attn(self.attn_norm(x), rope=rope, cache=cache))
-        x = x + self.dropout(self.cross(self.cross_norm(x), source=self.source_norm(source),
-                                        rope=cross_rope, cache=cache))
+    def forward(self, x, x_kv, cross_rope, rope, **context):
+        x = x + self.dropout(self.attn(self.attn_norm(x), rope=rope, **context))
+        x = x + self.dropout(self.cross(self.cross_norm(x), self.kv_norm(x_kv), rope=cross_rope,
+                                        **context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
-# --------------------------------------------------------------------------------------------------
-# options: the comment behind a field is its line in --help, its type says which values it takes
-
-
-class Range(NamedTuple):
-    """Which numbers an option takes: least <= number, above < number < below."""
-
-    least: float = -math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def allows(self, number):
-        return number is not None and self.least <= number and self.above < number < self.below
-
-    def __str__(self):
-        words = (('from', self.least), ('above', self.above), ('below', self.below))
-        return ' '.join(f'{word} {limit}' for word, limit in words if math.isfinite(limit))
-
-
-Count = Annotated[int, Range(least=1)]
-CountOrZero = Annotated[int, Range(least=0)]
-Positive = Annotated[float, Range(above=0)]
-NotNegative = Annotated[float, Range(least=0)]
-Share = Annotated[float, Range(least=0, below=1)]
-
-
-def check_ranges(options):
-    """Raises ConfigError if a field of a dataclass holds what its type does not allow."""
-    for option in fields(options):
-        name, value, members = option.name, getattr(options, option.name), get_args(option.type)
-        words = [member for member in members if isinstance(member, str)]
-        choices = list(ATTENTIONS) if name == 'attention' else words
-        free = option.type is str and not choices  # text of which the attention knows more
-        if isinstance(value, str) and value not in choices and not free:
-            takes = f'one of {", ".join(choices)}' if choices else 'no text'
-            raise ConfigError(f'{name}={value!r}: takes {takes}')
-        if value is None and type(None) in members:
-            continue
-        for kind in (option.type, *members):  # the type, and what it is a union or a tuple of
-            for limits in getattr(kind, '__metadata__', ()):
-                numbers = value if isinstance(value, tuple) else (value,)
-                if not all(limits.allows(number) for number in numbers):
-                    raise ConfigError(f'{name}={value}: takes a finite number {limits}')
-
-
-@dataclass
-class BlockConfig:
-    """Options of a block. Every architecture is made of blocks."""
-
-    n_head: Count = 8  # attention heads
-    n_embd: Count = 256  # width of the residual stream
-    head_dim: Count | None = None  # width of a query and key head; None = n_embd / n_head
-    causal: bool = True  # decoder; False = encoder, trained by masked-language modelling
-    dropout: Share = 0.0  # on the embeddings and on what each branch adds
-    attention_dropout: Share | None = None  # on the attention weights; None = dropout
-    bias: bool = False  # biases in the attention projections
-    attention: str = 'mha'  # mha, mla, gta, mfa, tpa, v4, or another key of model.ATTENTIONS
-    n_kv_head: Count | None = None  # mha, gta: key and value heads (grouped); None = n_head
-    qk_norm: bool = False  # mha, mfa: RMSNorm on the queries and keys of a head
-    q_latent: Count | None = None  # mla, mfa, v4: width of the query latent; None = straight from x
-    kv_latent: Count | None = None  # mla: width of a key-value latent
-    kv_groups: Count = 1  # mla: latents; each is read by its own n_head / kv_groups heads (GLA)
-    kv_branches: Count = 1  # mla: latents that a head reads, each by an attention (MLRA)
-    v_head_dim: Count | None = None  # mla: width of a value head; None = head_dim
-    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: who has the rotated key
-    q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
-    kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
-    window: Count | None = None  # v4: tokens that a query reads exactly, its own included
-    layers: str = 'window'  # v4: kind of each layer, window, csa or hca; repeated from the start
-    csa_group: Count = 4  # v4: tokens an entry in csa layers
-    hca_group: Count = 128  # v4: tokens an entry in hca layers
-    index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all
-    index_n_head: Count = 4  # v4: heads of the indexer, which chooses them
-    index_head_dim: Count = 32  # v4: width of its heads
-    index_loss_coeff: Positive = 1.0  # v4: weight of its loss beside the cross-entropy
-    gate: bool = False  # what the heads have read passes a sigmoid of the layer's input
-    sink: bool = False  # a learned logit a head in the denominator of the softmax
-    o_latent: Count | None = None  # width of the output latent (MLA-o); None = dense output
-    o_norm: Literal['none', 'sum', 'head'] = 'none'  # norm of the output latent
-    o_groups: Count = 1  # output latents; n_head / o_groups heads write into each
-    softmax_factor: Positive = 1.0  # the softmax is of q.k / sqrt(head_dim) times this
-    rope_dims: CountOrZero = 0  # rotary dimensions of a head, its first ones; 0 = none
-    norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
-    mlp: Literal['gelu', 'swiglu', 'relu2', 'moe'] = 'gelu'  # feed-forward; moe: of experts
-    mlp_hidden: Count | None = None  # hidden width of the feed-forward; None = 4 n_embd
-    mlp_bias: bool = False  # biases in the feed-forward
-    mlp_rank: Count | None = None  # each feed-forward matrix as two of this rank; None = dense
-    n_routed_experts: Count | None = None  # moe: experts, of which a token meets a few
-    n_experts_per_tok: Count = 2  # moe: so many
-    n_shared_experts: CountOrZero = 1  # moe: experts that every token meets
-    expert_hidden: Count | None = None  # moe: hidden width of an expert
-    n_group: Count = 1  # moe: groups of experts
-    topk_group: Count = 1  # moe: of which a token's experts are in so many
-    routed_scaling: Positive = 1.0  # moe: what the routed experts give, times this
-    balance_rate: NotNegative = 0.001  # moe: how far the bias of an expert moves in a step
-
-    def __post_init__(self):
-        check_ranges(self)
-        if self.head_dim is None:
-            if self.n_embd % self.n_head:
-                raise ConfigError(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}: '
-                                  'change one, or set head_dim')
-            self.head_dim = self.n_embd // self.n_head
-        if self.mlp_hidden is None:
-            self.mlp_hidden = 4 * self.n_embd
-        if self.attention_dropout is None:
-            self.attention_dropout = self.dropout
-        if self.rope_dims % 2 or self.rope_dims > self.head_dim:
-            raise ConfigError(f'rope_dims={self.rope_dims}: takes an even number up to '
-                              f'head_dim={self.head_dim} (n_embd / n_head, unless set)')
-        for name in self.foreign_options(self.attention):
-            default = getattr(BlockConfig, name)
-            if getattr(self, name) != default:
-                raise ConfigError(f'attention={self.attention!r} has no {name}: '
-                                  f'leave it at {default}')
-        if not self.o_latent and (self.o_norm, self.o_groups) != ('none', 1):
-            raise ConfigError(f'o_norm={self.o_norm!r}, o_groups={self.o_groups}: belong to an '
-                              'output latent: set o_latent')
-        if self.n_head % self.o_groups:
-            raise ConfigError(f'n_head={self.n_head} is not divisible by o_groups={self.o_groups}')
-        self.check_experts()
-        ATTENTIONS[self.attention].check(self)
-
-    def check_experts(self):
-        """Raises ConfigError on options of a mixture of experts that contradict each other."""
-        if self.mlp != 'moe':
-            for name in MOE_OPTIONS:
-                if getattr(self, name) != getattr(BlockConfig, name):
-                    raise ConfigError(f"{name} belongs to mlp='moe': set that too")
-            return
-        E, k, groups = self.n_routed_experts, self.n_experts_per_tok, self.n_group
-        if not (E and self.expert_hidden):
-            raise ConfigError("mlp='moe' needs n_routed_experts and expert_hidden, their width")
-        if self.mlp_bias or self.mlp_rank:
-            raise ConfigError("mlp='moe' has no mlp_bias and no mlp_rank: leave them out")
-        if E % groups or groups > 1 and E // groups < 2 or self.topk_group > groups:
-            raise ConfigError(f'n_group={groups}, topk_group={self.topk_group}: of '
-                              f'n_routed_experts={E}, takes groups of equal size, of two experts '
-                              'at least, and at most n_group of them')
-        if k > E // groups * self.topk_group:
-            raise ConfigError(f'n_experts_per_tok={k} is more than the '
-                              f'{E // groups * self.topk_group} experts to choose from')
-
-    def dense_mlp(self):
-        """The same block with a SwiGLU of mlp_hidden instead of experts."""
-        if self.mlp != 'moe':
-            return self
-        return replace(self, mlp='swiglu',
-                       **{name: getattr(BlockConfig, name) for name in MOE_OPTIONS})
-
-    @staticmethod
-    def foreign_options(attention):
-        """Names of the options that other attentions have and this one has not."""
-        own = ATTENTIONS[attention].options
-        names = dict.fromkeys(name for other in ATTENTIONS.values() for name in other.options)
-        return [name for name in names if name not in own]
-
-    def dense(self):
-        """The same block with plain attention and undecomposed matrices."""
-        names = *self.foreign_options('mha'), 'o_latent', 'o_norm', 'o_groups'
-        defaults = {name: getattr(BlockConfig, name) for name in names}
-        return replace(self.dense_mlp(), attention='mha', mlp_rank=None, **defaults)
-
-
-MOE_OPTIONS = ('n_routed_experts', 'n_experts_per_tok', 'n_shared_experts', 'expert_hidden',
-               'n_group', 'topk_group', 'routed_scaling', 'balance_rate')
-
-
-@dataclass
-class ModelConfig:
-    """Options of every architecture, beside those of its blocks."""
-
-    block_options: dict = field(default_factory=dict)  # of which __post_init__ makes self.block
-    vocab_size: Count = 50257  # rows of the embedding, the tokenizer's special tokens included
-    block_size: Count = 256  # longest sequence, tokens
-    n_layer: Count = 6  # number of blocks
-    rope_theta: Positive = 10000.0  # rotary base
-    rope_factor: Annotated[float, Range(least=1)] = 1.0  # rotary angles are divided by it
-    rope_trained_length: Count | None = None  # YaRN: only slow angles of so many tokens; None = all
-    final_norm: bool = True  # a norm before the vocabulary
-    vocab_rank: Count | None = None  # embedding and head through this rank; None = dense
-    tie_embeddings: bool = True  # the head is the embedding, transposed
-    init_std: Positive = 0.02  # standard deviation of the initial weights
-    zero_writers: bool = False  # matrices that write into the residual stream start at 0
-    scale_latents: bool = False  # what goes through a latent starts as large as without it
-
-    derived = ()  # options of a block that the architecture sets itself
-
-    def __post_init__(self):
-        check_ranges(self)
-        self.block = self.make_block(self.block_options)  # a BlockConfig
-        if self.rope_trained_length and self.rope_factor == 1:
-            raise ConfigError('rope_trained_length says which rotary angles rope_factor divides: '
-                              'set that too')
-        if self.vocab_rank and not self.tie_embeddings:
-            raise ConfigError('vocab_rank shares its matrices with the head: it needs '
-                              'tie_embeddings=True')
-
-    def make_block(self, options):
-        return BlockConfig(**options)
-
-
-@dataclass
-class TransformerConfig(ModelConfig):
-    """One stack of blocks: a decoder (causal) or an encoder."""
-
-    n_dense: CountOrZero = 0  # first layers that keep mha and dense feed-forwards
-    first_k_dense: CountOrZero = 0  # moe: first layers that have a swiglu of mlp_hidden instead
-    learned_positions: bool = True  # a learned embedding of the position
-    subtract_next_position: bool = False  # causal: before the head
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.n_dense > self.n_layer:
-            raise ConfigError(f'n_dense={self.n_dense} is more than n_layer={self.n_layer}')
-        groups = dict(csa=self.block.csa_group, hca=self.block.hca_group)
-        kinds = self.block.layers.split()[:self.n_layer]
-        for kind in kinds:
-            if groups.get(kind, 0) > self.block_size:
-                raise ConfigError(f'{kind}_group={groups[kind]} is more than block_size='
-                                  f'{self.block_size}: there would never be an entry')
-        if self.first_k_dense and self.block.mlp != 'moe':
-            raise ConfigError("first_k_dense belongs to mlp='moe': set that too")
-        if self.block.index_topk and 'csa' not in kinds:
-            raise ConfigError(f"index_topk chooses entries in csa layers: "
-                              f"layers={self.block.layers!r} has none")
-        if self.subtract_next_position and not (self.learned_positions and self.block.causal):
-            raise ConfigError('subtract_next_position takes the embedding of the next position off '
-                              'the last state of a causal model: it needs learned_positions=True '
-                              'and causal=True')
-
-    def block_of(self, layer):
-        if layer < self.n_dense:
-            return self.block.dense()
-        kinds = self.block.layers.split()
-        block = replace(self.block, layers=kinds[layer % len(kinds)])
-        return block.dense_mlp() if layer < self.first_k_dense else block
-
-
-@dataclass
-class EncoderDecoderConfig(TransformerConfig):
-    """Two causal stacks, the second of which reads the first."""
-
-    n_decoder_layer: Count | None = None  # blocks of the decoder; None = n_layer
-    cross_n_head: Count | None = None  # heads of the cross-attention; None = 2 n_head
-    embedding_loss: Literal['none', 'mse', 'cosine'] = 'none'  # embeddings to encoder output
-    embedding_loss_coeff: Positive = 1.0  # its weight beside the cross-entropy
-    embedding_loss_affine: bool = True  # gains and biases in its two LayerNorms
-
-    derived = ('causal',)
-
-    def __post_init__(self):
-        super().__post_init__()
-        self.n_decoder_layer = self.n_decoder_layer or self.n_layer
-        self.cross_n_head = self.cross_n_head or 2 * self.block.n_head
-        if self.block.n_embd % self.cross_n_head:
-            raise ConfigError(f'n_embd={self.block.n_embd} is not divisible by '
-                              f'cross_n_head={self.cross_n_head}: change one')
-        if self.n_dense > self.n_decoder_layer:
-            raise ConfigError(f'n_dense={self.n_dense} is more than '
-                              f'n_decoder_layer={self.n_decoder_layer}')
-        changed = (self.embedding_loss_coeff, self.embedding_loss_affine) != (1.0, True)
-        if self.embedding_loss == 'none' and changed:
-            raise ConfigError('embedding_loss_coeff and embedding_loss_affine belong to an '
-                              "embedding_loss: it is 'none'")
-        self.cross_of(self.n_decoder_layer)  # contradictions show now
-
-    def cross_of(self, layer):
-        """The BlockConfig of the cross-attention of a decoder layer. Its heads rotate as many
-        dimensions as they have, up to rope_dims."""
-        width = self.block.n_embd // self.cross_n_head
-        try:
-            return replace(self.block_of(layer), n_head=self.cross_n_head, head_dim=width,
-                           v_head_dim=None, rope_dims=min(self.block.rope_dims, width // 2 * 2))
-        except ConfigError as error:
-            raise ConfigError(f'cross-attention, cross_n_head={self.cross_n_head}: {error}; its '
-                              f'heads are {width} wide, those of the stacks '
-                              f'{self.block.head_dim}') from None
-
-
-@dataclass
-class GroupedLatentConfig(ModelConfig):
-    """Tokens in groups, each compressed to a few latents; n_layer blocks over the latents; back."""
-
-    n_layer: Count = 16  # blocks of the trunk, at the widest width
-    head_dim: Count = 32  # width of a head, on every level
-    block_size: Count = 768  # longest sequence, tokens
-    init_std: Positive | None = None  # of the initial weights; None = 1/sqrt(fan in)
-    group_size: Count = 48  # tokens a group
-    latents: tuple[Count, ...] = (16, 2)  # latents a group, level by level
-    widths: tuple[Count, ...] = (64, 128, 256)  # of the tokens and of each level of latents
-    compress: Literal['transformer', 'perceiver'] = 'transformer'  # how latents read a group
-    n_compress: Count = 1  # transformer: blocks that do so
-    n_mix: Count = 1  # pairs of a local and a global block, on each level and each way
-    interleave: bool = True  # local and global in turn; False = all local first
-    upsample: Literal['repeat', 'attention'] = 'repeat'  # how slots read latents
-    skip: Literal['sum', 'learned'] = 'sum'  # latents + slots, or with a learned vector before each
-    slot_emb_up: bool = False  # add the embeddings of the slots on the way up too
-    global_window: Count | None = None  # tokens that a global block of level 0 sees; None = all
-    dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
-    latent_loss: bool = False  # each trunk output predicts the next trunk input
-    latent_loss_coeff: Positive = 1.0  # its weight beside the cross-entropy
-    n_channels: Annotated[int, Range(least=2)] | None = None  # parallel channels; None = none
-    channels_every: Count = 1  # channels: 2 = in every second trunk block
-    channel_mlp_mult: Positive = 1.0  # channels: hidden width, times 4 width / n_channels
-    n_shared_mlp: CountOrZero = 0  # channels: further feed-forwards that all channels share
-    merge: Literal['softmax', 'max', 'mean'] = 'softmax'  # channels: how they become one
-
-    derived = ('n_embd', 'n_head', 'head_dim', 'mlp_hidden', 'causal')
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.block_size < self.group_size:
-            raise ConfigError(f'block_size={self.block_size}: takes at least one group, '
-                              f'group_size={self.group_size}')
-        if self.block.attention == 'v4':
-            raise ConfigError("attention='v4' has groups of its own, which grouped latents have no "
-                              'place for: take another')
-        if self.compress == 'perceiver' and self.n_compress != type(self).n_compress:
-            raise ConfigError("n_compress belongs to compress='transformer'")
-        belongs_to = dict(latent_loss_coeff='latent_loss') | dict.fromkeys(
-            ('channels_every', 'channel_mlp_mult', 'n_shared_mlp', 'merge'), 'n_channels')
-        for name, owner in belongs_to.items():
-            if not getattr(self, owner) and getattr(self, name) != getattr(type(self), name):
-                raise ConfigError(f'{name} belongs to {owner}: set that too')
-        if self.channels_every > self.n_layer:
-            raise ConfigError(f'channels_every={self.channels_every}: of {self.n_layer} blocks '
-                              'none would have channels')
-        if self.n_channels and self.block.mlp == 'moe':
-            raise ConfigError("n_channels have feed-forwards of their own: not with mlp='moe'")
-        if self.n_channels and self.block.o_norm == 'head':
-            raise ConfigError("n_channels cannot be combined with o_norm='head'")
-
-    @property
-    def sizes(self):
-        """Slots a group on each level, the tokens first."""
-        return (self.group_size, *self.latents)
-
-    def make_block(self, options):
-        """The BlockConfig of the token level; `block_at` makes the others of it."""
-        if any(above >= below for below, above in zip(self.sizes, self.latents)):
-            raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level '
-                              'has fewer than the one before it')
-        if len(self.widths) != len(self.sizes):
-            raise ConfigError(f'widths={self.widths}: takes {len(self.sizes)}, of the tokens and '
-                              f'of each of latents={self.latents}')
-        if odd := [width for width in self.widths if width % self.head_dim]:
-            raise ConfigError(f'widths={self.widths}: {odd[0]} is not divisible by '
-                              f'head_dim={self.head_dim}')
-        width = self.widths[0]
-        return BlockConfig(n_embd=width, n_head=width // self.head_dim, head_dim=self.head_dim,
-                           **options)
-
-    def block_at(self, level):
-        """The BlockConfig of a level."""
-        width = self.widths[level]
-        return replace(self.block, n_embd=width, n_head=width // self.head_dim,
-                       mlp_hidden=4 * width)
-
-
-def option_names(arch):
-    """Names of all options of an architecture, those of its blocks included."""
-    config_class = ARCHITECTURES[arch][1]
-    own = {option.name for option in fields(config_class)} - {'block_options'}
-    return own | {option.name for option in fields(BlockConfig)} - set(config_class.derived)
-
-
-def flat_options(config):
-    """The options of a model's config as one dict, which make_model takes."""
-    flat = {name: value for name, value in vars(config).items()
-            if name not in ('block', 'block_options')}
-    for name, value in vars(config.block).items():
-        if name not in config.derived:
-            flat[name] = value
-    return flat
-
-
-def make_config(arch, **options):
-    """The config of a model of the architecture `arch`, a key of ARCHITECTURES. Raises ConfigError
-    on options that it does not have or that contradict each other."""
-    if arch not in ARCHITECTURES:
-        raise ConfigError(f'arch={arch!r}: takes one of {", ".join(ARCHITECTURES)}')
-    if unknown := sorted(set(options) - option_names(arch)):
-        raise ConfigError(f'arch={arch!r} has no {unknown[0]}: leave it out')
-    _, config_class = ARCHITECTURES[arch]
-    own = {option.name for option in fields(config_class)} & set(options)
-    block = {name: options[name] for name in options if name not in own}
-    return config_class(block, **{name: options[name] for name in own})
-
-
-def make_model(arch, **options):
-    """A model with new weights; see make_config."""
-    config = make_config(arch, **options)
-    model_class, _ = ARCHITECTURES[arch]
-    return model_class(config)
-
-
-# --------------------------------------------------------------------------------------------------
-# language model: what all architectures share
-
-
-def init_weights(model):
-    """The one place where weights get their first values.
-
-    what                                     init_std=0.02, say      init_std=None
-    ---------------------------------------  ----------------------  --------------------
-    matrix                                   N(0, init_std)          N(0, 1/sqrt(fan in))
-    matrix that writes into the residual     N(0, init_std/sqrt(n))  a tenth of that
-      stream (Linear.writes)
-    embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
-    embedding of a slot in its group         N(0, init_std)          half of that
-    bias, sink                               0                       0
-    gain of a norm, skip or depth            as built: 1             as built: 1
-
-    and with scale_latents, so that what goes through a latent of L numbers instead of D starts as
-    large as without it:
-
-    gain of the norm of a latent             sqrt(D/L)               1
-    one of two matrices that stand for       N(0, 1/sqrt(fan))       as any other
-      one (Linear.fan)                         if it writes: /sqrt(n)
-
-    n counts the matrices that write into one stack of blocks, so that the variance at its end does
-    not grow with its depth (GPT-2). With zero_writers they are 0, and a block changes nothing at
-    first. None is for grouped latents: if everything starts small, they stay at the entropy of
-    token frequencies. A tenth lets the skip connections dominate at first.
-
-    A normed latent has unit variance, and a matrix of init_std sums over L of its numbers alone:
-    without the gain keys, values and queries start sqrt(D/L) too small. LongCat-Flash (arXiv
-    2509.01322) has the same factor as a constant. What both options are worth depends on the other
-    weights: the encoders of config/, with an init_std of 1/sqrt(D), gain a lot by either, small
-    decoders with 0.02 gain nothing or lose (RESULTS.md), and so neither is the default.
-    """
-    std, scaled = model.config.init_std, model.config.scale_latents
-    zero = std and model.config.zero_writers
-    for name, stack in model.named_children():
-        n_writers = sum(getattr(module, 'writes', False) for module in stack.modules())
-        for module in stack.modules():
-            if isinstance(module, nn.Embedding):
-                slot = 0.5 if name == 'slot_emb' else 1.0
-                nn.init.normal_(module.weight, std=std or slot * module.embedding_dim ** -0.5)
-            elif isinstance(module, (nn.Linear, ChannelLinear)):
-                fan = getattr(module, 'fan', None) if std and scaled else None
-                scale = fan ** -0.5 if fan else std or module.weight.size(-1) ** -0.5
-                if getattr(module, 'writes', False):
-                    scale *= 0.0 if zero else n_writers ** -0.5 if std else 0.1
-                nn.init.normal_(module.weight, std=scale)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, RMSNorm) and module.latent_of and std and scaled:
-                L, = module.normalized_shape
-                nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
-
-
-class LanguageModel(nn.Module):
-    """What every architecture shares: embedding, final norm, head, and the sum of the losses. A
-    subclass builds its blocks, says in `body` what they do, and calls init_weights."""
-
-    def __init__(self, config):
-        super().__init__()
-        c, D = config, config.block.n_embd
-        self.config = c
-        self.tok_emb = nn.Embedding(c.vocab_size, c.vocab_rank or D)
-        if c.vocab_rank:
-            self.vocab_proj = Linear(c.vocab_rank, D, fan=c.vocab_rank)
-        self.dropout = make_dropout(c.block.dropout)
-        self.norm = make_norm(c.block.norm, D) if c.final_norm else identity
-        if not c.tie_embeddings:
-            self.lm_head = Linear(D, c.vocab_size)
-
-    def add_rope(self, name, rope_dims, length, times=slice(None)):
-        """Registers the rotary table of these positions, all of them or `times`, as a buffer that
-        no checkpoint holds; None where rope_dims is 0."""
-        c = self.config
-        table = rope_table(length, rope_dims, c.rope_theta, c.rope_factor, c.rope_trained_length)
-        self.register_buffer(name, None if table is None else table[:, times], persistent=False)
-
-    def body(self, x, end, key_mask, cache):
-        """What the blocks do with embedded tokens x (B, T, D), the last of which is at position
-        end - 1. Returns (states (B, T, D) before the final norm, terms).
-
-        terms: {name: (scalar, coefficient)} of what else the model reports in training. The scalar
-        times the coefficient is added to the loss; a coefficient of 0 only reports it. A validation
-        loss is always the cross-entropy alone.
-        """
-        raise NotImplementedError
-
-    def embed(self, idx, end):
-        """Tokens idx (B, T), the last of which is at position end - 1 -> (B, T, D)."""
-        x = self.tok_emb(idx)
-        # the residual stream has the precision of the embedding, under autocast too
-        return self.vocab_proj(x).type_as(x) if self.config.vocab_rank else x
-
-    def states(self, idx, key_mask=None, cache=None):
-        """idx (B, T) -> (final hidden states (B, T, D), terms as in `body`)."""
-        end = idx.size(1) + (0 if cache is None else cache.n_tokens)
-        if not isinstance(cache, StaticCache):
-            self.check_call(idx, end, key_mask, cache)
-        x, terms = self.body(self.dropout(self.embed(idx, end)), end, key_mask, cache)
-        if cache is not None:
-            cache.n_tokens = end
-        return self.norm(x), terms | self.layer_terms() if self.training else terms
-
-    def layer_terms(self):
-        """What layers report of this call, means over those that do, as terms of `body`."""
-        found = {}
-        for attention in attentions_of(self):
-            for name, term in attention.terms.items():
-                found.setdefault(name, []).append(term)
-            attention.terms.clear()
-        return {name: (sum(value for value, _ in terms) / len(terms), terms[0][1])
-                for name, terms in found.items()}
-
-    def check_call(self, idx, end, key_mask, cache):
-        """Raises ValueError if a call of `states`, up to position end - 1, contradicts itself."""
-        if cache is None and end > self.config.block_size:
-            raise ValueError(f'{end} tokens, but block_size is {self.config.block_size}')
-        if cache is not None and end > cache.length:
-            raise ValueError(f'{end} tokens, but the cache has room for {cache.length}')
-        if cache is not None and cache.batch != idx.size(0):
-            raise ValueError(f'{idx.size(0)} sequences, but the cache was made for {cache.batch}')
-        if key_mask is not None and self.config.block.causal:
-            raise ValueError('a causal model takes no key_mask: give it sequences of one length')
-
-    def hidden(self, idx, key_mask=None, cache=None):
-        """idx (B, T) int64 -> final hidden states (B, T, D).
-        key_mask (B, T) bool, True = a real token; encoders only."""
-        return self.states(idx, key_mask, cache)[0]
-
-    def head_weight(self):
-        """(V, R or D): the logits are the products of its rows with what to_vocab returns."""
-        return self.tok_emb.weight if self.config.tie_embeddings else self.lm_head.weight
-
-    def before_head(self, x, end):
-        """What is done to hidden states (B, T, D), the last at position end - 1, before the head.
-        """
-        return x
-
-    def to_vocab(self, x):
-        """(..., D) -> what meets head_weight: the same, or with vocab_rank (..., R), by the second
-        matrix of the embedding transposed."""
-        return x @ self.vocab_proj.weight if self.config.vocab_rank else x
-
-    def forward(self, idx, targets=None, positions=None, key_mask=None, cache=None):
-        """idx (B, T) int64 -> logits (B, T, V); with targets, a dict of scalars of which `loss` is
-        the one to minimise.
-
-        targets: (B, T), -1 = not scored. positions (B, M): only those rows meet the vocabulary, the
-        logits are (B, M, V) and targets (B, M). Without gradients the dict also has `accuracy`, the
-        share of the scored targets that rank first. With a cache, idx holds the tokens that follow
-        those that the cache has seen, one or many.
-        """
-        x, terms = self.states(idx, key_mask, cache)
-        x = self.before_head(x, idx.size(1) if cache is None else cache.n_tokens)
-        if positions is not None:
-            x = x.gather(1, positions[..., None].expand(-1, -1, x.size(-1)))  # -> (B, M, D)
-        x = self.to_vocab(x)
-        if targets is None:
-            if cache is not None and cache.head is not None and x.size(0) * x.size(1) == 1:
-                return x @ cache.head
-            return F.linear(x, self.head_weight())
-        out = linear_cross_entropy(x.flatten(0, 1), self.head_weight(), targets.flatten())
-        terms = terms if self.training else {}
-        if terms:
-            out['cross_entropy'] = out['loss']
-        for name, (value, coefficient) in terms.items():
-            out[name] = value
-            out['loss'] = out['loss'] + coefficient * value
-        return out
-
-    # generation and counting have sections of their own, at the end of the file
-
-    def init_cache(self, batch, length):
-        """An empty cache for `batch` sequences of up to `length` tokens, at most block_size."""
-        check_cache(self, length)
-        return Cache(batch, length, head_of_cache(self, batch))
-
-    def has_static_step(self):
-        """Whether a step of generation can have shapes that never change, as compiling it takes."""
-        return all(attention.static_step for attention in attentions_of(self))
-
-    def generate(self, idx, max_new_tokens, **sampling):
-        """idx (B, T) -> (B, T + n), n <= max_new_tokens: the prompt, then what `stream` yields."""
-        new = [token[:, None] for token in self.stream(idx, max_new_tokens, **sampling)]
-        return torch.cat([idx, *new], dim=1)
-
-    def stream(self, idx, max_new_tokens, **sampling):
-        """Yields the next token of each sequence, (B,); see `stream` below."""
-        return stream(self, idx, max_new_tokens, **sampling)
-
-    def n_params(self, positions=True):
-        """Number of parameters; positions=False leaves learned positions out, as papers often do.
-        """
-        return sum(p.numel() for name, p in self.named_parameters()
-                   if positions or name != 'pos_emb.weight')
-
-    def n_active_params(self):
-        """Number of parameters that one token meets: of the routed experts, its own."""
-        return self.n_params() - round(sum(
-            (1 - layer.share) * layer.weight.numel() for layer in self.modules()
-            if isinstance(layer, ExpertLinear)))
-
-    def flops_per_token(self, T, predicted=1.0):
-        """Training FLOPs a token at length T; see training_flops."""
-        return training_flops(self, T, predicted)
-
-    def cache_bytes_per_token(self, dtype=None):
-        """Bytes by which the cache of generation grows with a token, in dtype, or in the precision
-        of the weights."""
-        return self.cache_numbers_per_token() * (dtype or self.tok_emb.weight.dtype).itemsize
-
-    def cache_numbers_per_token(self):
-        return sum(attention.cache_width() for attention in attentions_of(self))
-
-    def cache_fixed_bytes(self, dtype=None):
-        """Bytes that the cache of a sequence takes beside, at most, whatever its length."""
-        numbers = sum(attention.cache_fixed() for attention in attentions_of(self))
-        return numbers * (dtype or self.tok_emb.weight.dtype).itemsize
-
-    def body_flops(self, T):
-        """Forward FLOPs a token of everything between embedding and head."""
-        keys = (T + 1) / 2 if self.config.block.causal else T  # that a query meets, on average
-        return sum(block_flops(child, 1, 1, keys) for name, child in self.named_children()
-                   if name not in ('vocab_proj', 'lm_head'))
-
-
-# --------------------------------------------------------------------------------------------------
-# the transformer
-
-
-class Transformer(LanguageModel):
-    """One stack of blocks: a decoder with causal=True, an encoder otherwise.
-
-        tokens -> embedding (+ position) -> block -> ... -> block -> norm -> head -> logits
-    """
-
-    def __init__(self, config):
-        super().__init__(config)
-        if config.learned_positions:  # one position more, if the next one is to be subtracted
-            n_positions = config.block_size + config.subtract_next_position
-            self.pos_emb = nn.Embedding(n_positions, config.block.n_embd)
-        self.add_rope('rope', config.block.rope_dims, config.block_size)
-        self.make_blocks(config)
-        init_weights(self)
-
-    def make_blocks(self, c):
-        self.blocks = nn.ModuleList(Block(c.block_of(i)) for i in range(c.n_layer))
-
-    def embed(self, idx, end):
-        x = super().embed(idx, end)
-        if self.config.learned_positions:
-            x = x + rows_until(self.pos_emb.weight, end, idx.size(1))
-        return x
-
-    def body(self, x, end, key_mask, cache):
-        rope = rope_until(self.rope, end)
-        for block in self.blocks:
-            x = block(x, rope=rope, key_mask=key_mask, cache=cache)
-        return x, {}
-
-    def before_head(self, x, end):
-        if self.config.subtract_next_position:
-            x = x - rows_until(self.pos_emb.weight, end + 1, x.size(1))
-        return x
-
-
-# --------------------------------------------------------------------------------------------------
-# the encoder-decoder
-
-
-class EncoderDecoder(Transformer):
+class EncoderDecoder(LanguageModel):
     """Two causal stacks over the same sequence. The decoder starts from the encoder's output and
     attends to it, causally too, in every block.
 
@@ -2045,43 +1469,48 @@ class EncoderDecoder(Transformer):
                                                     +--- keys and values of ---+
                                                          the cross-attentions
 
-    Generation extends three caches by one token a step: of the encoder, of the decoder, and of the
+    Decoding extends three caches by one token per step: of the encoder, of the decoder, and of the
     cross-attention.
 
     The embedding loss (training only) pulls the running mean of the embeddings,
-    A_t = mean over i <= t of LN_1(E)_i, to the encoder's output LN_2(enc_t), which gets no gradient
-    from it. E and enc are the raw residual streams. With embedding_loss_affine both norms learn a
-    gain and a bias, and the loss can fall by shrinking the gains alone: their mean size is reported
-    as `embedding_gain` and `encoder_gain`.
+    A_t = mean over i <= t of LN_1(E)_i, towards the encoder's output LN_2(enc_t), which gets no
+    gradient from it. E and enc are the raw residual streams. With embedding_loss_affine both norms
+    learn a gain and a bias, and the loss can fall by shrinking the gains alone; so their mean size
+    is logged as `embedding_gain` and `encoder_gain`.
     """
 
-    def make_blocks(self, c):
-        D = c.block.n_embd
+    def __init__(self, config):
+        super().__init__(config)
+        c, D = config, config.n_embd
+        self.add_rope('rope', c.rope_dims, c.block_size)
         self.encoder = nn.ModuleList(Block(c.block_of(i)) for i in range(c.n_layer))
         self.decoder_proj = Linear(D, D)
         self.decoder = nn.ModuleList(CrossBlock(c.block_of(i), c.cross_of(i))
                                      for i in range(c.n_decoder_layer))
-        self.add_rope('cross_rope', c.cross_of(c.n_decoder_layer).rope_dims, c.block_size)
+        self.add_rope('cross_rope', c.cross_of(0).rope_dims, c.block_size)
         if c.embedding_loss != 'none':
             affine = c.embedding_loss_affine
             self.embedding_loss_norm = nn.LayerNorm(D, eps=1e-5, elementwise_affine=affine)
             self.encoder_loss_norm = nn.LayerNorm(D, eps=1e-5, elementwise_affine=affine)
+        init_weights(self)
 
     def body(self, x, end, key_mask, cache):
-        rope, cross_rope = rope_until(self.rope, end), rope_until(self.cross_rope, end)
-        embedded = x
+        embedded, shared = x, {}
+        rope, cross_rope = (None if table is None else table[:, :end]
+                            for table in (self.rope, self.cross_rope))
         for block in self.encoder:
-            x = block(x, rope=rope, cache=cache)
-        encoded, x = x, self.decoder_proj(x).type_as(x)  # a residual stream of full precision
+            x = block(x, rope=rope, cache=cache, shared=shared)
+        encoded, x = x, self.decoder_proj(x).type_as(x)  # the residual stream keeps its precision
         for block in self.decoder:
-            x = block(x, encoded, rope=rope, cross_rope=cross_rope, cache=cache)
-        return x, self.embedding_terms(embedded, encoded.detach()) if self.training else {}
+            x = block(x, encoded, cross_rope, rope, cache=cache, shared=shared)
+        aux_losses = index_losses(self.config, shared)
+        if self.training and self.config.embedding_loss != 'none':
+            aux_losses |= self.embedding_losses(embedded, encoded.detach())
+        return x, aux_losses
 
-    def embedding_terms(self, embedded, encoded):
-        """The embedding loss of embedded and encoded, (B, T, D), as terms of `body`."""
+    def embedding_losses(self, embedded, encoded):
+        """The embedding loss of embedded and encoded, both (B, T, D), as aux_losses."""
         c = self.config
-        if c.embedding_loss == 'none':
-            return {}
         counts = torch.arange(1, embedded.size(1) + 1, device=embedded.device)[:, None]  # (T, 1)
         mean = self.embedding_loss_norm(embedded).cumsum(dim=1) / counts
         target = self.encoder_loss_norm(encoded)
@@ -2089,41 +1518,113 @@ class EncoderDecoder(Transformer):
             loss = F.mse_loss(mean, target)
         else:
             loss = (1 - (F.cosine_similarity(mean, target, dim=-1) + 1) / 2).mean()
-        terms = {'embedding_loss': (loss, c.embedding_loss_coeff)}
+        aux_losses = {'embedding_loss': (loss, c.embedding_loss_coeff)}
         if c.embedding_loss_affine:
             for name in ('embedding', 'encoder'):
                 gain = getattr(self, f'{name}_loss_norm').weight.detach().abs().mean()
-                terms[f'{name}_gain'] = gain, 0.0
-        return terms
+                aux_losses[f'{name}_gain'] = gain, 0.0
+        return aux_losses
 
 
 # --------------------------------------------------------------------------------------------------
-# grouped latents
+# grouped latents. More symbols:
+#
+#     g  group_size, tokens per group     K  slots per group on a level, K' on the level above
+#     G  groups of a call                 k  slots of each: K, or fewer if the group is open
+
+
+@dataclass
+class GroupedLatentConfig(ModelConfig):
+    """Tokens in groups, each compressed to a few latents; n_layer blocks over the latents; back"""
+
+    n_embd: Count | None = None
+    n_head: Count | None = None
+    n_layer: Count = 16  # blocks of the trunk, at the widest width
+    head_dim: Count = 32  # width of a head, on every level
+    block_size: Count = 768  # longest sequence, tokens
+    init_std: Positive | None = None  # of the initial weights; None = 1/sqrt(fan in)
+    group_size: Count = 48  # tokens per group
+    latents: tuple[Count, ...] = (16, 2)  # latents per group, level by level
+    widths: tuple[Count, ...] = (64, 128, 256)  # of the tokens and of each level of latents
+    compress: Literal['transformer', 'perceiver'] = 'transformer'  # how latents read a group
+    n_compress: Count = 1  # transformer: blocks that do so
+    n_mix: Count = 1  # pairs of a local and a global block, on each level and each way
+    interleave: bool = True  # local and global blocks alternate; False = all local ones first
+    upsample: Literal['repeat', 'attention'] = 'repeat'  # how slots read latents
+    skip: Literal['sum', 'learned'] = 'sum'  # latents + slots, or each times a learned vector
+    slot_emb_up: bool = False  # add the embeddings of the slots on the way up too
+    global_window: Count | None = None  # tokens that a global block of level 0 sees; None = all
+    dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
+    latent_loss: bool = False  # each trunk output predicts the next trunk input
+    latent_loss_coeff: Positive = 1.0  # its weight, added to the cross-entropy
+    n_channels: Annotated[int, Range(least=2)] | None = None  # parallel channels; None = none
+    channels_every: Count = 1  # channels: 2 = in every second trunk block
+    channel_mlp_mult: Positive = 1.0  # channels: hidden width, times 4 width / n_channels
+    n_shared_mlp: CountOrZero = 0  # channels: additional feed-forwards that all channels share
+    merge: Literal['softmax', 'max', 'mean'] = 'softmax'  # channels: how they become one
+
+    derived = ('n_embd', 'n_head', 'mlp_hidden', 'causal')
+
+    def __post_init__(self):
+        check_options(self)
+        if any(above >= below for below, above in zip(self.sizes, self.latents)):
+            raise ConfigError(f'group_size={self.group_size}, latents={self.latents}: each level '
+                              'must have fewer than the one before it')
+        if len(self.widths) != len(self.sizes):
+            raise ConfigError(f'widths={self.widths}: must be {len(self.sizes)} numbers, one for '
+                              f'the tokens and one for each of latents={self.latents}')
+        if odd := [width for width in self.widths if width % self.head_dim]:
+            raise ConfigError(f'widths={self.widths}: {odd[0]} is not divisible by '
+                              f'head_dim={self.head_dim}')
+        self.n_embd, self.n_head = self.widths[0], self.widths[0] // self.head_dim
+        super().__post_init__()
+        at_most(self, 'group_size', 'block_size')
+        at_most(self, 'channels_every', 'n_layer')
+        if self.attention == 'v4':
+            raise ConfigError("attention='v4' has groups of its own, which grouped latents have no "
+                              'place for: take another')
+        if self.window:
+            raise ConfigError('grouped latents have no window: set global_window, or leave it out')
+        if self.n_channels and self.mlp == 'moe':
+            raise ConfigError("n_channels have feed-forwards of their own: not with mlp='moe'")
+
+    @property
+    def sizes(self):
+        """Slots per group on each level, the tokens first."""
+        return (self.group_size, *self.latents)
+
+    def block_at(self, level, **changes):
+        """The BlockConfig of a level."""
+        width = self.widths[level]
+        return self.block(n_embd=width, n_head=width // self.head_dim,
+                          **{'mlp_hidden': 4 * width} | changes)
 
 
 class GroupedLatent(LanguageModel):
     """A U-net over time, exactly causal. Tokens come in groups of fixed size g. Each level keeps K
-    slots a group, the last K positions of the group, and has fewer and wider ones than the level
-    below; the trunk, n_layer wide blocks, runs over the fewest.
+    slots per group, the last K positions of the group, fewer and wider than the level below; the
+    trunk, n_layer wide blocks, runs over the fewest.
 
                      group 0             group 1                          logits
         level 0   t t t t t t t t     t t t t t t t t     g = 8 tokens      ^
-             Down | | | | | | | |                         a group           | Up, + skip
+             Down | | | | | | | |                         per group         | Up, + skip
         level 1           l l l l             l l l l     K = 4 slots       ^
-             Down         | | | |                         a group           | Up, + skip
+             Down         | | | |                         per group         | Up, + skip
         level 2               L L                 L L     K = 2  --> trunk -+
 
     Down: the last slots of a group read the group, and become the slots of the next level. Up: a
-    slot reads the latents that exist by its time, those of its own group that stand at or before it
-    and those of the previous group, and adds the skip, what stood there on the way down. After each
-    Down and Up a Mixer lets the slots of a level see each other: some of its blocks attend inside
-    each group, others across all groups. Causality follows: a slot stands at the time of a token
-    and sees nothing later.
+    slot reads the latents that exist by its time, those of its own group at or before it and those
+    of the group before, and adds the skip, its own state on the way down. After each Down and Up a
+    Mixer lets the slots of a level see each other: some of its blocks attend inside each group,
+    others across all groups. A slot stands at the time of a token and sees nothing later.
 
     Positions: a learned embedding, added on the way down (and with slot_emb_up on the way up), says
-    where in its group a slot stands; rotary positions are token times on every level. As a group
-    has a fixed size, nothing before a token depends on what follows or on the length; the last
-    group may be open, that is, not yet full.
+    where in its group a slot stands; rotary positions are token times on every level. Because the
+    group size is fixed, nothing depends on the length or on later tokens; the last group may be
+    open, that is, not yet full.
+
+    Decoding caches what blocks across groups keep of closed groups. The tokens of the open group go
+    through the model again with each new token.
     """
 
     def __init__(self, config):
@@ -2143,94 +1644,82 @@ class GroupedLatent(LanguageModel):
         if c.latent_loss:
             self.latent_head = Linear(c.widths[-1], c.widths[-1])
         g = c.group_size
-        n_groups = max(2, -(-c.block_size // g))  # rounded up; `plan` needs the times of two groups
+        n_groups = max(2, -(-c.block_size // g))  # Up looks back by one group
         for i, K in enumerate(c.sizes):
             times = (torch.arange(n_groups)[:, None] * g + g - K + torch.arange(K)).flatten()
-            self.add_rope(f'rope_{i}', c.block.rope_dims, n_groups * g, times)
+            self.add_rope(f'rope_{i}', c.rope_dims, n_groups * g, times)
         init_weights(self)
 
     def body(self, x, end, key_mask, cache):
-        """x: (B, T, D_0). Cuts it into calls of `groups`, each for whole groups or inside one."""
+        """x (B, T, D_0). Without a cache the last group is filled up, which causality makes exact.
+        With one, complete groups are computed and cached, then the open one, which is not."""
         g, T = self.config.group_size, x.size(1)
         if cache is None:
-            x = F.pad(x, (0, 0, 0, -T % g))  # causality makes filling up the last group exact
-            y, terms = self.groups(x, self.plan(0, x.size(1), None), n_tokens=T)
-            return y[:, :T], terms
-        parts, start = [], end - T
-        while start < end:
-            if start % g or end - start < g:
-                stop = min(end, (start // g + 1) * g)  # up to the end of the open group
-            else:
-                stop = end // g * g  # all the whole groups
-            part = x[:, start - end + T:stop - end + T]
-            parts.append(self.groups(part, self.plan(start, stop, cache))[0])
-            cache.n_tokens = start = stop
-        return torch.cat(parts, dim=1), {}
+            y, aux_losses = self.groups(F.pad(x, (0, 0, 0, -T % g)), n_tokens=T)
+            return y[:, :T], aux_losses
+        x = x if cache.open is None else torch.cat((cache.open, x), dim=1)
+        n_closed = x.size(1) // g * g
+        closed, cache.open, parts = x[:, :n_closed], x[:, n_closed:].detach().clone(), []
+        if n_closed:
+            parts.append(self.groups(closed, cache)[0])
+            cache.close(n_closed // g)
+        if n_closed < x.size(1):
+            parts.append(self.groups(x[:, n_closed:], cache)[0])
+        return torch.cat(parts, dim=1)[:, -T:], {}
 
-    def plan(self, start, stop, cache):
-        """The Plan of a call for the tokens start..stop: whole groups, or tokens inside a group."""
-        c, g = self.config, self.config.group_size
-        whole = (stop - start) % g == 0
-        at = []
+    def groups(self, x, cache=None, n_tokens=None):
+        """Down, through the trunk, and up, for complete groups or for the tokens of an open one:
+        x (B, G*k, D_0) -> (hidden states of the same shape, aux_losses). n_tokens: without a cache,
+        how many of the tokens are real."""
+        c, B = self.config, x.size(0)
+        n = min(x.size(1), c.group_size)  # tokens per group
+        levels, shared = [], {}
         for i, K in enumerate(c.sizes):
-            first, last = new_slots(c, i, start, stop)
-            # attention sees differences of times alone, so inside each group they count from 0
-            inside = dict(rope=self.rope_at(i, 0, last))
-            across = dict(rope=self.rope_at(i, 0, slots_until(c, i, stop)))
-            if cache is not None:
-                inside['cache'] = None if whole else cache.open_group[i]
-                across['cache'] = cache.across[i]
-            up = {}
-            if c.upsample == 'attention' and i < len(self.up):
-                # the latents of the group before are read first, so times count from that group
-                _, last_latent = new_slots(c, i + 1, start, stop)
-                up = dict(rope=self.rope_at(i, K + first, K + last),
-                          source_rope=self.rope_at(i + 1, 0, c.sizes[i + 1] + last_latent))
-            at.append(LevelPlan(first, last, inside, across, up))
-        n_groups = (stop - start) // g if whole else 1
-        return Plan(at, n_groups, whole, start < g, stop % g == 0, cache)
+            k = max(0, n - (c.group_size - K))  # an open group may have no slots yet on level i
+            levels.append(self.level(i, k, x.size(1) // n, cache, shared))
+        n_levels = sum(level.k > 0 for level in levels)
+        x = fold(x, levels[0].n_groups) + self.slot_emb[0].weight[:n]
+        skips, aux_losses = [x], {}
+        for i, down in enumerate(self.down[:n_levels - 1]):
+            skips.append(down(skips[-1], self.slot_emb[i + 1].weight, *levels[i:i + 2]))
+        if n_levels == len(levels):
+            x, aux_losses = self.trunk(skips.pop(), levels[-1], n_tokens)
+        else:
+            x = x.new_empty(B, 0, c.widths[n_levels])
+        for up in reversed(self.up[:len(skips)]):
+            i = up.level
+            x = up(x, skips.pop(), self.slot_emb[i].weight, *levels[i:i + 2], cache)
+        return unfold(x, levels[0].n_groups), aux_losses
 
-    def rope_at(self, level, first, last):
-        """The rotary table of the slots first..last of a level, or None."""
-        table = getattr(self, f'rope_{level}')
-        return None if table is None else table[:, first:last]
+    def level(self, i, k, n_groups, cache, shared):
+        """The Level of a call: k slots in each of n_groups groups, after those in the cache."""
+        table, across = getattr(self, f'rope_{i}'), None if cache is None else cache.across[i]
+        start = 0 if cache is None else across.n_tokens
+        # attention sees differences of times alone, so inside each group they count from 0
+        inside, until = (None if table is None else table[:, :end]
+                         for end in (k, start + n_groups * k))
+        return Level(k, n_groups, dict(rope=inside, shared=shared),
+                     dict(rope=until, cache=across, shared=shared), table)
 
-    def groups(self, x, plan, n_tokens=None):
-        """Down, through the trunk, and up: x (B, T, D_0) -> (states (B, T, D_0), terms of `body`).
-        n_tokens: without a cache, how many of the tokens are not there to fill the last group."""
-        x = fold(x, plan.n_groups) + self.slot_emb[0].weight[plan.at[0].first:plan.at[0].last]
-        # The first n_levels levels have new slots. Tokens inside a group may give none to those
-        # above; then a Down runs once more, into the first such level, for what it caches.
-        n_levels = sum(level.last > level.first for level in plan.at)
-        skips, terms = [], {}
-        for i, down in enumerate(self.down[:n_levels]):
-            skips.append(x)
-            x = down(x, self.slot_emb[i + 1], plan)
-        if n_levels == len(plan.at):
-            x, terms = self.trunk(x, plan, n_tokens)
-        for up in reversed(self.up[:n_levels]):
-            x = up(x, skips.pop(), self.slot_emb[up.level], plan)
-        return unfold(x, plan.n_groups), terms
-
-    def trunk(self, x, plan, n_tokens):
-        """x (B*G, k, D) -> (the same after n_layer blocks over all latents, terms of `body`)."""
-        inputs = x = unfold(x, plan.n_groups)
+    def trunk(self, x, level, n_tokens):
+        """x (B*G, k, D) -> (the same after n_layer blocks over all latents, aux_losses)."""
+        inputs = x = unfold(x, level.n_groups)
         outputs = [x]
         for i, block in enumerate(self.blocks):
-            x = block(x, **plan.at[-1].across)
+            x = block(x, **level.across)
             if self.config.dense_former and i + 1 < len(self.blocks):
                 outputs.append(x)
                 x = sum(weight * output for weight, output in zip(self.depth_weights[i], outputs))
-        terms = {}
+        aux_losses = {}
         if self.config.latent_loss and self.training:
-            n = slots_until(self.config, len(self.down), n_tokens)
+            g, K = self.config.group_size, self.config.sizes[-1]
+            n = n_tokens // g * K + max(0, n_tokens % g - (g - K))  # latents of real tokens
             loss = self.latent_loss(x[:, :n], inputs[:, :n].detach())
-            terms['latent_loss'] = loss, self.config.latent_loss_coeff
-        return fold(x, plan.n_groups), terms
+            aux_losses['latent_loss'] = loss, self.config.latent_loss_coeff
+        return fold(x, level.n_groups), aux_losses
 
     def latent_loss(self, outputs, inputs):
-        """1 - cos between what latent_head makes of trunk output j and trunk input j + 1; both
-        (B, n, D), of n latents."""
+        """1 - cos between latent_head of trunk output j and trunk input j + 1; both (B, n, D)."""
         predicted = self.latent_head(outputs[:, :-1])
         if predicted.size(1) == 0:
             return self.latent_head(outputs).sum() * 0.0  # every parameter still gets a gradient
@@ -2238,32 +1727,46 @@ class GroupedLatent(LanguageModel):
 
     def init_cache(self, batch, length):
         check_cache(self, length)
-        return GroupedCache(self.config, batch, length, head_of_cache(self, batch))
-
-    def has_static_step(self):
-        return False  # how many slots are new changes from token to token
-
-    def cache_numbers_per_token(self):
-        return grouped_cache_numbers(self)
-
-    def body_flops(self, T):
-        return sum(grouped_flops(self, T).values())
+        return GroupedCache(self.config, batch, length)
 
 
-def slots_until(config, level, t):
-    """How many slots a level has after t tokens: the slots of a group are its last K tokens."""
-    g, K = config.group_size, config.sizes[level]
-    return t // g * K + max(0, t % g - (g - K))
+class GroupedCache:
+    """The cache of GroupedLatent: per level, `across`, what blocks across groups keep of closed
+    groups; per Up, `previous`, the last closed group's latents; and `open`, the embedded tokens of
+    the open group. n_tokens can not be set back."""
+
+    def __init__(self, config, batch, length):
+        self.config, self.batch, self.length, self.n_tokens = config, batch, length, 0
+        n_groups = -(-length // config.group_size)
+        self.across = [Cache(batch, n_groups * K) for K in config.sizes]
+        self.previous = [None] * len(config.latents)
+        self.open = None
+
+    def close(self, n_groups):
+        for cache, K in zip(self.across, self.config.sizes):
+            cache.n_tokens += n_groups * K
+
+    def elements(self):
+        """As Cache.elements."""
+        c = self.config
+        growing = sum(cache.elements()[0] * K / c.group_size
+                      for cache, K in zip(self.across, c.sizes))
+        previous = sum(x.numel() for x in self.previous if x is not None) // self.batch
+        return growing, previous + (c.group_size - 1) * c.widths[0]
+
+    def n_bytes(self):
+        tensors = [x for x in (self.open, *self.previous) if x is not None]
+        return sum(x.nbytes for x in tensors) + sum(cache.n_bytes() for cache in self.across)
 
 
-def new_slots(config, level, start, stop):
-    """First and last + 1 of the slots that the tokens start..stop add to a group: whole groups add
-    all K, tokens inside one group some of them."""
-    g, K = config.group_size, config.sizes[level]
-    if (stop - start) % g == 0:
-        return 0, K
-    earlier = start // g * K
-    return slots_until(config, level, start) - earlier, slots_until(config, level, stop) - earlier
+class Level(NamedTuple):
+    """One level of a call of GroupedLatent.groups."""
+
+    k: int  # slots per group
+    n_groups: int
+    inside: dict  # the context of blocks that attend inside each group
+    across: dict  # the context of blocks that attend across all groups
+    table: torch.Tensor  # the rotary table of all slots of the level, or None
 
 
 def fold(x, n_groups):
@@ -2274,39 +1777,18 @@ def unfold(x, n_groups):
     return x.unflatten(0, (-1, n_groups)).flatten(1, 2)  # (B*G, k, D) -> (B, G*k, D)
 
 
-class LevelPlan(NamedTuple):
-    """What a call of GroupedLatent.groups does on one level."""
-
-    first: int  # the new slots of each group are first..last - 1
-    last: int
-    inside: dict  # rope and cache of blocks that attend inside a group
-    across: dict  # rope and cache of blocks that attend across all groups
-    up: dict  # rope and source_rope of slots that read latents by attention on the way up
-
-
-class Plan(NamedTuple):
-    """What a call of GroupedLatent.groups does."""
-
-    at: list[LevelPlan]  # each level
-    n_groups: int
-    whole: bool  # whole groups; False: tokens inside one group, the open one
-    from_start: bool  # the first group is that of the sequence
-    closes: bool  # after the call no group is open
-    cache: object
-
-
 class Down(nn.Module):
-    """Level i to level i + 1: the last K' slots of each group read the group,
+    """Level i to level i + 1: the last k' slots of each group read the group,
     (B*G, k, D_i) -> (B*G, k', D_i+1).
 
-    compress='transformer': blocks inside the group at the new width, of which the last computes its
-    queries for the last K' slots alone. 'perceiver': one block, whose queries are the last K' slots
-    projected to the new width, and whose keys and values come from the group at its own width.
+    compress='transformer': blocks inside the group at the new width; the last one has queries for
+    the last k' slots alone. 'perceiver': one block, whose queries are the last k' slots projected to
+    the new width, and whose keys and values come from the group at its own width.
     """
 
     def __init__(self, config, level):
         super().__init__()
-        self.level, self.perceiver = level, config.compress == 'perceiver'
+        self.perceiver = config.compress == 'perceiver'
         width, block_above = config.widths[level], config.block_at(level + 1)
         self.in_proj = Linear(width, block_above.n_embd)
         n = 0 if self.perceiver else config.n_compress - 1
@@ -2314,32 +1796,26 @@ class Down(nn.Module):
         self.pool = PoolBlock(block_above, width if self.perceiver else None)
         self.mixer = Mixer(config, level + 1)
 
-    def forward(self, x, slot_emb, plan):
-        here, above = plan.at[self.level:self.level + 2]
-        y = self.in_proj(x).type_as(x)  # a residual stream of full precision
+    def forward(self, x, slot_emb, here, above):
+        y = self.in_proj(x).type_as(x)  # the residual stream keeps its precision
         for block in self.blocks:
             y = block(y, **here.inside)
-        n_new = above.last - above.first  # so many of the new slots become slots of the level above
-        # pool also caches keys and values, so it runs even if the level above gets no slot yet
-        latents = self.pool(y[:, y.size(1) - n_new:], x if self.perceiver else y, **here.inside)
-        if n_new == 0:
-            return latents
-        latents = latents + slot_emb.weight[above.first:above.last]
-        return self.mixer(latents, above, plan.n_groups)
+        latents = self.pool(y[:, here.k - above.k:], x if self.perceiver else y, **here.inside)
+        return self.mixer(latents + slot_emb[:above.k], above)
 
 
 class PoolBlock(Block):
-    """A block whose queries are the last slots of a group: q (B*G, k', D), source (B*G, k, width).
-    source_width None: q is a part of the source, and they share a norm."""
+    """A block whose queries are the last slots of a group: x (B*G, k', D), x_kv (B*G, k, kv_width).
+    kv_width None: x is a part of x_kv, and they share a norm."""
 
-    def __init__(self, config, source_width=None):
-        super().__init__(config, source_width)
-        self.source_norm = make_norm(config.norm, source_width) if source_width else None
+    def __init__(self, config, kv_width=None):
+        super().__init__(config, kv_width)
+        self.kv_norm = make_norm(config.norm, kv_width) if kv_width else None
 
-    def forward(self, q, source, **context):
-        source = (self.source_norm or self.attn_norm)(source)
-        q = q + self.dropout(self.attn(self.attn_norm(q), source=source, **context))
-        return q + self.dropout(self.mlp(self.mlp_norm(q)))
+    def forward(self, x, x_kv, **context):
+        x_kv = (self.kv_norm or self.attn_norm)(x_kv)
+        x = x + self.dropout(self.attn(self.attn_norm(x), x_kv, **context))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
 
 class Mixer(nn.Module):
@@ -2348,55 +1824,49 @@ class Mixer(nn.Module):
 
     def __init__(self, config, level):
         super().__init__()
-        n = config.n_mix
-        self.order = ('inside', 'across') * n if config.interleave else (
+        n, window = config.n_mix, config.global_window if level == 0 else None
+        self.kinds = ('inside', 'across') * n if config.interleave else (
             ('inside',) * n + ('across',) * n)
-        self.blocks = nn.ModuleList(Block(config.block_at(level)) for _ in self.order)
-        if level == 0:
-            for block in self.of_kind('across'):
-                block.attn.window = config.global_window
+        self.blocks = nn.ModuleList(
+            Block(config.block_at(level, window=window if kind == 'across' else None))
+            for kind in self.kinds)
 
-    def of_kind(self, kind):
-        return [block for name, block in zip(self.order, self.blocks) if name == kind]
-
-    def forward(self, x, here, n_groups):
-        """here: the LevelPlan of this level."""
-        for kind, block in zip(self.order, self.blocks):
+    def forward(self, x, here):
+        for kind, block in zip(self.kinds, self.blocks):
             if kind == 'inside':
                 x = block(x, **here.inside)
             else:
-                x = fold(block(unfold(x, n_groups), **here.across), n_groups)
+                x = fold(block(unfold(x, here.n_groups), **here.across), here.n_groups)
         return x
 
 
 class Up(nn.Module):
-    """Level i + 1 back to level i: each slot reads latents of its own group and of the group before
-    and adds its skip: latents (B*G, k', D_i+1), skip (B*G, k, D_i) -> (B*G, k, D_i). Before the
-    first group stand learned latents.
+    """Level i + 1 back to level i: each slot reads latents of its own group and of the group
+    before, and adds its skip: latents (B*G, k', D_i+1), skip (B*G, k, D_i) -> (B*G, k, D_i). Before
+    the first group there are learned latents.
 
     upsample='repeat': the last K' slots of a group stand at the same tokens as its latents, and
-    each takes its own. The slot that stands s slots before the first latent takes from the group
-    before it the latent that is s-th from the end, and counts on from the end again after K'.
-    'attention': a slot attends to all latents that stand at or before it.
+    each takes its own. The slot that stands s slots before the first latent takes the s-th latent
+    from the end of the group before; after K' the count starts from the end again.
+    'attention': a slot attends to all latents at or before it.
     """
 
     def __init__(self, config, level):
         super().__init__()
         self.level, self.upsample = level, config.upsample
         width, width_above = config.widths[level:level + 2]
-        n_slots, n = config.sizes[level:level + 2]  # of a group: slots here, latents above
-        self.latent_norm = make_norm(config.block.norm, width_above)
+        n_slots, n = config.sizes[level:level + 2]  # per group: slots here, latents above
+        self.latent_norm = make_norm(config.norm, width_above)
         self.before_emb = nn.Embedding(n, width_above)
-        # Which latents a slot reads, of the n of the group before followed by the n of its own.
+        # which latents a slot reads, of the n of the group before followed by the n of its own
         slot, first = torch.arange(n_slots), n_slots - n  # `first` stands with the first latent
         if self.upsample == 'repeat':
-            self.up_proj = Linear(width_above, width, writes=True)
+            self.up_proj = Linear(width_above, width, residual_out=True)
             reads = torch.where(slot < first, (slot - first) % n, n + slot - first)
             self.register_buffer('reads', reads, persistent=False)
         else:
-            self.query_norm = make_norm(config.block.norm, width)
-            block = replace(config.block_at(level), causal=False)
-            self.up = make_attention(block, width_above)
+            self.query_norm = make_norm(config.norm, width)
+            self.up = make_attention(config.block_at(level, causal=False), width_above)
             own = slot[:, None] >= first + torch.arange(n)
             sees = torch.cat((torch.ones(n_slots, n, dtype=torch.bool), own), dim=1)
             self.register_buffer('sees', sees, persistent=False)  # (K, 2n)
@@ -2405,59 +1875,36 @@ class Up(nn.Module):
             self.skip_a, self.skip_b = (nn.Parameter(torch.ones(width)) for _ in range(2))
         self.mixer = Mixer(config, level)
 
-    def forward(self, latents, skip, slot_emb, plan):
-        latents, here = self.prepare(latents), plan.at[self.level]
-        if plan.from_start:
-            batch = skip.size(0) // plan.n_groups
-            previous = self.prepare(self.before_emb.weight).expand(batch, -1, -1)
-        else:
-            previous = plan.cache.previous[self.level]  # (B, K', .)
-        if plan.whole:
-            latents = self.of_whole_groups(latents, previous, plan)
-        else:
-            latents = self.of_open_group(latents, previous, plan)
-        x = self.read(latents, skip, here)
+    def forward(self, latents, skip, slot_emb, here, above, cache):
+        latents = self.prepare(latents).unflatten(0, (-1, here.n_groups))  # (B, G, k', .)
+        previous = None if cache is None else cache.previous[self.level]  # (B, K', .)
+        if previous is None:
+            previous = self.prepare(self.before_emb.weight).expand(latents.size(0), -1, -1)
+        before = previous[:, None]  # of each group, the latents of the group before
+        if here.n_groups > 1:
+            before = torch.cat((before, latents[:, :-1]), dim=1)
+        if cache is not None and here.k == slot_emb.size(0):  # these groups are complete
+            cache.previous[self.level] = latents[:, -1].detach().clone()
+        x = self.read(torch.cat((before, latents), dim=2).flatten(0, 1), skip, here, above)
         x = self.skip_a * x + self.skip_b * skip if self.learned_skip else x + skip
         if self.slot_emb_up:
-            x = x + slot_emb.weight[here.first:here.last]
-        return self.mixer(x, here, plan.n_groups)
+            x = x + slot_emb[:here.k]
+        return self.mixer(x, here)
 
     def prepare(self, latents):
         latents = self.latent_norm(latents)
         return self.up_proj(latents) if self.upsample == 'repeat' else latents
 
-    def of_whole_groups(self, latents, previous, plan):
-        """latents (B*G, K', .), previous (B, K', .) -> what each group may read, (B*G, 2K', .)."""
-        latents = latents.unflatten(0, (previous.size(0), -1))  # (B, G, K', .)
-        before = torch.cat((previous[:, None], latents[:, :-1]), dim=1)
-        if plan.cache is not None:
-            plan.cache.previous[self.level] = latents[:, -1].clone()
-        return torch.cat((before, latents), dim=2).flatten(0, 1)
-
-    def of_open_group(self, latents, previous, plan):
-        """latents (B, k', .), the new ones, previous (B, K', .) -> what the open group may read,
-        the previous group's latents and its own until now: (B, K' + last, .)."""
-        own, = plan.cache.open_group[self.level + 1].extend(self, latents)
-        if plan.closes:
-            plan.cache.previous[self.level] = own.clone()
-        return torch.cat((previous, own), dim=1)
-
-    def read(self, latents, skip, here):
-        """What each new slot reads of the latents (B*G, ., .): (B*G, k, D_i)."""
+    def read(self, latents, skip, here, above):
+        """What each slot reads of the latents (B*G, K' + k', .): (B*G, k, D_i)."""
         if self.upsample == 'repeat':
-            return latents[:, self.reads[here.first:here.last]]
-        mask = self.sees[None, None, here.first:here.last, :latents.size(1)]
-        return self.up(self.query_norm(skip), source=latents, key_mask=mask, **here.up)
-
-
-def make_channels(module, n_channels):
-    """Gives every channel its own copy of the module's linear layers."""
-    for name, child in module.named_children():
-        if isinstance(child, nn.Linear):
-            setattr(module, name, ChannelLinear(child, n_channels))
-        else:
-            make_channels(child, n_channels)
-    return module
+            return latents[:, self.reads[:here.k]]
+        K, n = self.sees.size(0), latents.size(1)
+        rope = rope_kv = None
+        if here.table is not None:  # times count from the group before, whose latents come first
+            rope, rope_kv = here.table[:, K:K + here.k], above.table[:, :n]
+        return self.up(self.query_norm(skip), latents, rope=rope, rope_kv=rope_kv,
+                       key_mask=self.sees[None, None, :here.k, :n])
 
 
 class ChannelBlock(nn.Module):
@@ -2466,52 +1913,223 @@ class ChannelBlock(nn.Module):
         h_c = x + attention_c(norm x);  z_c = h_c + mlp_c(norm h_c) + sum of shared mlps(norm h_c)
         merge='softmax': sum over c of softmax_c(z) * z, element by element; 'max', 'mean'
 
-    The channels are folded into the batch; they share the gains of the norms.
+    The channels share the gains of the norms.
     """
 
     def __init__(self, config):
         super().__init__()
         c, C = config.block_at(-1), config.n_channels
         narrow = replace(c, mlp_hidden=max(1, round(config.channel_mlp_mult * 4 * c.n_embd / C)))
-        self.n_channels, self.merge = C, config.merge
+        self.merge = config.merge
         self.attn_norm, self.mlp_norm = (make_norm(c.norm, c.n_embd) for _ in range(2))
-        self.attn = make_channels(make_attention(c), C)
-        self.attn.n_channels = C
-        self.mlp = make_channels(MLP(narrow), C)
+        self.attn = nn.ModuleList(make_attention(c) for _ in range(C))
+        self.mlp = nn.ModuleList(MLP(narrow) for _ in range(C))
         self.shared = nn.ModuleList(MLP(narrow) for _ in range(config.n_shared_mlp))
         self.dropout = make_dropout(c.dropout)
 
     def forward(self, x, **context):
-        x = x.repeat(self.n_channels, 1, 1)  # (C*B, T, D), channel by channel
-        x = x + self.dropout(self.attn(self.attn_norm(x), **context))
-        h = self.mlp_norm(x)
-        x = x + self.dropout(self.mlp(h) + sum(mlp(h) for mlp in self.shared))
-        z = x.unflatten(0, (self.n_channels, -1))  # (C, B, T, D)
+        normed, channels = self.attn_norm(x), []
+        for attn, mlp in zip(self.attn, self.mlp):
+            h = x + self.dropout(attn(normed, **context))
+            y = self.mlp_norm(h)
+            channels.append(h + self.dropout(mlp(y) + sum(shared(y) for shared in self.shared)))
+        z = torch.stack(channels)  # (C, B, T, D)
         if self.merge == 'softmax':
             return (z.softmax(dim=0) * z).sum(dim=0)
         return z.amax(dim=0) if self.merge == 'max' else z.mean(dim=0)
 
 
-ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
-                 'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig),
-                 'grouped_latent': (GroupedLatent, GroupedLatentConfig)}
+# ==================================================================================================
+# Part IV: initial weights, counting, kernels, checks, tables
+# --------------------------------------------------------------------------------------------------
+# initial weights
+
+
+def init_weights(model):
+    """The one place where weights get their first values.
+
+    what                                     init_std=0.02, say      init_std=None
+    ---------------------------------------  ----------------------  --------------------
+    matrix                                   N(0, init_std)          N(0, 1/sqrt(fan in))
+    projection into the residual stream      N(0, init_std/sqrt(n))  a tenth of that
+      (residual_out)
+    embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
+    embedding of a slot in its group         N(0, init_std)          half of that
+    bias, sink                               0                       0
+    gain of a norm, skip or depth            as built: 1             as built: 1
+
+    and with scale_latents, so that what goes through a latent of L elements instead of D starts as
+    large as without it:
+
+    gain of the norm of a latent             sqrt(D/L)               1
+    second of two factors (init_fan_in)      N(0, 1/sqrt(fan in))    as any other
+
+    n counts the projections into one stack of blocks, so that the variance at its end does not grow
+    with its depth (GPT-2). With zero_init_residual they are 0, and a block changes nothing at
+    first. None is for grouped latents: if everything starts small, they stay at the entropy of token
+    frequencies. A tenth lets the skip connections dominate at first.
+
+    A normed latent has unit variance, and a matrix of init_std sums over only L of its elements:
+    without the gain, keys, values and queries start sqrt(D/L) too small. LongCat-Flash (arXiv
+    2509.01322) has the same factor as a constant. What both options are worth depends on the other
+    weights: the encoders of config/, with an init_std of 1/sqrt(D), gain a lot by either; small
+    decoders with 0.02 gain nothing or lose (results/initialization.md). So neither is the default.
+    """
+    std, scaled = model.config.init_std, model.config.scale_latents
+    zero = std and model.config.zero_init_residual
+
+    def start(weight, residual_out=False, fan_in=None):
+        scale = fan_in ** -0.5 if fan_in and std and scaled else std or weight.size(-1) ** -0.5
+        if residual_out:
+            scale *= 0.0 if zero else n_residual_out ** -0.5 if std else 0.1
+        nn.init.normal_(weight, std=scale)
+
+    for name, stack in model.named_children():
+        n_residual_out = sum(getattr(module, 'residual_out', False) for module in stack.modules())
+        for module in stack.modules():
+            if isinstance(module, nn.Embedding):
+                slot = 0.5 if name == 'slot_emb' else 1.0
+                nn.init.normal_(module.weight, std=std or slot * module.embedding_dim ** -0.5)
+            elif isinstance(module, Linear):
+                start(module.weight, module.residual_out, module.init_fan_in)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, MoE):
+                start(module.in_proj), start(module.gate_proj)
+                start(module.out_proj, residual_out=True)
+            elif isinstance(module, RMSNorm) and module.latent_of and std and scaled:
+                L, = module.normalized_shape
+                nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
 
 
 # --------------------------------------------------------------------------------------------------
-# loss
+# counting: a forward pass on the meta device, where tensors have shapes and no numbers
 
 
-def plain_cross_entropy(x, weight, targets):
-    """What linear_cross_entropy computes, in the open; it holds all N x V logits at once. To train
-    on another loss, write one like this and call it in LanguageModel.forward if self.training;
-    evaluation keeps linear_cross_entropy, so that validation losses compare."""
-    logits = F.linear(x, weight)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    n = (targets >= 0).sum().clamp(min=1)
-    loss = F.cross_entropy(logits, targets, ignore_index=-1, reduction='sum') / n
-    if torch.is_grad_enabled():
-        return {'loss': loss}
-    return {'loss': loss, 'accuracy': (logits.argmax(dim=-1) == targets).sum() / n}
+def on_meta(model, *args, **kwargs):
+    """model(*args, **kwargs) in evaluation mode, on meta tensors."""
+    tensors = {name: torch.empty_like(tensor, device='meta')
+               for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    training = model.training
+    try:
+        return torch.func.functional_call(model.eval(), tensors, args, kwargs)
+    finally:
+        model.train(training)
+
+
+class FusedFlops(TorchFunctionMode):
+    """Counts what FlopCounterMode does not see on the meta device: attention, in which a causal
+    query meets (T+1)/2 keys on average, and grouped products. Two FLOPs per multiply-add."""
+
+    flops = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is F.scaled_dot_product_attention:
+            q, k, v = args
+            n_keys = (k.size(-2) + 1) / 2 if kwargs['is_causal'] else k.size(-2)
+            self.flops += 2 * q[..., 0].numel() * (q.size(-1) + v.size(-1)) * n_keys
+            return q.new_empty(*q.shape[:-1], v.size(-1))
+        if function is torch._grouped_mm:  # what F.grouped_mm calls
+            x, weight = args
+            self.flops += 2 * x.numel() * weight.size(-1)
+            return x.new_empty(*x.shape[:-1], weight.size(-1))
+        return function(*args, **kwargs or {})
+
+
+def count_flops(function):
+    """FLOPs of matrix products and attention in function(), all of whose tensors are on meta.
+    Norms, activations and softmax do not count; scores hidden by a mask do, except by causality."""
+    with torch.no_grad(), FlopCounterMode(display=False) as products, FusedFlops() as fused:
+        function()
+    return products.get_total_flops() + fused.flops
+
+
+def training_flops(model, T, predicted=1.0):
+    """Training FLOPs per token at length T: three times those of a forward pass, in which a share
+    `predicted` of the tokens gets logits."""
+    positions = torch.zeros(1, max(1, round(predicted * T)), dtype=torch.int64, device='meta')
+    idx = torch.zeros(1, T, dtype=torch.int64, device='meta')
+    return 3 * count_flops(lambda: on_meta(model, idx, positions=positions)) / T
+
+
+def cache_bytes(model, dtype=None):
+    """(bytes per token, bytes at any length at most) that the cache holds for each sequence, in
+    dtype or in the precision of the weights. Counted in a full cache."""
+    size = model.config.block_size
+    cache = model.init_cache(1, size)
+    with torch.no_grad():
+        on_meta(model, torch.zeros(1, size, dtype=torch.int64, device='meta'), cache=cache)
+    item = (dtype or model.tok_emb.weight.dtype).itemsize
+    return tuple(elements * item for elements in cache.elements())
+
+
+def n_active_params(model):
+    """Number of parameters that one token uses: of the routed experts, only its own."""
+    unused = sum((1 - layer.n_chosen / layer.n_experts) * weight.numel()
+                 for layer in model.modules() if isinstance(layer, MoE)
+                 for weight in (layer.in_proj, layer.gate_proj, layer.out_proj))
+    return model.n_params() - round(unused)
+
+
+# --------------------------------------------------------------------------------------------------
+# kernels: what torch has, but faster, most of it on a CPU
+
+
+def softmax_attention(q, k, v, mask=None, is_causal=False, *, scale, dropout_p=0.0, sink=None):
+    """F.scaled_dot_product_attention of q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv).
+
+    sink (H,): a logit per head that counts in the denominator of the softmax and has no value. It
+    becomes a key before all others, whose value is zero: in one more dimension, that key is 1 and
+    queries are the logit. Thus the fused kernels do it, which have no sink of their own.
+    """
+    d, dv = q.size(-1), v.size(-1)
+    if q.is_meta:  # padding and sinks are no useful arithmetic, see count_flops
+        sink = None
+    elif d != dv:  # flash kernels want equal widths; zeros change no product and cost less
+        q, k, v = (F.pad(x, (0, max(d, dv) - x.size(-1))) for x in (q, k, v))
+    if sink is not None:
+        logit = (sink / scale).to(q.dtype)[:, None, None].expand(*q.shape[:1], -1, q.size(2), 1)
+        # is_causal lets query i see key i and those before: a query in front keeps the two in step
+        q = F.pad(torch.cat((q, logit), dim=-1), (0, 0, int(is_causal), 0))
+        k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
+        k[:, :, 0, -1].fill_(1.0)
+        if mask is not None:
+            mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)  # True, or nothing to add
+    # a CPU has no kernel with dropout, and the backward pass of the one for bfloat16 is slow
+    few = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
+    if (dropout_p or few) and q.device.type == 'cpu' and not torch.compiler.is_compiling():
+        y = attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
+                                           is_causal=is_causal, scale=scale,
+                                           enable_gqa=q.size(1) != k.size(1))
+    return (y if sink is None else y[:, :, int(is_causal):])[..., :dv]
+
+
+def attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p):
+    """F.scaled_dot_product_attention, where that is slower on a CPU."""
+    if q.size(1) != k.size(1):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    if is_causal:
+        mask = torch.ones(q.size(2), k.size(2), dtype=torch.bool).tril()
+    scores = q @ (k * scale).transpose(-2, -1)  # (B, H, T, S)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            mask = torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, -math.inf)
+        scores.add_(mask)  # in place, and without a pass of its own in backward, as masked_fill has
+    weights = scores.softmax(dim=-1)
+    return (dropout(weights, dropout_p) if dropout_p else weights) @ v
+
+
+def dropout(x, p):
+    """F.dropout. A CPU draws random numbers one by one; here one draw of 64 bits serves four
+    elements, 16 bits each, so 1-p is rounded to 2^-16."""
+    if x.device.type != 'cpu' or torch.compiler.is_compiling():
+        return F.dropout(x, p)
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2 ** 63, None)
+    bits = bits.view(torch.int16)[:x.numel()].view(x.shape)  # from -2^15 to 2^15 - 1
+    n_kept = max(1, round(2 ** 16 * (1 - p)))  # out of 2^16
+    return x * (bits <= n_kept - 1 - 2 ** 15).to(x.dtype) * (2 ** 16 / n_kept)
 
 
 def linear_cross_entropy(x, weight, targets):
@@ -2600,281 +2218,147 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 
 # --------------------------------------------------------------------------------------------------
-# generation
+# checks of options
 
 
-class Cache:
-    """What generation keeps of the tokens so far: for each attention, static buffers of `length`
-    rows, which it makes when it first stores something.
-
-    n_tokens: how many rows are filled; setting it back forgets the later ones. head: (R or D, V), a
-    transposed copy of the vocabulary's weights, or None: see head_of_cache.
-    """
-
-    def __init__(self, batch, length, head=None):
-        self.batch, self.length, self.head = batch, length, head
-        self.n_tokens, self.buffers = 0, {}
-        self.ends = {}  # of what `last` keeps: at which token it ends
-
-    def extend(self, owner, *new, every=1):
-        """Stores what `owner` computed for T new tokens, tensors (B, ..., T, width). Returns each
-        behind what was stored before, (B, ..., S, width). every: there is one row for so many
-        tokens, and `new` are the rows of those that are now complete."""
-        if owner not in self.buffers:
-            n_rows = self.length // every
-            self.buffers[owner] = [x.new_empty(*x.shape[:-2], n_rows, x.size(-1)) for x in new]
-        start, T = self.n_tokens // every, new[0].size(-2)
-        for buffer, x in zip(self.buffers[owner], new):
-            buffer.narrow(-2, start, T).copy_(x.detach())
-        return [buffer.narrow(-2, 0, start + T) for buffer in self.buffers[owner]]
-
-    def last(self, owner, n, *new):
-        """As `extend`, for what nobody reads any more when it is old: returns each behind what was
-        kept, and keeps the last n rows. n_tokens can only be set back to 0."""
-        end = self.n_tokens + new[0].size(-2)
-        if self.n_tokens:
-            if self.ends[owner] != self.n_tokens:
-                raise ValueError(f'n_tokens={self.n_tokens}: this cache keeps the last tokens '
-                                 'alone, so that it can be set back to 0 and nowhere else')
-            new = [torch.cat(pair, dim=-2) for pair in zip(self.buffers[owner], new)]
-        self.buffers[owner] = [x[..., x.size(-2) - n:, :].detach().clone() for x in new]
-        self.ends[owner] = end
-        return new
-
-    def n_bytes(self):
-        return sum(buffer.nbytes for buffers in self.buffers.values() for buffer in buffers)
+def describe_type(kind):
+    """The values that an option of this type takes, in words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return ' or '.join(map(describe_type, arguments))
+    if origin is Annotated:
+        return ' '.join((describe_type(arguments[0]), *map(str, arguments[1:])))
+    if origin is Literal:
+        return f'one of {", ".join(map(str, arguments))}'
+    if origin is tuple:
+        return f'a list, each {describe_type(arguments[0])}'
+    return {int: 'an integer', float: 'a number', str: 'text', bool: 'True or False',
+            type(None): 'None'}[kind]
 
 
-class StaticCache:
-    """The Cache of a model for steps of one token whose shapes never change, so that a step can be
-    compiled. n_tokens is a tensor; `extend` returns the buffers whole, and attention masks the rows
-    that are not yet `filled`. Where nothing is compiled, Cache reads less."""
-
-    def __init__(self, cache):
-        """Takes over the buffers of a Cache that has seen the prompt."""
-        self.batch, self.length, self.head = cache.batch, cache.length, cache.head
-        self.buffers = cache.buffers
-        buffers = [buffer for buffers in self.buffers.values() for buffer in buffers]
-        for buffer in buffers:  # what is masked counts zero times, which is not enough for a NaN
-            buffer.narrow(-2, cache.n_tokens, self.length - cache.n_tokens).zero_()
-        self.n_tokens = torch.tensor([cache.n_tokens], device=buffers[0].device)
-        self.rows = torch.arange(self.length, device=buffers[0].device)
-
-    def extend(self, owner, *new):
-        for buffer, x in zip(self.buffers[owner], new):
-            buffer.index_copy_(-2, self.n_tokens, x.detach())
-        return self.buffers[owner]
-
-    @property
-    def filled(self):
-        """The key_mask of the step: rows that earlier tokens have filled, and that of the new one.
-        """
-        return (self.rows <= self.n_tokens)[None, None, None]  # (1, 1, 1, length)
+def is_allowed(value, kind):
+    """Whether an option of this type takes this value."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(is_allowed(value, choice) for choice in arguments)
+    if origin is Annotated:
+        return (is_allowed(value, arguments[0])
+                and all(limits.allows(value) for limits in arguments[1:]))
+    if origin is Literal:
+        return value in arguments
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_allowed(x, arguments[0]) for x in value)
+    return type(value) is kind or kind is float and type(value) is int
 
 
-class GroupedCache:
-    """The cache of GroupedLatent: on every level, `across`, the keys and values of all slots, for
-    blocks that attend across all groups; `open_group`, those of the open group, for blocks that
-    attend inside it, and its latents, for the way up; `previous`, the latents of the group before.
-    """
-
-    def __init__(self, config, batch, length, head):
-        self.config, self.batch, self.length, self.head = config, batch, length, head
-        self.across = [Cache(batch, slots_until(config, i, length))
-                       for i in range(len(config.sizes))]
-        self.open_group = [Cache(batch, K) for K in config.sizes]
-        self.previous = [None] * len(config.latents)
-        self._n_tokens = 0
-
-    @property
-    def n_tokens(self):
-        return self._n_tokens
-
-    @n_tokens.setter
-    def n_tokens(self, t):
-        """Going back is possible to the beginning, or inside the open group: the latents of earlier
-        groups are gone."""
-        g = self.config.group_size
-        if 0 < t < self._n_tokens // g * g:
-            raise ValueError(f'n_tokens={t}: of {self._n_tokens} tokens, those of the last group '
-                             'can be taken back, or all')
-        self._n_tokens = t
-        for level, K in enumerate(self.config.sizes):
-            self.across[level].n_tokens = slots_until(self.config, level, t)
-            self.open_group[level].n_tokens = max(0, t % g - (g - K))
-
-    def n_bytes(self):
-        previous = sum(latents.nbytes for latents in self.previous if latents is not None)
-        return previous + sum(cache.n_bytes() for cache in (*self.across, *self.open_group))
+def check_value(name, value, kind):
+    """Raises ConfigError if an option of this type does not take this value."""
+    if not is_allowed(value, kind):
+        raise ConfigError(f'{name}={value!r}: must be {describe_type(kind)}')
 
 
-def check_cache(model, length):
-    if not model.config.block.causal:
-        raise ValueError('an encoder has nothing to cache: every token sees those that follow it')
-    if length > model.config.block_size:
-        raise ValueError(f'a cache of {length} tokens, but block_size is {model.config.block_size}')
+def check_options(config):
+    """Raises ConfigError if an option has a value that its type does not allow, or belongs to an
+    option that is not set."""
+    for option in fields(config):
+        check_value(option.name, getattr(config, option.name), option.type)
+    if config.attention not in ATTENTIONS:
+        raise ConfigError(f'attention={config.attention!r}: must be one of {", ".join(ATTENTIONS)}')
+    defaults = {option.name: option.default for option in fields(config)}
+    belongs_to = dict(BELONGS_TO)
+    for name in {name for attention in ATTENTIONS.values() for name in attention.options}:
+        kinds = [kind for kind, attention in ATTENTIONS.items() if name in attention.options]
+        belongs_to[name] = 'attention', kinds
+    for name, (owner, kinds) in belongs_to.items():
+        if name not in defaults or getattr(config, name) == defaults[name]:
+            continue
+        value = getattr(config, owner)
+        if value not in kinds if kinds else value == defaults[owner]:
+            wanted = f'{owner}={" or ".join(kinds)}' if kinds else owner
+            raise ConfigError(f'{name}={getattr(config, name)!r} belongs to {wanted}: set that, or '
+                              f'leave {name} out')
 
 
-def head_of_cache(model, batch):
-    """A transposed copy of the head's weights, in the precision of products: a CPU multiplies a
-    single row by it faster."""
-    weight = model.head_weight().detach()
-    if batch > 1 or weight.device.type != 'cpu':
-        return None
-    if torch.is_autocast_enabled('cpu'):
-        weight = weight.to(torch.get_autocast_dtype('cpu'))
-    return weight.t().contiguous()
+def required(config, name, meaning, owner='attention'):
+    if getattr(config, name) is None:
+        raise ConfigError(f'{owner}={getattr(config, owner)!r} needs {name}, {meaning}')
 
 
-def stream(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
-           stop=None, n_ids=None, compile=False):
-    """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, until there
-    are max_new_tokens or each sequence has had the token `stop`, after which it only repeats it.
-
-    The model sees the last block_size tokens. When they outgrow it, every position changes and the
-    whole window is computed anew for each token. temperature, top_k, top_p: see sample_token. seed:
-    of the draws; None goes on with torch's own generator. Sequence i draws with seed + i, so beside
-    others it becomes what it is alone, but for rounding. n_ids: only ids below it are drawn, as a
-    vocabulary may have rows without a meaning. compile: the step of one token; see static_step.
-    """
-    B, T = idx.shape
-    size, end = model.config.block_size, T + max_new_tokens
-    u = uniform_numbers(B, max_new_tokens, seed).to(idx.device)  # (B, max_new_tokens)
-    text = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
-    done = torch.zeros(B, dtype=torch.bool, device=idx.device)
-    cache, first = model.init_cache(B, min(size, end)), max(0, T - size)
-    static, step = None, torch.compile(static_step, dynamic=False) if compile else None
-    for t in range(T, end):
-        if t - first > size:
-            cache.n_tokens, first = 0, t - size
-        new = text[:, first + cache.n_tokens:t]
-        with torch.inference_mode():  # `text` is made and yielded outside: it may be trained on
-            if compile and cache.n_tokens and new.size(1) == 1:
-                static = static or StaticCache(cache)
-                logits = step(model, new, static)
-                cache.n_tokens += 1
-            else:  # of many positions the last one meets the vocabulary
-                last = None if new.size(1) == 1 else idx.new_full((B, 1), new.size(1) - 1)
-                logits = model(new, positions=last, cache=cache)
-            logits = logits[:, 0, :n_ids]  # (B, 1, V) -> (B, n_ids)
-            token = sample_token(logits, u[:, t - T], temperature, top_k, top_p)
-            if stop is not None:
-                token = torch.where(done, stop, token)
-                done |= token == stop
-            text[:, t] = token
-        yield text[:, t]
-        if stop is not None and done.all():
-            return
+def divisible(config, name, by, remedy='change one'):
+    n, divisor = getattr(config, name), getattr(config, by)
+    if divisor and n % divisor:
+        raise ConfigError(f'{name}={n} is not divisible by {by}={divisor}: {remedy}')
 
 
-def static_step(model, token, cache):
-    """token (B, 1) -> logits (B, 1, V). With a StaticCache no shape changes from token to token,
-    and it compiles once; see has_static_step."""
-    return model(token, cache=cache)
+def at_most(config, name, limit):
+    if getattr(config, name) > getattr(config, limit):
+        raise ConfigError(f'{name}={getattr(config, name)} is more than '
+                          f'{limit}={getattr(config, limit)}: change one')
 
 
-def uniform_numbers(n_rows, n, seed=None):
-    """Random numbers from 0 to 1 exclusive, (n_rows, n). With a seed, row i are those of a
-    generator with seed + i, on every device; without, they are torch's own generator's."""
-    if seed is None:
-        return torch.rand(n_rows, n)
-    return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed + i))
-                        for i in range(n_rows)])
+def with_defaults(config, names, **changes):
+    """A BlockConfig in which the options of these names have their defaults again."""
+    return replace(config, **{name: getattr(BlockConfig, name) for name in names}, **changes)
 
 
-def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """logits (B, V) -> a token of each row, (B,) int64: the one at which the probabilities, added
-    up, pass u, (B,) numbers from 0 to 1 exclusive. One number a row is all the chance that this
-    takes, where torch.multinomial draws V of them, which costs a CPU more than a small model.
-
-    temperature divides the logits; 0 takes the largest. top_k: only the k likeliest tokens. top_p:
-    only the likeliest tokens whose probabilities together reach p (nucleus, arXiv 1904.09751).
-    """
-    if temperature < 0:
-        raise ValueError(f'temperature={temperature}: takes zero (the likeliest token) or more')
-    if temperature < 1e-6:  # nothing but the likeliest is left, and float32 would overflow
-        return logits.argmax(dim=-1)
-    logits, order = logits.float() / temperature, None
-    if top_k is not None or top_p is not None:
-        k = min(top_k or logits.size(-1), logits.size(-1))
-        logits, order = logits.topk(k, dim=-1)  # (B, k), the likeliest first
-    sums = logits.softmax(dim=-1).cumsum(dim=-1)
-    mass = sums[:, -1:]
-    if top_p is not None:  # up to the first token with which the sum reaches top_p
-        mass = sums.gather(1, torch.searchsorted(sums, mass * top_p))
-    token = torch.searchsorted(sums, mass * u[:, None], right=True)  # (B, 1)
-    return (token if order is None else order.gather(1, token))[:, 0]
+def foreign_options(attention):
+    """Names of the options that other attentions have and this one does not."""
+    names = {name for other in ATTENTIONS.values() for name in other.options}
+    return sorted(names - {*ATTENTIONS[attention].options})
 
 
 # --------------------------------------------------------------------------------------------------
-# counting: FLOPs and cached numbers by closed formulas. Matrix products and attention scores count,
-# two FLOPs a multiply-add; norms, activations and softmax do not.
+# tables: name an attention or an architecture of your own here
+
+ATTENTIONS = {'mha': MHA, 'mla': MLA, 'gta': GTA, 'tpa': TPA, 'v4': V4}
+ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
+                 'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig),
+                 'grouped_latent': (GroupedLatent, GroupedLatentConfig)}
+MOE_OPTIONS = ('n_routed_experts', 'n_experts_per_tok', 'n_shared_experts', 'expert_hidden',
+               'n_group', 'topk_group', 'routed_scaling', 'balance_rate')
+
+# {option: (the option without which it means nothing, the values that one must have; [] = any but
+# its default)}. What belongs to an attention is in its class, see Attention.options.
+BELONGS_TO = {
+    **dict.fromkeys((*MOE_OPTIONS, 'first_k_dense'), ('mlp', ['moe'])),
+    **dict.fromkeys(('o_norm', 'o_groups'), ('o_latent', [])),
+    'rope_trained_length': ('rope_factor', []),
+    **dict.fromkeys(('embedding_loss_coeff', 'embedding_loss_affine'), ('embedding_loss', [])),
+    'n_compress': ('compress', ['transformer']),
+    'latent_loss_coeff': ('latent_loss', []),
+    **dict.fromkeys(('channels_every', 'channel_mlp_mult', 'n_shared_mlp', 'merge'),
+                    ('n_channels', [])),
+}
 
 
-def attentions_of(model):
-    return [module for module in model.modules() if isinstance(module, Attention)]
+def make_attention(config, kv_width=None):
+    """The attention that a BlockConfig names."""
+    attention = ATTENTIONS[config.attention](config, kv_width)
+    if not any(getattr(module, 'residual_out', False) for module in attention.modules()):
+        raise TypeError(f'{type(attention).__name__}: no Linear has residual_out=True. The last '
+                        'one, o_proj or a part of it, must, or it would start too large')
+    return attention
 
 
-def training_flops(model, T, predicted=1.0):
-    """Training FLOPs a token at length T, forward and backward (twice the forward ones). Only
-    useful work counts: a causal query meets (T+1)/2 keys on average, and logits are made for a
-    share `predicted` of the tokens."""
-    c, D = model.config, model.config.block.n_embd
-    projection = c.vocab_rank * D if c.vocab_rank else 0  # for the embedding, and for the head
-    head = (c.vocab_rank or D) * c.vocab_size + projection
-    return 3 * (2 * (projection + predicted * head) + model.body_flops(T))
+def option_names(arch):
+    """Names of all options of an architecture."""
+    _, config_class = ARCHITECTURES[arch]
+    return {option.name for option in fields(config_class)} - {*config_class.derived}
 
 
-def block_flops(module, queries, sources, keys):
-    """Forward FLOPs of a block, or of any part of a model, for `queries` rows, which attend to
-    `sources` rows; each query meets `keys` of them."""
-    total = 0.0
-    for part in module.modules():
-        if isinstance(part, (nn.Linear, ChannelLinear)):
-            rows = sources if getattr(part, 'on_source', False) else queries
-            total += 2 * part.weight.numel() * rows * getattr(part, 'share', 1)
-        elif isinstance(part, Attention):
-            total += part.score_flops(keys) * queries + part.product_flops(queries, sources)
-        elif isinstance(part, ChannelBlock):  # each channel goes through the shared feed-forwards
-            total += (part.n_channels - 1) * block_flops(part.shared, queries, sources, keys)
-    return total
+def make_config(arch, **options):
+    """The config of a model of the architecture `arch`, a key of ARCHITECTURES. Raises ConfigError
+    on options that it does not have or that contradict each other."""
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f'arch={arch!r}: must be one of {", ".join(ARCHITECTURES)}')
+    if unknown := sorted(options.keys() - option_names(arch)):
+        raise ConfigError(f'arch={arch!r} has no {unknown[0]}: leave it out')
+    _, config_class = ARCHITECTURES[arch]
+    return config_class(**options)
 
 
-def grouped_flops(model, T):
-    """Forward FLOPs a token of GroupedLatent: of the trunk, and of the levels (the rest)."""
-    c = model.config
-    n = [slots_until(c, i, T) / T for i in range(len(c.sizes))]  # slots a token
-    seen = [(slots * T + 1) / 2 for slots in n]  # by a query that sees all before it
-    if c.global_window and c.global_window < T:
-        seen[0] = c.global_window - c.global_window * (c.global_window - 1) / 2 / T
-    trunk, levels = block_flops(model.blocks, n[-1], n[-1], seen[-1]), 0.0
-    for i, (down, up) in enumerate(zip(model.down, model.up)):
-        K, K2 = c.sizes[i:i + 2]
-        levels += block_flops(down.in_proj, n[i], n[i], 0)
-        levels += block_flops(down.blocks, n[i], n[i], (K + 1) / 2)
-        levels += block_flops(down.pool, n[i + 1], n[i], (2 * K - K2 + 1) / 2)
-        levels += mixer_flops(down.mixer, n[i + 1], (K2 + 1) / 2, seen[i + 1])
-        levels += mixer_flops(up.mixer, n[i], (K + 1) / 2, seen[i])
-        if up.upsample == 'repeat':
-            levels += block_flops(up.up_proj, n[i + 1], n[i + 1], 0)
-        else:
-            levels += block_flops(up.up, n[i], n[i + 1], K2 + K2 * (K2 + 1) / 2 / K)
-    return dict(levels=levels, trunk=trunk)
-
-
-def mixer_flops(mixer, slots, keys_inside, keys_across):
-    keys = dict(inside=keys_inside, across=keys_across)
-    return sum(block_flops(block, slots, slots, keys[kind])
-               for kind, block in zip(mixer.order, mixer.blocks))
-
-
-def grouped_cache_numbers(model):
-    """Numbers by which the cache of GroupedLatent grows with each token. What it keeps of the open
-    group and of the one before has a fixed size."""
-    c, top = model.config, len(model.config.latents)
-    blocks = {i: model.up[i].mixer.of_kind('across') for i in range(top)}  # on each level
-    blocks[top] = list(model.blocks)
-    for down in model.down:
-        blocks[down.level + 1] += down.mixer.of_kind('across')
-    return sum(block.attn.cache_width() * block.attn.n_channels * c.sizes[i] / c.group_size
-               for i in blocks for block in blocks[i])
+def make_model(arch, **options):
+    """A model with new weights; see make_config."""
+    config = make_config(arch, **options)
+    model_class, _ = ARCHITECTURES[arch]
+    return model_class(config)

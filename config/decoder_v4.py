@@ -12,7 +12,7 @@ from config.decoder_mla import *
 attention = 'v4'
 kv_latent = None
 rope_key = 'per_head'
-layers = 'window window csa hca csa hca'
+layer_kinds = 'window window csa hca csa hca'
 window = 128
 csa_group = 4
 hca_group = 32  # DeepSeek-V4: 128, for contexts that are a thousand times as long

@@ -5,7 +5,7 @@ Asks: what does an encoder of 14.1M parameters lose on SST-2 when its attention 
 latents? Published after fine-tuning on SST-2, on an A100: 85.67% (MLA 84.75%, MLA-o 84.63%).
 Parameters: 14,121,984. Masked-language modelling on WikiText-103, 50,000 steps of 256 sequences.
 Sizes and recipe are as published, but for the data (a BPE of our own, packed sequences) and the
-start of the weights: --init_std=0.02 --zero_writers=False is the usual one.
+start of the weights: --init_std=0.02 --zero_init_residual=False is the usual one.
 """
 
 # data: uncased, a BPE of its own
@@ -31,8 +31,8 @@ mlp_hidden = 1024
 mlp_bias = True
 attention_dropout = 0.1  # and no other
 init_std = 0.0625  # 1/sqrt(n_embd); 0.02 stays at the loss of token frequencies 200 steps longer
-zero_writers = True  # 0.1 to 0.3 nats after 300 small steps, for all encoders here
-scale_latents = True  # of those that have any: 0.1 to 0.25 nats, measured without zero_writers
+zero_init_residual = True  # 0.1 to 0.3 nats after 300 small steps, for all encoders here
+scale_latents = True  # of those that have any: 0.1 to 0.25 nats, measured without zero_init_residual
 
 # recipe
 batch_size = 256

@@ -29,7 +29,7 @@ learned_positions = False
 norm = 'rms'
 mlp = 'relu2'
 init_std = 0.1  # near 1/sqrt(n_embd); from 0.02 the heads find the neighbours a minute later
-zero_writers = True  # 0.14 nats after 600 steps
+zero_init_residual = True  # 0.14 nats after 600 steps
 
 # recipe
 batch_size = 16

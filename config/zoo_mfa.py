@@ -3,7 +3,7 @@ and queries through a latent of 96; 128 cached numbers.
 """
 from config.zoo import *
 
-attention = 'mfa'
+n_kv_head = 1
 head_dim = 64
 q_latent = 96
 mlp_hidden = 800

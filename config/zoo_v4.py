@@ -6,7 +6,7 @@ from config.zoo import *
 
 attention = 'v4'
 q_latent = 96
-layers = 'window csa hca csa'
+layer_kinds = 'window csa hca csa'
 window = 32
 hca_group = 16
 head_dim = 64

@@ -55,7 +55,7 @@ def gta(c, theirs):
 
 
 def mfa(c, theirs):
-    options = dict(attention='mfa', head_dim=c['head_dim'], rope_dims=c['head_dim'],
+    options = dict(attention='mha', n_kv_head=1, head_dim=c['head_dim'], rope_dims=c['head_dim'],
                    q_latent=c['share_q_dim'])
     return options, {
         'q_a_proj': theirs['c_q.weight'], 'q_a_norm': theirs['q_layernorm.weight'],
@@ -110,7 +110,7 @@ def mlra(c, theirs):
 def v4(c, theirs):
     """Inside each head its last qk_rope_head_dim numbers are rotated, in pairs of neighbours."""
     r, kind = c['qk_rope_head_dim'], V4_KINDS[c['layer']]
-    options = dict(attention='v4', layers=kind, n_embd=c['hidden_size'], rope_dims=r, sink=True,
+    options = dict(attention='v4', layer_kinds=kind, n_embd=c['hidden_size'], rope_dims=r, sink=True,
                    n_head=c['num_attention_heads'], head_dim=c['head_dim'],
                    q_latent=c['q_lora_rank'], window=c['sliding_window'], o_groups=c['o_groups'],
                    o_latent=c['o_lora_rank'], index_topk=c['index_topk'] if kind == 'csa' else None,
@@ -177,7 +177,7 @@ def differences(path):
         sys.exit(f'{path}: its weights have other shapes than its config says')
     rope = rope_table(x.size(1), block.rope_dims, 10000.0)
     if 'rope:main:cos' in arrays:  # V4: angles of its own in layers that read entries
-        angles = 'main' if block.layers == 'window' else 'compress'
+        angles = 'main' if block.layer_kinds == 'window' else 'compress'
         rope = torch.stack([arrays[f'rope:{angles}:{part}'][0] for part in ('cos', 'sin')])
     y = torch.func.functional_call(attention, ours, x, dict(rope=rope))
     (y * arrays['dy']).sum().backward()

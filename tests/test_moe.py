@@ -37,8 +37,8 @@ def plain(moe, x, n_group=1, topk_group=1, scaling=1.0):
     chosen = sorted(allowed, key=lambda e: choice[e], reverse=True)[:moe.n_chosen]
     y = 0.0
     for e in chosen:
-        h = F.silu(moe.in_proj.weight[e] @ x) * (moe.gate_proj.weight[e] @ x)
-        y = y + scaling * scores[e] / sum(scores[e] for e in chosen) * (moe.out_proj.weight[e] @ h)
+        h = F.silu(moe.in_proj[e] @ x) * (moe.gate_proj[e] @ x)
+        y = y + scaling * scores[e] / sum(scores[e] for e in chosen) * (moe.out_proj[e] @ h)
     return y if moe.shared is None else y + moe.shared(x[None, None])[0, 0]
 
 
@@ -66,7 +66,7 @@ def test_grouped_products_are_those_of_each_expert(hidden):
     other(x.double()).square().sum().backward()
     for (name, a), b in zip(moe.named_parameters(), other.parameters()):
         assert torch.allclose(a.grad, b.grad.float(), rtol=1e-4, atol=1e-5), name
-    assert moe.out_proj.weight.grad[2:4].abs().max() == 0
+    assert moe.out_proj.grad[2:4].abs().max() == 0
 
 
 def test_no_tokens_at_all():
@@ -119,10 +119,10 @@ def test_parameters_and_flops_of_one_token():
     options = dict(mlp='moe', n_routed_experts=8, n_experts_per_tok=2, expert_hidden=8)
     experts = make_model('transformer', **TINY, **options)  # a token meets 3 x 8 = 24 hidden units
     router = 2 * 8 * 32  # layers
-    assert experts.n_active_params() == dense.n_params() + router
-    assert experts.n_params() == experts.n_active_params() + 2 * 6 * 3 * 8 * 32
-    assert experts.flops_per_token(16) == dense.flops_per_token(16) + 3 * 2 * router
-    assert dense.n_active_params() == dense.n_params()
+    assert m.n_active_params(experts) == dense.n_params() + router
+    assert experts.n_params() == m.n_active_params(experts) + 2 * 6 * 3 * 8 * 32
+    assert m.training_flops(experts, 16) == m.training_flops(dense, 16) + 3 * 2 * router
+    assert m.n_active_params(dense) == dense.n_params()
 
 
 def test_first_layers_are_dense():
@@ -138,7 +138,7 @@ def test_matrices_start_as_others_do():
     torch.manual_seed(0)
     options = {**TINY, **EXPERTS, 'n_embd': 256, 'expert_hidden': 64}
     for zero in (True, False):
-        moe = make_model('transformer', **options, zero_writers=zero).blocks[1].mlp
+        moe = make_model('transformer', **options, zero_init_residual=zero).blocks[1].mlp
         for name, weight in moe.named_parameters():
             wanted = 0.02
             if 'out_proj' in name:  # three writers a block: attention, experts, shared expert
@@ -147,17 +147,17 @@ def test_matrices_start_as_others_do():
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(n_routed_experts=None), 'needs n_routed_experts'),
-    (dict(expert_hidden=None), 'needs n_routed_experts and expert_hidden'),
-    (dict(mlp='swiglu'), "n_routed_experts belongs to mlp='moe'"),
+    (dict(n_routed_experts=None), "mlp='moe' needs n_routed_experts"),
+    (dict(expert_hidden=None), 'needs expert_hidden'),
+    (dict(mlp='swiglu'), 'n_routed_experts=6 belongs to mlp=moe'),
     (dict(n_experts_per_tok=7), 'n_experts_per_tok=7 is more than the 6'),
     (dict(n_group=4), 'n_group=4'),
-    (dict(n_group=6), 'of two experts at least'),
+    (dict(n_group=6), 'at least two experts'),
     (dict(n_group=2, topk_group=3), 'topk_group=3'),
     (dict(n_group=3, topk_group=1, n_experts_per_tok=3), 'more than the 2 experts to choose'),
     (dict(mlp_bias=True), 'no mlp_bias'),
     (dict(mlp='gelu', n_routed_experts=None, expert_hidden=None, first_k_dense=1),
-     "first_k_dense belongs to mlp='moe'"),
+     'first_k_dense=1 belongs to mlp=moe'),
 ])
 def test_contradictions(options, message):
     with pytest.raises(ConfigError, match=message):
