@@ -2140,71 +2140,60 @@ def linear_cross_entropy(x, weight, targets):
     n_chunks = max(1, x.size(0) * weight.size(0) // chunk)
     if torch.compiler.is_compiling():  # the loop unrolls
         n_chunks = min(8, n_chunks)
+    size = -(-x.size(0) // n_chunks)
     if torch.is_grad_enabled():
-        return {'loss': LinearCrossEntropy.apply(x, weight, targets, n_chunks)}
-    loss, correct, n = chunked_cross_entropy(x, weight, targets, n_chunks)
+        return {'loss': LinearCrossEntropy.apply(x, weight, targets, size)}
+    loss, correct = 0.0, 0
+    for row, target in zip(x.split(size), targets.split(size)):
+        z = F.linear(row, weight)  # (size, V)
+        z, index = z.to(torch.promote_types(z.dtype, torch.float32)), target.clamp(min=0)[:, None]
+        own, (best, first) = z.gather(1, index), z.max(dim=-1, keepdim=True)
+        z = torch.softmax(z, dim=-1, out=z)
+        # the log of the sum of all exp(logits), from the likeliest, which is never too small for it
+        losses = best - z.gather(1, first).log() - own
+        loss = loss + (losses[:, 0] * (target >= 0)).sum()
+        correct = correct + (first[:, 0] == target).sum()
+    n = (targets >= 0).sum().clamp(min=1)
     return {'loss': loss / n, 'accuracy': correct / n}
 
 
-def loss_precisions(x):
-    """Data types of the loss: of matrix products, autocast's if there is one, and of sums."""
-    device = x.device.type
-    low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    return low, torch.promote_types(low, torch.float32)
-
-
-def chunked_cross_entropy(x, weight, targets, n_chunks, dx=None, dweight=None):
-    """(the loss of linear_cross_entropy as a sum, how many targets rank first, how many there are).
-    All chunks use one buffer: fresh memory of this size costs a CPU more than the arithmetic.
-
-    dx, dweight: filled with the gradients of the sum, if given, and then nothing is ranked. They
-    are formed while the logits of a chunk are at hand: d loss / d logits = softmax - one-hot.
-    """
-    low, high = loss_precisions(x)
-    rows, matrix = x.to(low), weight.to(low)
-    scored = (targets >= 0).to(high)[:, None]  # (N, 1)
-    index = targets.clamp(min=0)[:, None]
-    size = -(-x.size(0) // n_chunks)
-    logits, buffer = (torch.empty(size, weight.size(0), dtype=dtype, device=x.device)
-                      for dtype in (low, high))  # (chunk, V)
-    loss, correct = torch.zeros((), dtype=high, device=x.device), 0
-    for start in range(0, x.size(0), size):
-        row, i, s = (tensor[start:start + size] for tensor in (rows, index, scored))
-        z = torch.mm(row, matrix.t(), out=logits[:row.size(0)])
-        p = z if low == high else buffer[:row.size(0)].copy_(z)
-        if dx is None:
-            own, (best, first) = p.gather(1, i), p.max(dim=-1, keepdim=True)
-            p = torch.softmax(p, dim=-1, out=p)
-            # log of the sum of all exp(logits), by the likeliest, which is never too small for it
-            loss = loss + ((best - p.gather(1, first).log() - own) * s).sum()
-            correct = correct + ((first == i) * s).sum()
-            continue
-        p = torch.softmax(p, dim=-1, out=p)
-        # a probability below 1e-38 counts as 1e-38, 87 nats; the gradient is right all the same
-        loss = loss - (p.gather(1, i).clamp(min=torch.finfo(high).tiny).log() * s).sum()
-        if torch.compiler.is_compiling():
-            # is fused with the softmax, where scatter_add_ would want all of p in `high`
-            p = (p - (torch.arange(p.size(1), device=p.device) == i).to(high)).to(low)
-        else:
-            p = z.copy_(p.scatter_add_(1, i, -torch.ones_like(s)))
-        row, s = row * s.to(low), s.to(low)  # instead of a pass over p for what is not scored
-        dx[start:start + size] = p @ matrix * s
-        if low == high:
-            torch.addmm(dweight, p.t(), row, out=dweight)
-        else:
-            dweight.add_(p.t() @ row)
-    return loss, correct, scored.sum().clamp(min=1)
-
-
 class LinearCrossEntropy(torch.autograd.Function):
-    """The training half of linear_cross_entropy. Gradients are divided by the number of targets in
-    the backward pass, because 1/N would underflow in bfloat16."""
+    """linear_cross_entropy in training: the gradients of a chunk are formed while its logits are at
+    hand, d loss / d logits = softmax - one-hot. All chunks use one buffer: fresh memory of this size
+    costs a CPU more than the arithmetic. Sums are in float32 or better; matrix products have
+    autocast's precision. Gradients are divided by the number of targets in backward, because 1/N
+    would underflow in bfloat16."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, n_chunks):
-        low, high = loss_precisions(x)
-        dx, dweight = torch.empty_like(x, dtype=low), torch.zeros_like(weight, dtype=high)
-        loss, _, n = chunked_cross_entropy(x, weight, targets, n_chunks, dx, dweight)
+    def forward(ctx, x, weight, targets, size):
+        device = x.device.type
+        low = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        high = torch.promote_types(low, torch.float32)
+        rows, matrix, index = x.to(low), weight.to(low), targets.clamp(min=0)[:, None]
+        scored = (targets >= 0).to(high)[:, None]  # (N, 1)
+        logits, buffer = (torch.empty(size, weight.size(0), dtype=dtype, device=x.device)
+                          for dtype in (low, high))  # (size, V)
+        dx, dweight = torch.empty_like(rows), torch.zeros_like(weight, dtype=high)
+        loss = torch.zeros((), dtype=high, device=x.device)
+        for start in range(0, x.size(0), size):
+            row, i, s = (tensor[start:start + size] for tensor in (rows, index, scored))
+            z = torch.mm(row, matrix.t(), out=logits[:row.size(0)])
+            p = z if low == high else buffer[:row.size(0)].copy_(z)
+            p = torch.softmax(p, dim=-1, out=p)
+            # a probability below 1e-38 counts as 1e-38, 87 nats; the gradient is right all the same
+            loss = loss - (p.gather(1, i).clamp(min=torch.finfo(high).tiny).log() * s).sum()
+            if torch.compiler.is_compiling():
+                # is fused with the softmax, where scatter_add_ would want all of p in `high`
+                p = (p - (torch.arange(p.size(1), device=p.device) == i).to(high)).to(low)
+            else:
+                p = z.copy_(p.scatter_add_(1, i, -torch.ones_like(s)))
+            row, s = row * s.to(low), s.to(low)  # instead of a pass over p for what is not scored
+            dx[start:start + size] = p @ matrix * s
+            if low == high:
+                torch.addmm(dweight, p.t(), row, out=dweight)
+            else:
+                dweight.add_(p.t() @ row)
+        n = scored.sum().clamp(min=1)
         ctx.save_for_backward(dx, dweight, n)
         ctx.dtypes = x.dtype, weight.dtype
         return loss / n
