@@ -47,7 +47,7 @@ RENAMED = {
 
 def layout_of(module, orders):
     """{their name: ([our tensors], order)} for a module whose tensors have the names that they have
-    in a Transformer. Theirs is torch.cat(ours)[order], or torch.cat(ours) if that is None; ours
+    in a Transformer. Theirs is torch.cat(ours)[order], or torch.cat(ours) without an order. Ours
     share memory with the module. orders: what row_orders returns, or {}."""
     layout = {}
     for name, weight in module.state_dict().items():
@@ -108,7 +108,7 @@ MOE_SIZES = dict(n_routed_experts='n_routed_experts', num_experts_per_tok='n_exp
                  n_shared_experts='n_shared_experts', moe_intermediate_size='expert_hidden',
                  n_group='n_group', topk_group='topk_group')
 OPTIONAL = {'q_lora_rank', 'o_latent', 'n_shared_experts', 'n_group', 'topk_group',
-            'num_key_value_heads', 'head_dim'}  # if null or missing, our default is theirs
+            'num_key_value_heads', 'head_dim'}  # null or missing means the default of our option
 
 # values of theirs that no option here stands for: only these can be loaded
 FIXED = dict(rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu', norm_topk_prob=True,
@@ -117,9 +117,9 @@ FIXED = dict(rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu', norm_to
 OURS = dict(causal=True, attention='mla', rope_key='shared', norm='rms', final_norm=True,
             bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None, vocab_rank=None,
             n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False, o_groups=1)
-# {model_type: the values that its config.json may leave out}
-DEEPSEEK_V3 = FIXED | dict(first_k_dense_replace=3, routed_scaling_factor=1.0,
-                           tie_word_embeddings=False, rope_interleave=True)
+# {model_type: what transformers takes for values that its config.json leaves out}
+DEEPSEEK_V3 = FIXED | dict(first_k_dense_replace=3, routed_scaling_factor=2.5, n_group=8,
+                           topk_group=4, tie_word_embeddings=False, rope_interleave=True)
 FAMILIES = dict(deepseek_v3=DEEPSEEK_V3, kimi_k2=DEEPSEEK_V3)
 
 
