@@ -1,12 +1,12 @@
-"""Decoder, the baseline of the encoder-decoder experiments: 26 layers, 160 wide, on Wikipedia.
+"""Decoder: the baseline of the encoder-decoder experiments, 26 layers, 160 wide, on Wikipedia.
 
-Published validation loss after 9,000 steps: 3.424 nats at 16,036,800 parameters (positions not
-counted), against 3.378 for an encoder-decoder of 15.76M. What differs from those runs: the
-Wikipedia dump (20231101), and an evaluation on 10,400 fixed sequences instead of 200 random batches
-of 50.
+Published validation loss after 9,000 steps: 3.424 nats with 16,036,800 parameters (without
+positions), against 3.378 for an encoder-decoder of 15.76M. Two things differ from those runs: the
+Wikipedia dump (20231101), and the evaluation, on 10,400 fixed sequences instead of 200 random
+batches of 50.
 """
 
-# data: GPT-2's vocabulary, of which a causal model needs no mask and no padding token
+# data: GPT-2's vocabulary; a causal model needs no mask token and no padding token
 dataset = 'wikipedia'
 tokenizer = 'gpt2'
 vocab_size = 50257
@@ -22,8 +22,8 @@ norm = 'layer'
 mlp = 'gelu'
 learned_positions = True
 
-# recipe: the cosine of a run of 700,000 steps, stopped early, so that after the warmup the rate is
-# nearly constant
+# recipe: the cosine of a run of 700,000 steps, stopped so early that the rate is nearly constant
+# after the warmup
 batch_size = 800
 max_iters = 9_000
 lr_decay_iters = 700_000

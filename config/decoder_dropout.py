@@ -1,8 +1,8 @@
-"""decoder.py with dropout 0.2: 16,036,800 parameters (positions not counted).
+"""decoder.py with dropout 0.2: 16,036,800 parameters (without positions).
 
-Asks: is the plain decoder held back by overfitting? Published: 3.406 nats against 3.424, but with
-dropout of the attention weights also on in evaluation. Here evaluation is without dropout.
-After 0.6 million tokens it costs 0.13 nats: see RESULTS.md.
+Asks: does overfitting hold the plain decoder back? Published: 3.406 nats against 3.424, but with
+dropout of the attention weights in evaluation too. Here evaluation has no dropout. After 0.6
+million tokens dropout costs 0.13 nats: see RESULTS.md.
 """
 from config.decoder import *
 

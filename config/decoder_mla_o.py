@@ -1,4 +1,4 @@
-"""decoder_mla.py with MLA-o: the heads also write through a shared latent of 96, which is normed.
+"""decoder_mla.py with MLA-o: the outputs of all heads pass a shared latent of 96, which has a norm.
 
 Asks: does a decoder lose anything by it, and does it change what the heads write? See svd.py.
 """

@@ -1,7 +1,6 @@
-"""decoder.py a little narrower: 156 wide with 12 heads, 15,441,192 parameters (positions not
-counted).
+"""decoder.py, slightly narrower: 156 wide with 12 heads, 15,441,192 parameters (without positions).
 
-Asks: is the encoder-decoder, at 15.76M parameters, also ahead of a decoder smaller than itself?
+Asks: does the encoder-decoder of 15.76M parameters also beat a decoder that is smaller than itself?
 """
 from config.decoder import *
 

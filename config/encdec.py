@@ -1,15 +1,15 @@
-"""Encoder-decoder, autoregressive end to end: the decoder starts from the output of its own causal
-encoder and attends to it.
+"""Encoder-decoder that is autoregressive end to end: the decoder starts from the output of its own
+causal encoder and attends to it.
 
-Asks: does a decoder do better if half of its layers become an encoder that the other half reads?
-Published validation loss after 9,000 steps on Wikipedia, of the best variant (encdec_mse_pos.py):
-3.378 nats at 15.76M parameters, against 3.424 of decoder.py at 16.04M. This file is the plain one;
-its variants change a line or two. Parameters: 15,762,900 (positions not counted).
+Asks: does a decoder improve if half of its layers become an encoder that the other half reads?
+Published validation loss of the best variant (encdec_mse_pos.py) after 9,000 steps on Wikipedia:
+3.378 nats with 15.76M parameters, against 3.424 for decoder.py with 16.04M. This file is the plain
+version; its variants change a line or two. Parameters: 15,762,900 (without positions).
 
-What differs from those runs, besides what decoder.py says: matrices that write into the decoder's
-stream start at 0.02/sqrt(39), by the number of those matrices, where it was 0.02/sqrt(26). Variants
-that were published as harmful are left out: another order of the attentions, the next position
-added to the decoder's input, norms in other places, other detachments.
+What differs from those runs, apart from what decoder.py says: the projections into the decoder's
+residual stream start at 0.02/sqrt(39), because there are 39 of them, where it was 0.02/sqrt(26).
+Variants that the publication found harmful are left out: attentions in another order, the next
+position added to the decoder's input, norms in other places, other detachments.
 """
 from config.decoder import *
 

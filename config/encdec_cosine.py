@@ -1,6 +1,6 @@
-"""encdec_mse.py with the cosine, which sees only directions, in place of the squared error.
+"""encdec_mse.py with the cosine, which compares only directions, instead of the squared error.
 
-Parameters: 15,763,500 (positions not counted).
+Parameters: 15,763,500 (without positions).
 """
 from config.encdec import *
 

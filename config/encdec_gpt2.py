@@ -1,8 +1,8 @@
 """encdec_mse_pos.py with the width, heads, depth and length of GPT-2 small: 768 wide, heads of 64,
-twelve blocks, 1,024 tokens. The cross-attention makes it larger, 138.3M parameters against 124M.
+twelve blocks, 1,024 tokens. Cross-attention makes it larger: 138.3M parameters against 124M.
 
-Asks: what does it do at a size that people use? Nothing is published for it, and it keeps the 9,000
-steps and the cosine of 700,000 of decoder.py. Meant for 8 GPUs:
+Asks: what does it do at a size that people use? Nothing is published for this size. It keeps the
+9,000 steps of decoder.py and its cosine over 700,000. Meant for 8 GPUs:
 torchrun --nproc_per_node=8 train.py config/encdec_gpt2.py
 """
 from config.encdec_mse_pos import *

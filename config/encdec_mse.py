@@ -1,9 +1,9 @@
-"""encdec.py with an embedding loss: the mean of the embeddings so far is pulled to the encoder's
-output, by their squared error.
+"""encdec.py with an embedding loss: the squared error between the mean of the embeddings so far and
+the encoder's output.
 
-Asks: is an encoder better that summarises what it has read? Watch embedding_gain and encoder_gain:
-the loss can fall by shrinking them, and --embedding_loss_affine=False takes them away. Parameters:
-15,763,500 (positions not counted).
+Asks: is an encoder better if it summarises what it has read? Watch embedding_gain and encoder_gain:
+the loss can fall just because they shrink, and --embedding_loss_affine=False removes them.
+Parameters: 15,763,500 (without positions).
 """
 from config.encdec import *
 

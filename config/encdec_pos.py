@@ -1,7 +1,8 @@
-"""encdec.py that subtracts the embedding of the next position from its last state, before the head.
+"""encdec.py that subtracts the embedding of the next position from its last hidden state, before
+the head.
 
-Asks: does a state predict better if it need not carry its position? Parameters: 15,762,900
-(positions not counted).
+Asks: does a hidden state predict better if it need not carry its position? Parameters: 15,762,900
+(without positions).
 """
 from config.encdec import *
 

@@ -1,7 +1,6 @@
-"""grouped.py whose slots read the latents by attention, instead of taking the last ones as they
-are.
+"""grouped.py that turns latents back into bytes by attention instead of repeating the last ones.
 
-Claim: repeating does as well, for less.
+Claim: repetition does as well and costs less.
 """
 from config.grouped import *
 

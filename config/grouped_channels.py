@@ -1,5 +1,5 @@
-"""grouped.py with two channels in every second trunk block, over half as many latents. Against
-grouped.py the scores of the trunk's attention cost half and its projections about three quarters.
+"""grouped.py with two channels in every second trunk block and half as many latents. Compared with
+grouped.py, the scores of the trunk's attention cost half and its projections about three quarters.
 
 Claim: s channels over K/m latents do better than one over K. Compare with grouped.py.
 """

@@ -1,6 +1,6 @@
 """grouped.py whose trunk also predicts its own next input.
 
-Claim: this helps a trunk that otherwise learns only from the distant bytes.
+Claim: this helps a trunk that otherwise learns only from the bytes, which are far away.
 """
 from config.grouped import *
 

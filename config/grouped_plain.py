@@ -1,5 +1,5 @@
-"""The baseline of grouped.py: a plain decoder as wide and as deep as its trunk, at 13 times the
-arithmetic a byte.
+"""The baseline of grouped.py: a plain decoder as wide and as deep as its trunk, with 13 times the
+arithmetic per byte.
 """
 from config.grouped import *
 

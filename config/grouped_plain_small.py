@@ -1,5 +1,5 @@
-"""The baseline of grouped.py that costs as much a byte: a plain decoder of 4 layers, 128 wide,
-with a recipe of its own.
+"""The baseline of grouped.py at equal cost per byte: a plain decoder of 4 layers, 128 wide, with a
+recipe of its own.
 """
 from config.grouped_plain import *
 

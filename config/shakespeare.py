@@ -1,6 +1,6 @@
-"""Ninety seconds on two CPU cores: a small causal model of bytes, on one's own text file.
+"""Ninety seconds on two CPU cores: a small causal model of bytes, trained on your own text file.
 
-Asks: how good can a model get in that time, start to end? The usual subject is tinyshakespeare:
+Asks: how good can a model get in that time, from start to end? The usual text is tinyshakespeare:
 python train.py config/shakespeare.py --source=input.txt
 Sizes and recipe are ours.
 """
@@ -34,6 +34,6 @@ learning_rate = 1e-2
 schedule = 'wsd'
 warmup_iters = 20
 weight_decay = 0.05
-eval_interval = 1_000_000  # at the end, on all that is held out
+eval_interval = 1_000_000  # only at the end, on everything held out
 eval_iters = 0
 log_interval = 100

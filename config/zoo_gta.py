@@ -1,5 +1,5 @@
-"""zoo.py with grouped-tied attention: two groups of heads, each with one vector that is their value
-and, with its first half, their key; 80 cached numbers.
+"""zoo.py with grouped-tied attention: 80 cached elements. Each of two groups of heads has one
+vector that is their value and whose first half is part of their key.
 """
 from config.zoo import *
 

@@ -1,4 +1,4 @@
-"""zoo.py with a gate on what the heads have read."""
+"""zoo.py with a gate on the outputs of the heads."""
 from config.zoo import *
 
 gate = True

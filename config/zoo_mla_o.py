@@ -1,4 +1,4 @@
-"""zoo_mla.py with MLA-o: the heads write through a latent of 96 that they share."""
+"""zoo_mla.py with MLA-o: the heads share an output latent of 96."""
 from config.zoo_mla import *
 
 o_latent = 96

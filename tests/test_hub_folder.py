@@ -1,11 +1,9 @@
-"""Folders in the layout of transformers as runs: exported by train.py and loaded by transformers,
+"""Folders in the format of transformers as runs: exported by train.py and loaded by transformers,
 written by transformers and trained, sampled and fine-tuned here."""
 
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ import sample
 import svd
 import train
 from config import UserError
-from conftest import REPOSITORY, corpus, train_runs
+from conftest import corpus, train_runs
 from model import OutputLatent
 from prepare import Tokenizer
 from run import load_checkpoint, load_run
@@ -41,11 +39,11 @@ ODD = ['The river, 1234 BRIDGES\n\n\t and  two ',
 
 @pytest.fixture(scope='module')
 def made(tmp_path_factory):
-    """Runs of two steps, bpe and byte and encoder, and `hub`, which transformers has written: a
-    DeepSeek-V3 with experts and random weights, with a tokenizer that is not ours."""
+    """Runs of two steps, bpe, byte and sum, and `hub`, which transformers has written: a
+    DeepSeek-V3 with experts and random weights, and with a tokenizer that is not ours."""
     folder = train_runs(tmp_path_factory.mktemp('made'), SMALL, dict(
         bpe=['--o_latent=12'], byte=['--tokenizer=byte', '--vocab_size=257', '--lowercase=True'],
-        sum=['--o_latent=12', '--o_norm=sum'], encoder=['--causal=False']))
+        sum=['--o_latent=12', '--o_norm=sum']))
     theirs(**MOE, vocab_size=330).save_pretrained(folder / 'hub')
     library = tokenizers.ByteLevelBPETokenizer(lowercase=True)
     library.train_from_iterator(corpus(100), 290, special_tokens=['<s>', '</s>'])
@@ -182,32 +180,19 @@ def test_a_tokenizer_that_is_not_ours(folder):
         assert Tokenizer.load('hub/tokenizer.json').eot == 0
 
 
-def first_shard():
-    return sorted(Path('hub').glob('*.safetensors'))[0]
-
-
-def llama():
-    theirs(**LLAMA).save_pretrained('hub')
-
-
-def without_a_shard():
-    first_shard().unlink()
-    theirs(vocab_size=330).save_pretrained('hub', max_shard_size='50KB')
-    first_shard().unlink()
+def weights():
+    return Path('hub/model.safetensors')
 
 
 @pytest.mark.parametrize('change, message', [
-    (llama, "hub: its layout is 'llama'"),
-    (without_a_shard, 'model-00001-of-.*: this shard is missing'),
-    (lambda: first_shard().write_bytes(first_shard().read_bytes()[:-100]), 'truncated or damaged'),
+    (lambda: theirs(**LLAMA).save_pretrained('hub'), "hub.*'llama'"),
+    (lambda: weights().write_bytes(weights().read_bytes()[:-100]), 'missing or damaged'),
     (lambda: Path('hub/tokenizer.json').unlink(), 'hub/tokenizer.json: there is no such tokenizer'),
     (lambda: Path('hub/tokenizer.json').write_text('{"model": 3}'), 'no file of the library'),
     (lambda: Path('hub/tokenizer.json').write_text('{"mod'), 'hub/tokenizer.json: damaged'),
     (lambda: Path('hub/tokenizer_config.json').unlink(), 'for the end of a sequence'),
     (lambda: edit('hub/config.json', eos_token_id=999), 'for the end of a sequence'),
     (lambda: edit('hub/config.json', rms_norm_eps=1e-5), 'hub/config.json: rms_norm_eps=1e-05'),
-    (lambda: edit('hub/config.json', num_hidden_layers=3),
-     'hub: model.layers.2.input_layernorm.weight: missing'),
     (lambda: edit('hub/config.json', vocab_size=340),
      'hub: model.embed_tokens.weight: has the shape'),
     (lambda: theirs(vocab_size=280).save_pretrained('hub'),
@@ -230,7 +215,6 @@ def test_a_folder_that_cannot_be_used(folder, script, change, message):
     (['--init_from=bpe', '--export=bpe/ckpt.pt'], 'ckpt.pt: is there already'),
     (['--init_from=bpe', '--export=corpus.csv/new'], 'new: cannot be written'),
     (['--init_from=sum', '--export=new'], "cannot be exported: o_norm='sum'"),
-    (['--init_from=encoder', '--export=new'], 'cannot be exported: causal=False'),
     (['--tokenizer=given', *DATA], 'tokenizer=given'),
 ])
 def test_what_train_refuses(folder, script, arguments, message):
@@ -242,26 +226,18 @@ def test_what_train_refuses(folder, script, arguments, message):
     assert {path.parts[0] for path in left} <= {'data'}
 
 
-PEAK = '''
-import re, sys
-import run
-peak = lambda: int(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1]) * 1024
-run.make_model('transformer', n_layer=1, n_embd=32, n_head=2)  # what the libraries take once
-run.Tokenizer.load(sys.argv[1] + '/tokenizer.json')
-before = peak()
-model, _, _ = run.load_run(sys.argv[1])
-print((peak() - before) / sum(p.nbytes for p in model.parameters()))
-'''
-
-
-@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs a Linux')
+@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='needs a Linux')
 def test_loading_takes_no_second_copy_of_the_weights(folder):
-    """As float32 a second copy would make it at least 2; beside the model there is one tensor."""
-    model = theirs(vocab_size=330, hidden_size=512, intermediate_size=4096, num_hidden_layers=8,
-                   first_k_dense_replace=8)
-    for name in ('tokenizer.json', 'tokenizer_config.json'):
-        shutil.copy(f'hub/{name}', folder / name)
-    model.save_pretrained(folder, max_shard_size='20MB')
-    result = subprocess.run([sys.executable, '-c', PEAK, str(folder)], cwd=REPOSITORY, text=True,
-                            capture_output=True)
-    assert float(result.stdout) < 1.5, result.stderr
+    """As float32 a second copy would make it at least 2; next to the model there is one tensor."""
+    model = theirs(vocab_size=330, hidden_size=512, intermediate_size=4096, num_hidden_layers=4,
+                   first_k_dense_replace=4)
+    model.save_pretrained('hub', max_shard_size='20MB')
+    weights().unlink()
+
+    def peak():
+        return int(re.search(r'VmHWM:\s+(\d+) kB', Path('/proc/self/status').read_text())[1]) * 1024
+
+    Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
+    before = peak()
+    loaded, _, _ = load_run('hub')
+    assert (peak() - before) / sum(p.nbytes for p in loaded.parameters()) < 1.5
