@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 
 from config import UserError, read_json
 from model import (ARCHITECTURES, BlockConfig, ConfigError, LanguageModel, OutputLatent,
-                   Transformer, flat_options, make_attention, make_model)
+                   Transformer, make_attention, make_model)
 
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have one scale per block of 128 x 128
 SHARD_BYTES = 5 * 10 ** 9  # largest file of weights, as in transformers
@@ -53,7 +53,7 @@ def layout_of(module, orders):
     for name, weight in module.state_dict().items():
         theirs = '.'.join(RENAMED.get(part, part) for part in name.split('.'))
         if weight.dim() == 3:  # all experts, each of which is a tensor there
-            layout |= {theirs.replace('.mlp.', f'.mlp.experts.{i}.'): ([expert], None)
+            layout |= {theirs.replace('.mlp.', f'.mlp.experts.{i}.') + '.weight': ([expert], None)
                        for i, expert in enumerate(weight)}
         else:
             order = orders.get(theirs.split('self_attn.')[-1])
@@ -204,7 +204,7 @@ def options_of_deepseek(hf_config):
 def config_for_deepseek(config):
     """The dict of a config.json that options_of_deepseek reads as this TransformerConfig, without
     its output latent. Raises ConfigError if there is none."""
-    options = flat_options(config)
+    options = config.options()
     if wrong := [name for name, wanted in OURS.items() if options[name] != wanted]:
         raise ConfigError(f'{wrong[0]}={options[wrong[0]]}: DeepSeek-V3 has {OURS[wrong[0]]}')
     has_experts = options['mlp'] == 'moe'
@@ -258,7 +258,7 @@ def from_deepseek(state_dict, hf_config):
 def load_deepseek(model, tensors, hf_config):
     """Copies the weights of a DeepSeek-V3 into a Transformer of its sizes, one tensor at a time.
     tensors: {their name: tensor}, or a Checkpoint. Raises ConfigError as from_deepseek does."""
-    orders = row_orders(model.config.block, hf_config.get('rope_interleave', True))
+    orders = row_orders(model.config, hf_config.get('rope_interleave', True))
     layout = layout_of(model, orders)
     for name in tensors:
         layer = re.match(r'model\.layers\.\d+\.', name)
@@ -291,7 +291,7 @@ def to_deepseek(model, split=False):
     """
     if type(model) is not Transformer:
         raise ConfigError(f'{type(model).__name__}: only a Transformer can become a DeepSeek-V3')
-    block, hf_config = model.config.block, config_for_deepseek(model.config)
+    block, hf_config = model.config, config_for_deepseek(model.config)
     if block.o_norm != 'none' and not split:
         raise ConfigError(f'o_norm={block.o_norm!r} stands between the two matrices: use '
                           'split=True, and add_output_latent with the same norm to load it')
@@ -339,7 +339,7 @@ def add_output_latent(model, rank, init='svd', norm='none', n_groups=1):
     heads = {name: n_heads_of(name, module, rank, n_groups) for name, module in found.items()}
     if isinstance(model, LanguageModel):  # its first n_dense layers stay as they are
         arch = next(name for name, (kind, _) in ARCHITECTURES.items() if type(model) is kind)
-        options = flat_options(model.config) | dict(o_latent=rank, o_norm=norm, o_groups=n_groups)
+        options = model.config.options() | dict(o_latent=rank, o_norm=norm, o_groups=n_groups)
         with torch.device('meta'):
             wanted = make_model(arch, **options)
         found = {name: module for name, module in found.items()
