@@ -116,7 +116,7 @@ FIXED = dict(rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu', norm_to
 # options of ours that no value there stands for: only these can be exported
 OURS = dict(causal=True, attention='mla', rope_key='shared', norm='rms', final_norm=True,
             bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None, vocab_rank=None,
-            n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False, o_groups=1)
+            n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False, o_groups=1, window=None)
 # {model_type: what transformers takes for values that its config.json leaves out}
 DEEPSEEK_V3 = FIXED | dict(first_k_dense_replace=3, routed_scaling_factor=2.5, n_group=8,
                            topk_group=4, tie_word_embeddings=False, rope_interleave=True)
