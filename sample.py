@@ -27,7 +27,7 @@ CACHE_BYTES = 2 ** 30  # of the samples that are drawn together
 class SampleOptions(MachineOptions):
     """Options"""
 
-    out_dir: str | None = None  # run folder of train.py, or another that its init_from takes
+    out_dir: str | None = None  # run folder of train.py, or folder of a DeepSeek-V3
     start: str = ''  # text to go on from, or FILE:PATH; '' = the start of a document
     num_samples: Count = 1  # how many continuations to write
     max_new_tokens: Count = 300  # tokens to write, fewer where the document ends
