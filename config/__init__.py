@@ -48,10 +48,9 @@ def run(main):
             sys.exit(141)
         message = f'{error.filename or "output"}: {error.strerror or error}'
     except (RuntimeError, MemoryError) as error:
-        reason = str(error)
-        if type(error) is not MemoryError and not re.search('(of|allocate) memory', reason):
+        message = f'out of memory ({str(error)[:100]}): take a smaller batch, block_size or model'
+        if isinstance(error, RuntimeError) and not re.search('(of|allocate) memory', str(error)):
             raise
-        message = f'out of memory ({reason[:100]}): take a smaller batch, block_size or model'
     print(f'{Path(sys.argv[0]).name}: {" ".join(message.split())}', file=sys.stderr)
     sys.exit(status)
 
@@ -199,7 +198,8 @@ def print_help(doc, classes, values):
     derived = {name for group in groups for name in getattr(group, 'derived', ())}
     printed = set()
     for group in groups:
-        comments = dict(re.findall(r'^ {4}(\w+): .*?  # (.*)$', inspect.getsource(group), re.M))
+        source = inspect.getsource(group)
+        comments = dict(re.findall(r'^ {4}(\w+): .*?(?:  # (.*))?$', source, re.MULTILINE))
         hidden = printed if getattr(group, 'derived', ()) else printed | derived
         known = options_of(group)
         options = {name: known[name] for name in comments if name in known.keys() - hidden}

@@ -177,10 +177,15 @@ def test_every_option_of_the_scripts_has_its_line_of_help(name, script, capsys):
 # run
 
 
+class ArrayMemoryError(MemoryError):
+    """As numpy's."""
+
+
 @pytest.mark.parametrize('error, status, message', [
     (UserError('two\nlines'), 2, 'x.py: two lines\n'),
     (KeyboardInterrupt(), 130, 'x.py: interrupted\n'),
     (MemoryError(), 2, 'x.py: out of memory'),
+    (ArrayMemoryError('Unable to allocate 8 GiB'), 2, 'x.py: out of memory (Unable'),
     (RuntimeError('CUDA out of memory. Tried to allocate 20 GiB'), 2, 'x.py: out of memory (CUDA'),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you"), 2, 'x.py: out of memory'),
 ])
