@@ -353,11 +353,11 @@ def show_results(options, summary, best, test):
     print('\nsurest mistakes: probability of a positive sentence, its label, the sentence\n')
     for _, p, label, text in sorted(wrong, reverse=True)[:3]:
         print(f'  {p:.2f}  {("negative", "positive")[label]}  {text}')
-    interval = f' +- {summary["ci95"]:.2%} (95% interval)' if options.seeds > 1 else ''
-    print(f'\ntest accuracy {summary["mean"]:.2%}{interval}, validation '
-          f'{statistics.mean(summary["validation_accuracy"]):.2%}; a bag of words scores '
-          f'{summary["bag_of_words"]["test_accuracy"]:.1%} on the same test, whose {len(test)} '
-          f'sentences have a binomial standard error of {summary["binomial_se"]:.2%}\n'
+    interval = f' +- {summary["ci95"]:.2%}' if options.seeds > 1 else ''
+    print(f'\ntest accuracy {summary["mean"]:.2%}{interval} (seeds: {options.seeds}), validation '
+          f'{statistics.mean(summary["validation_accuracy"]):.2%}\na bag of words scores '
+          f'{summary["bag_of_words"]["test_accuracy"]:.2%} on the same test; the binomial standard '
+          f'error of {len(test)} sentences is {summary["binomial_se"]:.2%}\n'
           f'{options.file(".json")}')
 
 

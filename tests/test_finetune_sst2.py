@@ -71,7 +71,7 @@ def test_learns_and_writes_what_it_says(folder, script, capsys, run):
     assert out['ci95'] == pytest.approx(12.706 * out['std'] / math.sqrt(2))
     assert out['binomial_se'] == pytest.approx(math.sqrt(out['mean'] * (1 - out['mean']) / 60))
     assert out['bag_of_words'] == dict(validation_accuracy=1.0, test_accuracy=1.0)
-    assert 'a bag of words scores 100.0% on the same test' in capsys.readouterr().out
+    assert 'a bag of words scores 100.00% on the same test' in capsys.readouterr().out
 
     saved = torch.load(f'{run}/sst2.pt', weights_only=True)
     assert saved['provenance']['tokenizer'] == load_run(run)[1].digest()
@@ -99,8 +99,8 @@ def test_learns_and_writes_what_it_says(folder, script, capsys, run):
 
 
 def test_a_bag_of_words_knows_pairs_and_no_order_beyond():
-    """The label hangs on a pair; each word is as frequent with either label. What no training phrase
-    has, and what a sentence has twice, changes nothing."""
+    """The label hangs on a pair; each word is as frequent with either label. Words that no training
+    phrase has, or that a sentence has twice, change nothing."""
     texts = dict(train=[('not good', 0), ('good', 1), ('not bad', 1), ('bad', 0)] * 20,
                  validation=[('a film that is Not good', 0), ('bad film', 0)],
                  test=[('it is not bad', 1), ('good good', 1), ('bad it is', 0)])
