@@ -2,88 +2,129 @@
 
 A config file is trusted python that assigns names. What an option is called, which values it takes,
 its default and its line in --help are read from the dataclass that declares it: from the
-annotation, the default, and the comment behind the field. An annotation Annotated[int, limits] also
-says which numbers are allowed; `limits` is a Range of model.py.
+annotation, the default, and the comment after the field. Annotated[int, Range(...)] also says which
+numbers are allowed; Range is a class of model.py.
 """
 
 import ast
 import contextlib
 import difflib
 import errno
-import functools
 import inspect
-import itertools
 import json
+import math
 import os
 import re
 import runpy
 import sys
 import types
-import typing
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 
 class UserError(Exception):
     """Something that the user can mend: `run` prints it as one line on stderr, exit status 2."""
 
 
-@dataclass
-class Option:
-    type: object
-    default: object
-    help: str
-
-
 def run(main):
-    """Calls main() as a script: what the user can mend is one line and status 2, Ctrl-C is 130.
-    What the terminal cannot show is replaced by a question mark."""
-    name = Path(sys.argv[0]).name
-    # None: the caller has closed it, and the next file to be opened would take its place
-    sys.stdout = sys.stdout or open(os.devnull, 'w', errors='replace')
-    sys.stderr = sys.stderr or open(os.devnull, 'w', errors='replace')
-    sys.stdout.reconfigure(errors='replace')
+    """Calls main() as a script: what the user can mend is one line and status 2, Ctrl-C is 130."""
+    # a stream that the caller has closed is None, and the next file to be opened takes its number
+    sys.stdout = sys.stdout or open(os.devnull, 'w')
+    sys.stderr = sys.stderr or open(os.devnull, 'w')
+    # a ? for what the terminal cannot show; lines at once, so that an error comes after them
+    sys.stdout.reconfigure(errors='replace', line_buffering=True)
+    status = 2
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()
+        return main()
     except UserError as error:
-        print(f'{name}: {" ".join(str(error).split())}', file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
     except KeyboardInterrupt:
-        print(f'{name}: interrupted', file=sys.stderr)
-        sys.exit(130)
-    except (RuntimeError, MemoryError) as error:
-        reason = ' '.join(str(error).split())
-        if not re.search('out of memory|allocate memory', reason) and type(error) is RuntimeError:
-            raise
-        print(f'{name}: out of memory ({reason[:100]}): take a smaller micro_batch_size, '
-              'block_size or model', file=sys.stderr)
-        sys.exit(2)
+        message, status = 'interrupted', 130
     except OSError as error:
-        if error.errno != errno.EPIPE:
-            print(f'{name}: {error.filename or "output"}: {error.strerror or error}',
-                  file=sys.stderr)
         # what is still to be printed must not fail again when python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141 if error.errno == errno.EPIPE else 2)
+        if error.errno == errno.EPIPE:  # nobody reads on, as after `| head`
+            sys.exit(141)
+        message = f'{error.filename or "output"}: {error.strerror or error}'
+    except (RuntimeError, MemoryError) as error:
+        message = f'out of memory ({str(error)[:100]}): take a smaller batch, block_size or model'
+        if isinstance(error, RuntimeError) and not re.search('(of|allocate) memory', str(error)):
+            raise
+    print(f'{Path(sys.argv[0]).name}: {" ".join(message.split())}', file=sys.stderr)
+    sys.exit(status)
 
 
-@functools.cache
+# --------------------------------------------------------------------------------------------------
+# values and their types
+
+NOUNS = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'UTF-8 text'}
+
+
+def check_value(name, value, kind):
+    """Raises UserError if `value` is not of the type `kind`, which the option `name` has."""
+    if not allows(kind, value):
+        raise UserError(f'{name}={value!r:.80}: must be {describe(kind)}')
+
+
+def allows(kind, value):
+    """Whether a value is of an option's type."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(allows(member, value) for member in members)
+    if origin is Annotated:
+        return allows(members[0], value) and members[1].allows(value)
+    if origin is Literal:
+        return value in members
+    if origin is tuple:
+        return type(value) is tuple and value and all(allows(members[0], part) for part in value)
+    if kind is float:  # finite, and no integer that is too large for a float
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if kind is str:  # no file has a NUL in its name, and what was typed may not be UTF-8
+        return type(value) is str and not re.search('[\0\ud800-\udfff]', value)
+    return type(value) is kind
+
+
+def describe(kind, brief=False):
+    """A type in words: 'an integer >= 1', or brief, for --help, 'int >= 1'."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return ' or '.join(describe(member, brief) for member in members)
+    if origin is Annotated:
+        limits = [f'{sign} {limit:g}' for sign, limit in zip(('>=', '>', '<'), members[1])
+                  if math.isfinite(limit)]
+        return f'{describe(members[0], brief)} {" and ".join(limits)}'
+    if origin is Literal:
+        return ' | '.join(members) if brief else f'one of {", ".join(members)}'
+    if origin is tuple:
+        return f'({describe(members[0], brief)}, ...)'
+    return 'None' if kind is type(None) else kind.__name__ if brief else NOUNS[kind]
+
+
+def convert(value, kind, typed):
+    """The value as its option has it: 1.0 for a 1 if that is a float, (1,) if it is a tuple.
+    typed: it is text from the command line: a python literal, unless the option takes text."""
+    if typed and (not allows(kind, value) or value == 'None' and allows(kind, None)):
+        with contextlib.suppress(Exception):  # what is no literal will not pass check_value
+            value = ast.literal_eval(value)
+    if not allows(kind, value):
+        parts = tuple(value) if isinstance(value, list) else (value,)
+        value = parts if allows(kind, parts) else value
+    if type(value) is int:
+        with contextlib.suppress(OverflowError):
+            value = float(value) if allows(kind, float(value)) else value
+    return value
+
+
+# --------------------------------------------------------------------------------------------------
+# config file and command line
+
+
 def options_of(*classes):
-    """{name: Option} for the fields of the dataclasses, in order. A field without a default value
-    is not an option."""
-    options = {}
-    for cls in classes:
-        bases = [base for base in cls.__mro__ if base is not object]
-        source = '\n'.join(inspect.getsource(base) for base in bases)
-        comments = dict(re.findall(r'^ {4}(\w+): .*?  # (.*)$', source, re.MULTILINE))
-        for field in fields(cls):
-            if field.default is not MISSING:
-                option = Option(field.type, field.default, comments.get(field.name, ''))
-                options.setdefault(field.name, option)
-    return options
+    """{name: dataclasses.Field} of the fields that have a default. If several classes have a field
+    of one name, the first one's counts."""
+    return {field.name: field for cls in reversed(classes) for field in fields(cls)
+            if field.default is not MISSING}
 
 
 def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
@@ -93,59 +134,30 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
     Raises UserError. --help prints the options with the values that they have so far, and exits.
     shown: says for these values which of the classes it prints; None = all.
     """
-    known = options_of(*classes)
-    wants_help = bool({'--help', '-h'} & set(argv))
-    argv = [argument for argument in argv if argument not in ('--help', '-h')]
-    paths = [argument for argument in argv if not argument.startswith('--')]
-    if len(paths) > takes_config:
-        extra = paths[1 if takes_config else 0]
-        also = ', and there can be one config file' if takes_config else ''
-        raise UserError(f'{extra}: options are written --key=value{also}')
-    values = {}
-    for path in paths:
-        for name, value in run_config_file(path, known).items():
-            try:
-                values[name] = check(name, value, known, refused, where=f'{name}={value!r}')
-            except UserError as error:
-                raise UserError(f'{path}: {error}') from None
-    for argument in argv:
-        if argument in paths:
-            continue
-        name, equals, text = argument[2:].partition('=')
+    known, values = options_of(*classes), {}
+    arguments = [argument for argument in argv if argument not in ('--help', '-h')]
+    paths = [argument for argument in arguments if not argument.startswith('--')]
+    typed = [argument[2:].partition('=') for argument in arguments if argument.startswith('--')]
+    for name, equals, _ in typed:  # first, because the 4 of `--n_layer 4` is no config file
         check_name(name, known, refused)
         if not equals:
-            example = 'True' if known[name].type is bool else 'VALUE'
-            raise UserError(f'{argument}: write --{name}={example}')
-        values[name] = check(name, parse(text), known, refused, where=argument, text=text)
-    if wants_help:
+            example = 'True' if allows(known[name].type, True) else 'VALUE'
+            raise UserError(f'--{name}: write --{name}={example}')
+    if len(paths) > takes_config:
+        also = ', after at most one config file' if takes_config else ''
+        raise UserError(f'{paths[-1]}: options are written --key=value{also}')
+    given = [(path, *item) for path in paths for item in run_config_file(path, known).items()]
+    for path, name, value in given + [(None, name, text) for name, _, text in typed]:
+        try:
+            check_name(name, known, refused)
+            values[name] = convert(value, known[name].type, typed=path is None)
+            check_value(name, values[name], known[name].type)
+        except UserError as error:
+            raise UserError(f'{path}: {error}' if path else str(error)) from None
+    if len(arguments) < len(argv):
         print_help(doc, shown(values) if shown else classes, values)
         sys.exit(0)
     return values, Path(paths[0]).stem if paths else None
-
-
-def run_config_file(path, known):
-    """{name: value} of the options that a config file assigns. What it imports or defines for its
-    own use, and names with a leading underscore, are not options."""
-    if not Path(path).is_file():
-        configs = [config.stem for config in Path(__file__).parent.glob('[!_]*.py')]
-        near = difflib.get_close_matches(Path(path).stem, configs, 1)
-        hint = f'; did you mean config/{near[0]}.py?' if near else ''
-        raise UserError(f'{path}: there is no such config file{hint}')
-    try:
-        names = runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # it is the user's own python, whatever is wrong
-        raise UserError(f'{path}: {type(error).__name__}: {error}') from error
-    literals = (bool, int, float, str, bytes, list, tuple, dict, set, type(None))
-    return {name: value for name, value in names.items()
-            if not name.startswith('_') and (name in known or isinstance(value, literals))}
-
-
-def parse(text):
-    """A python literal, or the text itself where it is none."""
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
-        return text
 
 
 def check_name(name, known, refused):
@@ -153,115 +165,75 @@ def check_name(name, known, refused):
     if name in refused:
         raise UserError(f'{name}: {refused[name]}')
     if name not in known:
-        near = difflib.get_close_matches(name, list(known), 1)
+        near = difflib.get_close_matches(name, known, 1)
         hint = f'did you mean {near[0]}?' if near else '--help lists them'
         raise UserError(f'{name}: there is no such option; {hint}')
 
 
-def check(name, value, known, refused, where, text=None):
-    """The value, converted to the option's type. where: how the user wrote it, for the message.
-    text: what stood behind the = on the command line."""
-    check_name(name, known, refused)
-    kind = known[name].type
-    choices = choices_of(kind)
-    candidates = [value]
-    if str in choices and text is not None:
-        candidates.append(text)  # --out_dir=2024 names a folder
-    for candidate, choice in itertools.product(candidates, choices):
-        with contextlib.suppress(ValueError, OverflowError):
-            return convert(candidate, choice)
-    raise UserError(f'{where}: takes {describe(kind)}')
+def run_config_file(path, known):
+    """{name: value} of the options that a config file assigns. What it imports or defines for its
+    own use, and names with a leading underscore, are not options."""
+    if not Path(path).is_file():
+        configs = {config.stem: config for config in Path(__file__).parent.glob('[!_]*.py')}
+        near = difflib.get_close_matches(Path(path).stem, configs, 1)
+        hint = f'; did you mean {os.path.relpath(configs[near[0]])}?' if near else ''
+        raise UserError(f'{path}: there is no such config file{hint}')
+    try:
+        names = runpy.run_path(path)
+    except (Exception, SystemExit) as error:  # it is the user's own python, whatever is wrong
+        raise UserError(f'{path}: {type(error).__name__}: {error}') from error
+    plain = (int, float, str, list, tuple, dict, type(None))
+    return {name: value for name, value in names.items()
+            if not name.startswith('_') and (name in known or isinstance(value, plain))}
 
 
-def choices_of(kind):
-    union = typing.get_origin(kind) in (types.UnionType, typing.Union)
-    return typing.get_args(kind) if union else (kind,)
+def print_help(doc, classes, values):
+    """Prints options with the values that have been set, or their defaults: those that a class
+    declares itself, then those that it inherits. What one class has in `derived`, because it sets
+    these fields itself, is left out where another one declares it."""
+    print(doc.strip())
+    if values:
+        print('\n* is set by the config file or the command line')
+    groups = dict.fromkeys(base for cls in classes for base in cls.__mro__ if base is not object)
+    derived = {name for group in groups for name in getattr(group, 'derived', ())}
+    printed = set()
+    for group in groups:
+        source = inspect.getsource(group)
+        comments = dict(re.findall(r'^ {4}(\w+): .*?(?:  # (.*))?$', source, re.MULTILINE))
+        hidden = printed if getattr(group, 'derived', ()) else printed | derived
+        known = options_of(group)
+        options = {name: known[name] for name in comments if name in known.keys() - hidden}
+        if options:
+            print(f'\n{inspect.cleandoc(group.__doc__).splitlines()[0]}\n')
+        for name, field in options.items():
+            mark, value = ('*', values[name]) if name in values else (' ', field.default)
+            print(f'{mark} --{name}={value}'.ljust(30),
+                  f'{comments[name]} [{describe(field.type, brief=True)}]')
+        printed |= set(options)
 
 
-def convert(value, kind):
-    """The value as `kind`, which is not a union. Raises ValueError (OverflowError from an int that
-    no float can hold) if it is no such value."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Annotated:
-        value = convert(value, arguments[0])
-        if all(limits.allows(value) for limits in arguments[1:]):
-            return value
-    elif origin is typing.Literal:
-        if value in arguments:
-            return value
-    elif origin is tuple:
-        values = value if isinstance(value, (tuple, list)) else (value,)  # --latents=2 is one
-        if values:
-            return tuple(convert(member, arguments[0]) for member in values)
-    elif kind is float and type(value) is int:
-        return float(value)
-    elif type(value) is kind or value is None and kind is type(None):
-        if kind is str:
-            value.encode()  # bytes of a command line that are no UTF-8 raise a ValueError
-        if kind is not str or '\0' not in value:
-            return value
-    raise ValueError
+# --------------------------------------------------------------------------------------------------
+# json files
 
 
 def read_json(path, remedy):
     """The dict that a json file holds. Raises UserError, which ends in the remedy, if it holds
     anything else, and OSError."""
     try:
-        content = json.loads(Path(path).read_text('utf-8'))
-        if not isinstance(content, dict):
-            raise ValueError(f'holds {type(content).__name__}, not names and values')
-    except (ValueError, RecursionError) as error:
+        return {**json.loads(Path(path).read_text('utf-8'))}
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: damaged ({error}): {remedy}') from None
-    return content
 
 
 def read_json_lines(path):
     """The dicts of a jsonl file, one per line; [] if there is no such file. A kill may have cut off
     the last line, which is then left out. Raises UserError and OSError."""
-    texts = path.read_text('utf-8').splitlines() if path.exists() else []
-    lines = []
-    for i, text in enumerate(texts):
+    texts, lines = path.read_text('utf-8').splitlines() if path.exists() else [], []
+    for i, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-            if not isinstance(lines[-1], dict):
-                raise ValueError('not names and values')
-        except ValueError as error:
-            if i + 1 < len(texts):
-                raise UserError(f'{path}: damaged in line {i + 1} ({error}): remove that '
+            lines.append({**json.loads(text)})
+        except (ValueError, TypeError) as error:
+            if i < len(texts):
+                raise UserError(f'{path}: damaged in line {i} ({error}): remove that '
                                 'line') from None
-    return [line for line in lines if isinstance(line, dict)]
-
-
-def describe(kind):
-    """A type in the words of --help."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return ' or '.join(describe(choice) for choice in arguments)
-    if origin is typing.Annotated:
-        number = 'a finite number' if arguments[0] is float else describe(arguments[0])
-        return ' '.join((number, *map(str, arguments[1:])))
-    if origin is typing.Literal:
-        return ' or '.join(map(str, arguments))
-    if origin is tuple:
-        return f'({describe(arguments[0])}, ...)'
-    return {int: 'an int', float: 'a float', str: 'a string', bool: 'True or False',
-            type(None): 'None'}[kind]
-
-
-def print_help(doc, classes, values):
-    """values: what has been set; the other options show their default. A class may name fields of
-    other classes as `derived`: it sets them itself, so they are no options beside it."""
-    print(inspect.cleandoc(doc))
-    if values:
-        print('\n* is set by the config file or the command line')
-    derived = {name for cls in classes for name in getattr(cls, 'derived', ())}
-    printed = set()
-    for cls in classes:
-        left_out = printed if getattr(cls, 'derived', ()) else printed | derived
-        options = {name: option for name, option in options_of(cls).items() if name not in left_out}
-        printed |= set(options)
-        print(f'\n{cls.__doc__.strip().splitlines()[0]}\n')
-        for name, option in options.items():
-            mark, value = ('*', values[name]) if name in values else (' ', option.default)
-            takes = describe(option.type)
-            print(f'{mark} --{name}={value}'.ljust(34) + f' {option.help} [{takes}]')
+    return lines
