@@ -20,6 +20,8 @@ section 2.1.1). Each relative of MLA names its own paper.
 """
 
 import math
+import re
+import sys
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import chain
@@ -2210,40 +2212,45 @@ class LinearCrossEntropy(torch.autograd.Function):
 # checks of options
 
 
-def describe_type(kind):
-    """The values that an option of this type takes, in words."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return ' or '.join(map(describe_type, arguments))
-    if origin is Annotated:
-        return ' '.join((describe_type(arguments[0]), *map(str, arguments[1:])))
-    if origin is Literal:
-        return f'one of {", ".join(map(str, arguments))}'
-    if origin is tuple:
-        return f'a list, each {describe_type(arguments[0])}'
-    return {int: 'an integer', float: 'a number', str: 'text', bool: 'True or False',
-            type(None): 'None'}[kind]
-
-
-def is_allowed(value, kind):
-    """Whether an option of this type takes this value."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(is_allowed(value, choice) for choice in arguments)
-    if origin is Annotated:
-        return (is_allowed(value, arguments[0])
-                and all(limits.allows(value) for limits in arguments[1:]))
-    if origin is Literal:
-        return value in arguments
-    if origin is tuple:
-        return isinstance(value, tuple) and all(is_allowed(x, arguments[0]) for x in value)
-    return type(value) is kind or kind is float and type(value) is int
+NOUNS = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'UTF-8 text'}
 
 
 def check_value(name, value, kind):
-    """Raises ConfigError if an option of this type does not take this value."""
-    if not is_allowed(value, kind):
-        raise ConfigError(f'{name}={value!r}: must be {describe_type(kind)}')
+    """Raises ConfigError if the option `name`, whose type is `kind`, does not take this value."""
+    if not allows(kind, value):
+        raise ConfigError(f'{name}={value!r:.80}: must be {describe(kind)}')
+
+
+def allows(kind, value):
+    """Whether an option of the type `kind` takes this value."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(allows(member, value) for member in members)
+    if origin is Annotated:
+        return allows(members[0], value) and members[1].allows(value)
+    if origin is Literal:
+        return value in members
+    if origin is tuple:
+        return type(value) is tuple and value and all(allows(members[0], part) for part in value)
+    if kind is float:  # finite, and no integer that is too large for a float
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    if kind is str:  # no file has a NUL in its name, and what was typed may not be UTF-8
+        return type(value) is str and not re.search('[\0\ud800-\udfff]', value)
+    return type(value) is kind
+
+
+def describe(kind, brief=False):
+    """A type in words: 'an integer >= 1'; brief, for --help: 'int >= 1'."""
+    origin, members = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return ' or '.join(describe(member, brief) for member in members)
+    if origin is Annotated:
+        return f'{describe(members[0], brief)} {members[1]}'
+    if origin is Literal:
+        return ' | '.join(members) if brief else f'one of {", ".join(members)}'
+    if origin is tuple:
+        return f'({describe(members[0], brief)}, ...)'
+    return 'None' if kind is type(None) else kind.__name__ if brief else NOUNS[kind]
 
 
 def check_options(config):

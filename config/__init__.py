@@ -2,8 +2,7 @@
 
 A config file is trusted python that assigns names. What an option is called, which values it takes,
 its default and its line in --help are read from the dataclass that declares it: from the
-annotation, the default, and the comment after the field. Annotated[int, Range(...)] also says which
-numbers are allowed; Range is a class of model.py.
+annotation, the default, and the comment after the field.
 """
 
 import ast
@@ -12,15 +11,14 @@ import difflib
 import errno
 import inspect
 import json
-import math
 import os
 import re
 import runpy
 import sys
-import types
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Annotated, Literal, Union, get_args, get_origin
+
+from model import ConfigError, allows, check_value, describe
 
 
 class UserError(Exception):
@@ -56,49 +54,7 @@ def run(main):
 
 
 # --------------------------------------------------------------------------------------------------
-# values and their types
-
-NOUNS = {int: 'an integer', float: 'a number', bool: 'True or False', str: 'UTF-8 text'}
-
-
-def check_value(name, value, kind):
-    """Raises UserError if `value` is not of the type `kind`, which the option `name` has."""
-    if not allows(kind, value):
-        raise UserError(f'{name}={value!r:.80}: must be {describe(kind)}')
-
-
-def allows(kind, value):
-    """Whether a value is of an option's type."""
-    origin, members = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(allows(member, value) for member in members)
-    if origin is Annotated:
-        return allows(members[0], value) and members[1].allows(value)
-    if origin is Literal:
-        return value in members
-    if origin is tuple:
-        return type(value) is tuple and value and all(allows(members[0], part) for part in value)
-    if kind is float:  # finite, and no integer that is too large for a float
-        return type(value) in (int, float) and abs(value) <= sys.float_info.max
-    if kind is str:  # no file has a NUL in its name, and what was typed may not be UTF-8
-        return type(value) is str and not re.search('[\0\ud800-\udfff]', value)
-    return type(value) is kind
-
-
-def describe(kind, brief=False):
-    """A type in words: 'an integer >= 1', or brief, for --help, 'int >= 1'."""
-    origin, members = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return ' or '.join(describe(member, brief) for member in members)
-    if origin is Annotated:
-        limits = [f'{sign} {limit:g}' for sign, limit in zip(('>=', '>', '<'), members[1])
-                  if math.isfinite(limit)]
-        return f'{describe(members[0], brief)} {" and ".join(limits)}'
-    if origin is Literal:
-        return ' | '.join(members) if brief else f'one of {", ".join(members)}'
-    if origin is tuple:
-        return f'({describe(members[0], brief)}, ...)'
-    return 'None' if kind is type(None) else kind.__name__ if brief else NOUNS[kind]
+# config file and command line
 
 
 def convert(value, kind, typed):
@@ -114,10 +70,6 @@ def convert(value, kind, typed):
         with contextlib.suppress(OverflowError):
             value = float(value) if allows(kind, float(value)) else value
     return value
-
-
-# --------------------------------------------------------------------------------------------------
-# config file and command line
 
 
 def options_of(*classes):
@@ -152,7 +104,7 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
             check_name(name, known, refused)
             values[name] = convert(value, known[name].type, typed=path is None)
             check_value(name, values[name], known[name].type)
-        except UserError as error:
+        except (UserError, ConfigError) as error:
             raise UserError(f'{path}: {error}' if path else str(error)) from None
     if len(arguments) < len(argv):
         print_help(doc, shown(values) if shown else classes, values)

@@ -73,6 +73,7 @@ ENCDEC_VARIANTS = {
 }
 V4 = dict(ROPE, attention='v4', q_latent=12, window=3, head_dim=10)
 CAUSAL_VARIANTS = {
+    'gated': dict(attention='gated'),
     'subtract': dict(subtract_next_position=True),
     'window': dict(ROPE, window=5, n_kv_head=2, sink=True),
     'window_mla': dict(MLA, window=5, rope_key='shared', kv_groups=2),
