@@ -201,7 +201,7 @@ class Classifier(nn.Module):
     def __init__(self, model, dropout):
         super().__init__()
         self.model, self.config = model, model.config
-        self.causal, width = model.config.block.causal, model.config.block.n_embd
+        self.causal, width = model.config.causal, model.config.n_embd
         self.pooler = nn.Sequential()
         if not self.causal:
             self.pooler = nn.Sequential(nn.Linear(width, width), nn.Tanh())
@@ -214,10 +214,12 @@ class Classifier(nn.Module):
         """idx (B, T) int64, padded at the end, lengths (B,) -> logits (B, 2)."""
         if self.causal:  # the token that is read sees no padding, which comes later
             rows = torch.arange(len(idx), device=idx.device)
-            x = self.model.hidden(idx)[rows, lengths - 1]  # (B, D)
+            hidden, _ = self.model.hidden(idx)  # (B, T, D)
+            x = hidden[rows, lengths - 1]  # (B, D)
         else:
             key_mask = torch.arange(idx.size(1), device=idx.device) < lengths[:, None]  # (B, T)
-            x = self.model.hidden(idx, key_mask)[:, 0]  # (B, D)
+            hidden, _ = self.model.hidden(idx, key_mask)
+            x = hidden[:, 0]  # (B, D)
         return self.classifier(self.dropout(self.pooler(x)))
 
 

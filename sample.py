@@ -17,7 +17,7 @@ import torch
 
 import config
 from config import UserError
-from model import Count, NotNegative, Positive
+from model import Count, NotNegative, Positive, cache_bytes
 from run import Machine, MachineOptions, Seed, load_run
 
 CACHE_BYTES = 2 ** 30  # of the samples that are drawn together
@@ -76,7 +76,7 @@ def main():
     options = SampleOptions(**values)
     machine = Machine(options, trains=False)
     model, tokenizer, _ = load_run(options.out_dir, machine.device)
-    if not model.config.block.causal:
+    if not model.config.causal:
         raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: '
                         'name a causal run')
     start, block_size = read_start(options.start), model.config.block_size
@@ -86,9 +86,8 @@ def main():
               f'{len(prompt) - block_size:,} are dropped', file=sys.stderr)
 
     length = min(len(prompt) + options.max_new_tokens, block_size)
-    n_bytes = (length * model.cache_bytes_per_token(machine.precision)
-               + model.cache_fixed_bytes(machine.precision))
-    together = max(1, int(CACHE_BYTES / n_bytes))
+    per_token, fixed = cache_bytes(model, machine.precision)
+    together = max(1, int(CACHE_BYTES / (length * per_token + fixed)))
     lengths, since = [], time.perf_counter()
     for first in range(0, options.num_samples, together):
         n = min(together, options.num_samples - first)
