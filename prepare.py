@@ -129,22 +129,20 @@ class Tokenizer:
         return self.library.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def decode_stream(self, ids):
-        """Yields text as ids arrive. The text of an id may depend on the ids before it, so those
-        that were last shown are decoded again with it. A character may be spread over several ids:
-        it is shown when it is complete."""
-        waiting, n_shown = [], 0
+        """Yields the new text after each id. A character that is spread over several ids is shown
+        when it is complete."""
+        seen, shown = [], ''
         for i in ids:
-            waiting.append(i)
-            text = self.decode(waiting)[len(self.decode(waiting[:n_shown])):]
-            if text and not text.endswith('\ufffd'):  # stands for an incomplete character
-                yield text
-                waiting, n_shown = waiting[n_shown:], len(waiting) - n_shown
-        yield self.decode(waiting)[len(self.decode(waiting[:n_shown])):]
+            seen.append(i)
+            text = self.decode(seen)
+            if not text.endswith('\ufffd'):  # which stands for an incomplete character
+                yield text[len(shown):]
+                shown = text
+        yield self.decode(seen)[len(shown):]
 
     def digest(self, source=None):
         """Eight hexadecimal digits that differ between tokenizers, and between sources if given."""
-        text = f'{json.dumps(self.content)}{self.eot_token}{source}'
-        return hashlib.sha256(text.encode()).hexdigest()[:8]
+        return digest([self.content, self.eot_token, source])[:8]
 
     def save(self, path):
         saved = self.content | dict(eot=self.eot_token, kind=self.kind)
@@ -163,17 +161,19 @@ class Tokenizer:
     def load(cls, path):
         """The tokenizer that a file holds: one that `save` wrote, or one of the library
         `tokenizers` in a folder in transformers' layout. Raises UserError and OSError."""
-        content = config.read_json(path, 'restore it, or prepare the data again')
+        remedy = 'restore it, or prepare the data again'
+        content = config.read_json(path, remedy)
         kind, eot = content.pop('kind', 'given'), content.pop('eot', None)
-        eot = end_of_sequence(Path(path).parent) if eot is None else eot
         try:
-            tokenizer = cls(content, eot, kind)
+            tokenizer = cls(content, eot or end_of_sequence(Path(path).parent), kind)
+        except UserError:
+            raise
         except Exception as error:  # the library has no class of its own for what is wrong
-            raise UserError(f'{path}: damaged, or not a file of the library tokenizers ({error}): '
-                            'restore it, or prepare the data again') from None
+            raise UserError(f'{path}: not a file of the library tokenizers ({error}): '
+                            f'{remedy}') from None
         if tokenizer.eot is None:
-            raise UserError(f'{path}: has no token {eot!r:.40} for the end of a sequence: set '
-                            'eos_token_id in the config.json next to it')
+            raise UserError(f'{path}: has no token {tokenizer.eot_token!r:.40} for the end of a '
+                            'sequence: set eos_token_id in the config.json next to it')
         return tokenizer
 
 
@@ -184,22 +184,25 @@ def end_of_sequence(folder):
         path = folder / name
         value = config.read_json(path, 'download it again').get(key) if path.exists() else None
         value = value[0] if isinstance(value, list) else value
-        value = value['content'] if isinstance(value, dict) else value
         if value is not None:
-            return value
+            return value['content'] if isinstance(value, dict) else value
     return None
 
 
 def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
-    """A new Tokenizer: bpe, gpt2 or byte. Its last three tokens are SPECIAL.
-
-    documents: what bpe is trained on. vocab_size: number of ids of bpe, with the special tokens.
-    Raises UserError if the documents do not yield as many, or if GPT-2's file is out of reach.
-    """
+    """A new Tokenizer: bpe, gpt2 or byte. Its last three tokens are SPECIAL. Only bpe needs
+    documents, to be trained on, and a vocab_size. Raises UserError if the documents do not yield as
+    many tokens, or if GPT-2's vocabulary cannot be downloaded."""
     if kind == 'byte':
         model = models.BPE(vocab=BYTES, merges=[])
     elif kind == 'gpt2':
-        merges = [tuple(line.split()) for line in gpt2_file().split('\n')[1:] if line]
+        try:
+            lines = read_file_cached(*GPT2_MERGES).decode().split('\n')[1:]
+        except OSError as error:
+            raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): "
+                            "copy tiktoken's cache from a machine that has it and set "
+                            'TIKTOKEN_CACHE_DIR') from None
+        merges = [tuple(line.split()) for line in lines if line]
         words = [*BYTES, *map(''.join, merges)]
         model = models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges)
     else:
@@ -226,16 +229,6 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
     return Tokenizer(json.loads(library.to_str()), kind=kind)
 
 
-def gpt2_file():
-    """The text of the file with GPT-2's merges, from tiktoken's cache or the network."""
-    try:
-        return read_file_cached(*GPT2_MERGES).decode()
-    except OSError as error:
-        raise UserError(f"GPT-2's vocabulary cannot be downloaded ({type(error).__name__}): copy "
-                        "tiktoken's cache from a machine that has it and set TIKTOKEN_CACHE_DIR"
-                        ) from None
-
-
 # --------------------------------------------------------------------------------------------------
 # data sets
 
@@ -259,17 +252,12 @@ def wiki10k():
         yield f"{article['title']}\n\n{article['extract']}\n"
 
 
-def is_title(line):
-    """Whether a line is WikiText's level-one heading, ` = Title = `, and not a deeper one,
-    ` = = Section = = `."""
-    return re.match(r'\s*= (?!= ).*(?<! =) =\s*$', line) is not None
-
-
 def join_articles(lines):
-    """Yields WikiText's articles. An article starts with a level-one heading after a blank line."""
+    """Yields WikiText's articles. An article starts with a heading after a blank line."""
+    heading = re.compile(r'\s*= (?!= ).*(?<! =) =\s*$')  # of level 1: not ` = = Section = = `
     article, after_blank = [], True
     for line in lines:
-        if after_blank and is_title(line) and any(text.strip() for text in article):
+        if after_blank and heading.match(line) and any(text.strip() for text in article):
             yield ''.join(article)
             article = []
         article.append(line if line.endswith('\n') else line + '\n')
@@ -307,13 +295,6 @@ DATASETS = {  # all of them take --source; add an entry to add a data set
 # rows of local files and of the hub
 
 
-def words_of(path):
-    """The words of a file's name, a set. Whatever is not a letter separates words."""
-    # NFC makes a letter and its accent one character, which then is a letter
-    name = unicodedata.normalize('NFC', os.path.basename(path).lower())
-    return set(re.split(r'[\W\d_]+', name))
-
-
 def local_files(source):
     """(training files, validation files) that --source names, sorted.
 
@@ -324,15 +305,18 @@ def local_files(source):
     pattern = glob.escape(path) if os.path.exists(path) else path  # a[1].txt can be a name
     if os.path.isdir(path):
         pattern = os.path.join(pattern, '*')
-    files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
-    if not files:
-        raise UserError(f'--source={source}: there is no such file')
-    validation = [file for file in files if words_of(file) & {'val', 'valid', 'validation', 'dev'}]
-    train = [file for file in files if file not in validation and 'test' not in words_of(file)]
+    train, validation, test = [], [], []
+    for file in sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
+        # NFC makes a letter and its accent one letter; whatever is no letter separates words
+        name = unicodedata.normalize('NFC', os.path.basename(file).lower())
+        words = set(re.split(r'[\W\d_]+', name))
+        held_out = words & {'val', 'valid', 'validation', 'dev'}
+        (validation if held_out else test if 'test' in words else train).append(file)
     if not train:
-        names = ', '.join(map(os.path.basename, files))
-        raise UserError(f'--source={source}: no file to train on: a name with val, valid, '
-                        f'validation, dev or test in it is not for training ({names})')
+        others = ', '.join(map(os.path.basename, validation + test))
+        raise UserError(f'--source={source}: no file to train on' + (
+            f': not {others}, because of val, valid, validation, dev or test in the name'
+            if others else ': there is no such file'))
     return train, validation
 
 
@@ -343,7 +327,6 @@ csv.field_size_limit(2 ** 31 - 1)  # characters in a cell
 
 
 def ending_of(file):
-    """The ending of a file's name in lower case, without that of a compressed file."""
     path = Path(file.lower())
     return path.with_suffix('').suffix if path.suffix in OPENERS else path.suffix
 
@@ -351,9 +334,9 @@ def ending_of(file):
 def local_rows(file, by_line):
     """Yields the rows of a local file, {column: value}. A file that is not a table has one column,
     `text`, and one row, or if by_line a row per line."""
-    import pyarrow.parquet
     ending, opener = ending_of(file), OPENERS.get(Path(file.lower()).suffix, open)
     if ending == '.parquet':
+        import pyarrow.parquet
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256):
             yield from batch.to_pylist()
         return
@@ -381,10 +364,11 @@ def rows(dataset, file, split, remedy='--source=PATH_OR_GLOB'):
     split: train or validation, as the hub names it. remedy: the option that names local files, for
     the message if the hub is out of reach. Raises UserError if something cannot be read.
     """
-    entry = DATASETS[dataset]
+    entry, n = DATASETS[dataset], 0
     try:
         if file:
-            yield from local_rows(file, by_line=entry.join is not None)
+            for n, row in enumerate(local_rows(file, by_line=entry.join is not None), 1):
+                yield row
         else:
             print(f'{dataset}: reading {entry.hub} ({split}) from the hub', flush=True)
             import datasets
@@ -397,29 +381,28 @@ def rows(dataset, file, split, remedy='--source=PATH_OR_GLOB'):
         first_line = str(error).split('\n')[0][:200]
         what = f'{type(error).__name__}: {first_line}'
         if file:
-            raise UserError(f'{file} cannot be read ({what}): check that the file is complete, '
-                            'that its ending fits and that its text is UTF-8') from None
+            where = f' beyond row {n:,}' if n else ''
+            raise UserError(f'{file} cannot be read{where} ({what}): check that the file is '
+                            'complete, that its ending fits and that its text is UTF-8') from None
         raise UserError(f'{dataset}: {entry.hub} cannot be read from the hub ({what}): check the '
                         f'network, or give local files with {remedy}') from None
 
 
 def texts(dataset, file, split):
     """Yields the texts of a file or split; arguments as for `rows`. Rows without text are left out.
-    Raises UserError if there is no column of text."""
-    entry, columns = DATASETS[dataset], set()
-    wanted = entry.column, 'text', 'sentence'
+    Raises UserError if no column holds text."""
+    entry, columns = DATASETS[dataset], {}
+    where, wanted = file or entry.hub, (entry.column, 'text', 'sentence')
     for row in rows(dataset, file, split):
-        columns |= row.keys()
+        columns |= row
         column = next((name for name in wanted if name in row), None)
         text = row.get(column)
         if isinstance(text, str):
             yield text
         elif text is not None:
-            raise UserError(f"{file or entry.hub}: column '{column}' holds a value of type "
-                            f'{type(text).__name__}: it must hold text')
-    if columns and not columns & set(wanted):
-        raise UserError(f"{file or entry.hub}: no column '{entry.column}' among "
-                        f'{", ".join(sorted(columns))}')
+            raise UserError(f"{where}: column '{column}' must hold text, not {type(text).__name__}")
+    if columns and not columns.keys() & wanted:
+        raise UserError(f"{where}: no column '{entry.column}' among {', '.join(columns)}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -449,7 +432,7 @@ def split_documents(options):
     dataset, source = options.dataset, options.source
     if dataset not in DATASETS:
         raise UserError(f'--dataset={dataset}: must be one of {", ".join(DATASETS)}; for your own '
-                        'files, --dataset=text --source=PATH_OR_GLOB')
+                        'files, use --dataset=text --source=PATH_OR_GLOB')
     entry = DATASETS[dataset]
     if not (source or entry.hub or entry.embedded):
         raise UserError(f'--dataset={dataset} reads your own files: name them with '
@@ -482,17 +465,9 @@ def split_documents(options):
 # token files
 
 
-# what meta.json holds
-SPLIT = dict(documents=int, tokens=int, bytes=int,
-             modified=int,  # time of the token file, in nanoseconds
-             sha256=str)  # digest of the token file
-META = dict(dataset=str, source=str | None,
-            source_state=str | None,  # digest of the names, sizes and times of the source's files
-            tokenizer=str, lowercase=bool, vocab_size=int,
-            split=str,  # how the documents are split, in words
-            train=SPLIT, val=SPLIT,
-            bytes_per_token=float,  # of the validation split
-            sha256=str)  # digest of both splits' digests
+def digest(content):
+    """The SHA-256, in hexadecimal, of something that json can hold."""
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def folder_of(options, tokenizer=None):
@@ -507,16 +482,13 @@ def folder_of(options, tokenizer=None):
 def vocab_size_of(options):
     """Number of ids of the tokenizer that the options name, with the special tokens. Raises
     UserError if a BPE cannot have that many."""
-    if options.tokenizer == 'given':
-        raise UserError('tokenizer=given: stands for the tokenizer of a folder that train.py '
+    kind, vocab_size, least = options.tokenizer, options.vocab_size or 8192, 256 + len(SPECIAL)
+    if kind == 'given':
+        raise UserError('tokenizer=given: is the tokenizer of a folder that train.py '
                         '--init_from=FOLDER starts from; a new one is bpe, gpt2 or byte')
-    if options.tokenizer != 'bpe':
-        return {'byte': 256, 'gpt2': 50256}[options.tokenizer] + len(SPECIAL)
-    vocab_size, least = options.vocab_size or 8192, 256 + len(SPECIAL)
-    if not least <= vocab_size <= LARGEST_BPE:
-        raise UserError(f'vocab_size={vocab_size}: of a byte-level BPE it must be from {least} to '
-                        f'{LARGEST_BPE:,}')
-    return vocab_size
+    if kind == 'bpe' and not least <= vocab_size <= LARGEST_BPE:
+        raise UserError(f'vocab_size={vocab_size}: must be from {least} to {LARGEST_BPE:,} for bpe')
+    return dict(bpe=vocab_size, byte=least, gpt2=50256 + len(SPECIAL))[kind]
 
 
 def pieces(text, length=2 ** 16):
@@ -531,10 +503,6 @@ def pieces(text, length=2 ** 16):
         start = end
 
 
-def dtype_of(vocab_size):
-    return np.dtype('uint16' if vocab_size <= 2 ** 16 else 'uint32')
-
-
 def digest_of(path):
     with open(path, 'rb') as file:
         return hashlib.file_digest(file, 'sha256').hexdigest()
@@ -542,8 +510,8 @@ def digest_of(path):
 
 def write_tokens(folder, documents, tokenizer):
     """Writes train.bin and val.bin. documents: iterator of (train or val, text). Returns what
-    meta.json says about each split, {split: values as in SPLIT}."""
-    dtype = dtype_of(tokenizer.vocab_size)
+    meta.json says about each split."""
+    dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     stats = {split: dict(documents=0, tokens=0, bytes=0) for split in ('train', 'val')}
     parts = ((split, i == 0, piece) for split, text in documents
              for i, piece in enumerate(pieces(text)))
@@ -574,7 +542,7 @@ def workspace(folder):
     deleted: their folders, whose locks no process holds."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f'.{glob.escape(folder.name)}.partial-*'):
-        with contextlib.suppress(OSError), open(leftover / 'lock') as lock:
+        with contextlib.suppress(OSError), open(leftover / 'lock', 'r+') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(leftover)
     path = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.partial-', dir=folder.parent))
@@ -611,12 +579,12 @@ def prepare(options, tokenizer=None):
             tokenizer = make_tokenizer(options.tokenizer, options.lowercase, train, vocab_size)
         tokenizer.save(new / 'tokenizer.json')
         stats = write_tokens(new, read(), tokenizer)
-        digests = b''.join(bytes.fromhex(stats[split]['sha256']) for split in ('train', 'val'))
         meta = dict(dataset=options.dataset, source=options.source, source_state=state,
                     tokenizer=options.tokenizer, lowercase=options.lowercase,
                     vocab_size=tokenizer.vocab_size, split=how, **stats,
                     bytes_per_token=stats['val']['bytes'] / stats['val']['tokens'],
-                    sha256=hashlib.sha256(digests).hexdigest())
+                    sha256=digest([stats[split]['sha256'] for split in ('train', 'val')]))
+        meta['checksum'] = digest(meta)  # tells read_meta whether all of it is still there
         (new / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
         if place.exists():  # a kill between the two renames leaves no data set, never half of one
             place.rename(temporary / 'old')
@@ -636,19 +604,13 @@ def describe(folder, meta):
         print(f'  {note}')
 
 
-def fits(content, kind):
-    """Whether the content of a json file has a type, or is a dict whose values have these types."""
-    if isinstance(kind, dict):
-        return isinstance(content, dict) and all(fits(content.get(key), kind[key]) for key in kind)
-    return isinstance(content, kind)
-
-
 def read_meta(folder):
-    """What meta.json in a data folder says, a dict like META. Raises UserError and OSError."""
-    path = Path(folder) / 'meta.json'
-    meta = config.read_json(path, 'prepare the data again')
-    if not fits(meta, META):
-        raise UserError(f'{path}: does not describe prepared data: prepare the data again')
+    """The content of meta.json in a data folder, as `prepare` wrote it. Raises UserError if it has
+    been changed, and OSError."""
+    path, remedy = Path(folder) / 'meta.json', 'prepare the data again'
+    meta = config.read_json(path, remedy)
+    if meta.pop('checksum', None) != digest(meta):
+        raise UserError(f'{path}: was edited, or written by another version: {remedy}')
     return meta
 
 
@@ -659,7 +621,7 @@ def read_tokens(folder, split):
     size and time is taken for unchanged: to read all of it at every start takes too long.
     """
     meta, path = read_meta(folder), Path(folder) / f'{split}.bin'
-    known, dtype = meta[split], dtype_of(meta['vocab_size'])
+    known, dtype = meta[split], np.min_scalar_type(meta['vocab_size'] - 1)
     if path.stat().st_size != known['tokens'] * dtype.itemsize:
         raise UserError(f'{path}: has {path.stat().st_size:,} bytes, but meta.json says '
                         f'{known["tokens"] * dtype.itemsize:,}: prepare the data again')
@@ -676,7 +638,7 @@ def state_of(source):
     """A digest of the names, sizes and times of the files that --source names."""
     stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
              for files in local_files(source) for file in files]
-    return hashlib.sha256(json.dumps(stats).encode()).hexdigest()
+    return digest(stats)
 
 
 def warn_if_source_changed(folder):
