@@ -54,7 +54,7 @@ class DataOptions:
 
     dataset: str = 'wiki10k'  # wiki10k, wikitext103, wikipedia, sst2, or text with a source
     source: str | None = None  # local txt, csv, tsv, jsonl, parquet, gz: file, folder, quoted glob
-    tokenizer: TokenizerKind = 'bpe'  # bpe is trained on the data; given comes with init_from
+    tokenizer: TokenizerKind = 'bpe'  # bpe is trained on the data; given is the one of init_from
     vocab_size: Count | None = None  # with the 3 special tokens; None = 8192 for bpe, else all
     lowercase: bool = False  # convert the text to lower case first (uncased encoders)
 
@@ -74,7 +74,7 @@ SPECIAL = ['<|endoftext|>', '<|mask|>', '<|pad|>']
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
                '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')
-BPE_TRAINING_DOCUMENTS = 2 ** 18  # a BPE is trained on at most so many, the first ones
+BPE_TRAINING_CHARACTERS = 2 ** 29  # a BPE is trained on the first documents, of this total length
 LARGEST_BPE = 2 ** 20  # ids; the library that trains a BPE reserves memory for all of them at once
 
 # {character: byte}: vocabularies spell a printable byte as its own character, and the n-th of the
@@ -85,11 +85,11 @@ BYTES |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*P
 
 
 class Tokenizer:
-    """A tokenizer.json of the library `tokenizers`, without the special tokens that it may add.
+    """A tokenizer.json of the library `tokenizers`. It adds no special tokens to a text.
 
-    content: what the file holds. eot: the token that separates documents, or its id. kind: what
-    make_tokenizer made, or given. eot, mask and pad are the ids of the special tokens, None if the
-    tokenizer lacks them: only encoders need mask and pad. vocab_size counts all tokens.
+    content: what the file holds. eot: the token that separates documents, or its id. kind: given,
+    unless make_tokenizer has made it. The attributes eot, mask and pad are the ids of the special
+    tokens; mask and pad, which only encoders need, may be None. vocab_size counts all tokens.
     """
 
     def __init__(self, content, eot=SPECIAL[0], kind='given'):
@@ -102,7 +102,7 @@ class Tokenizer:
         self.vocab_size = max(ids.values()) + 1
         self.eot_token = self.library.id_to_token(eot) if isinstance(eot, int) else eot
         self.eot, self.mask, self.pad = map(ids.get, (self.eot_token, *SPECIAL[1:]))
-        if kind != 'given':  # tiktoken is three times as fast, and these have the same ids with it
+        if kind != 'given':  # then tiktoken gives the same ids, three times as fast
             words = sorted(ids, key=ids.get)[:self.eot]
             self.ranks = {bytes(BYTES[c] for c in word): ids[word] for word in words}
             self.encoding = tiktoken.Encoding(kind, pat_str=GPT2_PATTERN, special_tokens={},
@@ -163,17 +163,16 @@ class Tokenizer:
         `tokenizers` in a folder in transformers' layout. Raises UserError and OSError."""
         remedy = 'restore it, or prepare the data again'
         content = config.read_json(path, remedy)
-        kind, eot = content.pop('kind', 'given'), content.pop('eot', None)
+        kind = content.pop('kind', 'given')
+        eot = content.pop('eot', None) or end_of_sequence(Path(path).parent)
         try:
-            tokenizer = cls(content, eot or end_of_sequence(Path(path).parent), kind)
-        except UserError:
-            raise
+            tokenizer = cls(content, eot, kind)
         except Exception as error:  # the library has no class of its own for what is wrong
             raise UserError(f'{path}: not a file of the library tokenizers ({error}): '
                             f'{remedy}') from None
         if tokenizer.eot is None:
-            raise UserError(f'{path}: has no token {tokenizer.eot_token!r:.40} for the end of a '
-                            'sequence: set eos_token_id in the config.json next to it')
+            raise UserError(f'{path}: has no token {eot!r:.40} for the end of a sequence: set '
+                            'eos_token_id in the config.json next to it')
         return tokenizer
 
 
@@ -187,6 +186,15 @@ def end_of_sequence(folder):
         if value is not None:
             return value['content'] if isinstance(value, dict) else value
     return None
+
+
+def first_characters(documents, n=BPE_TRAINING_CHARACTERS):
+    """Yields the first documents, until they have n characters."""
+    for text in documents:
+        yield text
+        n -= len(text)
+        if n < 0:
+            break
 
 
 def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
@@ -217,8 +225,7 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     if kind == 'bpe':
-        sample = itertools.islice(documents, BPE_TRAINING_DOCUMENTS)
-        library.train_from_iterator(sample, trainers.BpeTrainer(
+        library.train_from_iterator(first_characters(documents), trainers.BpeTrainer(
             vocab_size=vocab_size - len(SPECIAL), show_progress=sys.stderr.isatty(),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         reached = library.get_vocab_size() + len(SPECIAL)
@@ -314,9 +321,9 @@ def local_files(source):
         (validation if held_out else test if 'test' in words else train).append(file)
     if not train:
         others = ', '.join(map(os.path.basename, validation + test))
-        raise UserError(f'--source={source}: no file to train on' + (
-            f': not {others}, because of val, valid, validation, dev or test in the name'
-            if others else ': there is no such file'))
+        why = (f'{others}: named val, valid, validation, dev or test' if others
+               else 'there is no such file')
+        raise UserError(f'--source={source}: no file to train on ({why})')
     return train, validation
 
 
@@ -537,9 +544,9 @@ def write_tokens(folder, documents, tokenizer):
 
 
 @contextlib.contextmanager
-def workspace(folder):
-    """A context with a temporary folder next to `folder`. What killed runs have left there is
-    deleted: their folders, whose locks no process holds."""
+def temporary_folder(folder):
+    """A context with a folder next to `folder`, which is deleted at its end. A running process
+    holds a lock on its folder, so that folders of killed ones are recognised and deleted here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f'.{glob.escape(folder.name)}.partial-*'):
         with contextlib.suppress(OSError), open(leftover / 'lock', 'r+') as lock:
@@ -571,7 +578,7 @@ def prepare(options, tokenizer=None):
     how, read = split_documents(options)
     state = state_of(options.source) if options.source else None  # before the files are read
     place = folder.resolve()  # if it is a link, its target is replaced
-    with workspace(place) as temporary:
+    with temporary_folder(place) as temporary:
         new = temporary / 'new'
         new.mkdir()
         if tokenizer is None:

@@ -264,7 +264,7 @@ def test_large_vocabularies_take_four_bytes(workspace, script, monkeypatch):
     (['--dataset=text'], '--source=PATH_OR_GLOB'),
     (['--dataset=text', '--source=nothere*'], 'there is no such file'),
     (['--dataset=text', f'--source={"long" * 2000}'], 'there is no such file'),
-    (['--dataset=text', '--source=dev.txt'], 'no file to train on: not dev.txt, because of'),
+    (['--dataset=text', '--source=dev.txt'], 'no file to train on (dev.txt: named val, valid,'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=5000'], 'the corpus is too small, it yields only 2'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=100'], 'must be from 259 to 1,048,576'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=10000000000000'], 'must be from 259 to 1,048,576'),
@@ -390,8 +390,7 @@ def write(name, content):
     (write('tokenizer.json', b'{}'), 'tokenizer.json: not a file of the library'),
     (write('tokenizer.json', b'{"name": "byte", "ranks": ["AA=="]}'),  # of earlier versions
      'tokenizer.json: not a file of the library'),
-    (change('tokenizer.json', model={'type': 'BPE', 'vocab': {'a': 0}, 'merges': []}),
-     'tokenizer.json: not a file of the library'),
+    (change('tokenizer.json', model={'type': 'BPE'}), 'tokenizer.json: not a file of the library'),
     (change('tokenizer.json', eot='</s>'), "has no token '</s>' for the end of a sequence"),
 ])
 def test_damaged_data_is_refused(workspace, script, damage, message):
