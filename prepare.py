@@ -90,6 +90,7 @@ class Tokenizer:
     content: what the file holds. eot: the token that separates documents, or its id. kind: given,
     unless make_tokenizer has made it. The attributes eot, mask and pad are the ids of the special
     tokens; mask and pad, which only encoders need, may be None. vocab_size counts all tokens.
+    ranks, {bytes: id} of the ordinary tokens, is there unless kind is given.
     """
 
     def __init__(self, content, eot=SPECIAL[0], kind='given'):

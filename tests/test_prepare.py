@@ -29,7 +29,8 @@ WIKITEXT = ['\n', ' = One = \n', '\n', ' First . \n', '\n', ' = = Section = = \n
             '\n', ' = E = mc2 = \n', '\n', ' Second . \n']
 BYTES = ('--dataset=text', '--tokenizer=byte')
 ODD = ['Ünïcödé 漢字 \U0001f469\u200d\U0001f467 x\u0301', "don't DON'T '",
-       'two  spaces\n\n\ttab \n ', '\r\n\u00a0\u2028\x1c', 'aaaaaaa aaaaa', 'ΣΑΣ ΟΔΟΣ, Σ', '<|endoftext|> is text', '']
+       'two  spaces\n\n\ttab \n ', '\r\n\u00a0\u2028\x1c', 'aaaaaaa aaaaa', 'ΣΑΣ ΟΔΟΣ, Σ',
+       '<|endoftext|> is text', '']
 
 
 def decode(folder, split):
