@@ -1,13 +1,12 @@
-"""What counting alone reaches on the masked positions on which train.py evaluates an encoder.
+"""Prints how many masked tokens can be guessed by counting, where train.py evaluates an encoder.
 
     python tests/count_table.py data/wiki10k-bpe4096 [BLOCK_SIZE]
 
-For each masked position the table guesses the token that stood most often between the same two
-neighbours in the training file. Where that pair of neighbours never occurred, it goes by the left
-one alone; where that one never occurred, by the right one; and where neither did, it guesses the
-most frequent token. It reads the corrupted text that a model reads, so a neighbour may itself be
-masked. Printed too: the loss of the training file's token frequencies (plus one each) on all
-held-out tokens.
+For each masked position, a table guesses the token that the training file most often has between
+the same two neighbours. If this pair never occurs there, it uses the left neighbour alone; if that
+one never occurs, the right one; otherwise it guesses the most frequent token. It reads the same
+corrupted text as a model, so a neighbour may itself be masked. The script also prints the loss of
+the training file's token frequencies (plus one each) on all held-out tokens.
 """
 
 import sys
@@ -22,7 +21,7 @@ from train import Loader
 
 
 def most_frequent(keys, values):
-    """{key: its most frequent value}, as sorted keys and their values."""
+    """(sorted keys, the most frequent value of each)."""
     n = values.max() + 1
     pairs, counts = np.unique(keys * n + values, return_counts=True)
     order = np.lexsort((-counts, pairs // n))
@@ -31,7 +30,7 @@ def most_frequent(keys, values):
 
 
 def look_up(table, keys):
-    """(found, value) of each key."""
+    """(whether it is in the table, its value there) for each key."""
     at = np.minimum(np.searchsorted(table[0], keys), len(table[0]) - 1)
     return table[0][at] == keys, table[1][at]
 
@@ -44,7 +43,7 @@ def count_table_accuracy(folder, block_size):
     batch = loader.batch(np.arange(loader.fixed))
     idx, targets, positions = (tensor.numpy() for tensor in batch)
     targets = targets.ravel()
-    # beyond the window there is no neighbour: V stands for that
+    # V stands for a missing neighbour at the ends of a window
     padded = np.pad(idx, ((0, 0), (1, 1)), constant_values=V)
     left = np.take_along_axis(padded, positions, axis=1).ravel()
     right = np.take_along_axis(padded, positions + 2, axis=1).ravel()
@@ -52,7 +51,7 @@ def count_table_accuracy(folder, block_size):
     guess = np.full(targets.shape, np.bincount(train).argmax())
     most_common = (guess == targets).mean()
     before, middle, after = train[:-2], train[1:-1], train[2:]
-    # the later a table, the more it knows: where it has an answer, it overrules those before it
+    # later tables know more, so their answers replace earlier ones
     for keys, queries in ((after, right), (before, left),
                           (before * (V + 1) + after, left * (V + 1) + right)):
         found, value = look_up(most_frequent(keys, middle), queries)
