@@ -82,16 +82,15 @@ class FinetuneOptions(MachineOptions):
 def read_split(file, split):
     """[(sentence, label)] of a tsv file, or if that is None of a split of SST-2 on the hub."""
     examples = []
-    for batch in prepare.batches('sst2', file and [file], split, '--data_dir=FOLDER'):
-        missing = [None] * len(next(iter(batch.values())))
-        for sentence, label in zip(batch.get('sentence', missing), batch.get('label', missing)):
-            text = '' if sentence is None else str(sentence)
-            text = ' '.join(text.replace('\ufeff', ' ').split())  # a byte order mark is no word
-            if not text or str(label) not in ('0', '1'):
-                raise UserError(f'{file or "stanfordnlp/sst2"}, row {len(examples) + 1}: '
-                                'column sentence must hold text and column label 0 (negative) or '
-                                f'1 (positive), not {sentence!r} and {label!r}')
-            examples.append((text, int(label)))
+    for i, row in enumerate(prepare.rows('sst2', file and str(file), split, '--data_dir=FOLDER'), 1):
+        sentence, label = row.get('sentence'), row.get('label')
+        # a byte order mark is no word
+        text = ' '.join(str(sentence or '').replace('\ufeff', ' ').split())
+        if not text or str(label) not in ('0', '1'):
+            raise UserError(f'{file or "stanfordnlp/sst2"}, row {i}: column sentence must hold '
+                            'text and column label 0 (negative) or 1 (positive), not '
+                            f'{sentence!r} and {label!r}')
+        examples.append((text, int(label)))
     return examples
 
 
