@@ -1,19 +1,18 @@
-"""The effective rank of attention weights: of a run of train.py, or of a checkpoint in the layout
-of transformers (DeepSeek-V3, Kimi-K2, Llama; sharded and fp8 too), with one layer in memory.
+"""The effective rank of attention weights, of a run of train.py or of a checkpoint in the layout of
+transformers (DeepSeek-V3, Kimi-K2, Llama; sharded and fp8 too), one layer in memory at a time.
 
     python svd.py out/decoder_mla_o --align=True
     python svd.py path/to/DeepSeek-V3 --layers=0,30,60 --stacked=False
 
-A layer has the matrices Q, K, V, O and the products QK (how a head compares tokens) and VO (what it
-copies), per head and for all heads stacked, each head divided by its largest singular value. Gains
-of norms are multiplied into the matrices after them. Rotated dimensions are separate: q_rope,
-k_rope, and qk_rope, their product at distance zero. The effective rank is the smallest k for which
-the singular values after the first k hold at most 1%, or 0.1%, of the energy, the sum of squares
-(--discarded=0.05: at most 5%). Next to it is that of Gaussian noise of the same shapes.
+The matrices are Q, K, V, O, QK (how a head compares tokens) and VO (what it copies), per head, and
+with all heads stacked, each divided by its largest singular value. Rotated dimensions are separate:
+q_rope, k_rope, and qk_rope, their product at distance zero. Gains of norms are multiplied in. The
+effective rank is the smallest k for which the singular values after the first k hold at most 1%, or
+0.1%, of the energy, the sum of squares. Next to it is that of Gaussian noise of the same shapes.
 
 Writes svd.json with all singular values, layers.png, heads.png, and with --plot_heads=True a plot
-per layer. svd.jsonl has a line per finished layer: after a kill, or with other layers, shares or
-plots, the same command computes only what is missing.
+per layer. svd.jsonl keeps each layer when it is finished: after a kill, or with other layers,
+shares or plots, the same command computes only what is missing.
 """
 
 import collections
@@ -38,9 +37,9 @@ from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlo
                    PoolBlock, Range, Up)
 from run import Seed, best_checkpoint, load_run, pyplot, save_figure, save_text
 
-KINDS = 'q', 'k', 'qk', 'v', 'o', 'vo', 'q_rope', 'k_rope', 'qk_rope'
-# products of two parts; heads are stacked on the side of the first
-FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))
+# what has singular values: parts, and products of two, which are stacked on the side of the first
+KINDS = dict(q=['q'], k=['k'], qk=['q', 'k'], v=['v'], o=['o'], vo=['o', 'v'],
+             q_rope=['q_rope'], k_rope=['k_rope'], qk_rope=['q_rope', 'k_rope'])
 PUBLISHED = 0.01, 0.001  # shares of the energy whose ranks are always in svd.json
 CLEARLY_BELOW = 0.9  # share of the rank of noise
 Share = Annotated[float, Range(above=0, below=1)]
@@ -75,8 +74,8 @@ def matrices(attention):
     that has no such matrices.
     """
     if not isinstance(attention, (MHA, MLA, GTA, V4)):
-        raise UserError(f'{type(attention).__name__}: no matrix per head makes its keys and values: '
-                        'svd.py needs a run with another attention')
+        raise UserError(f'{type(attention).__name__}: no matrix per head makes its keys and '
+                        'values: svd.py needs a run with another attention')
     a, r, basis, q_basis, (o, *o_basis) = attention, attention.rope_dims, [], [], output(attention)
     q = in_heads(a.q_b_proj if a.q_latent else a.q_proj, a.n_head)
     if a.q_latent:
@@ -149,8 +148,7 @@ class Layer(NamedTuple):
 
 def layers_of_run(folder):
     """A Layer per attention of a run."""
-    model, _, _ = load_run(folder)
-    layers = []
+    layers, (model, _, _) = [], load_run(folder)
 
     def add(name, attention, norm, kv_norm):
         read = partial(parts_of, attention, norm.weight, kv_norm.weight)
@@ -172,30 +170,26 @@ def layers_of_run(folder):
 
 def layers_of_checkpoint(folder):
     """A Layer per layer of a checkpoint in transformers' layout."""
-    checkpoint, layers = Checkpoint(folder), []
-    n_layer = checkpoint.config.get('num_hidden_layers')
-    if type(n_layer) is not int or not 0 < n_layer <= len(checkpoint.files):
+    layers, checkpoint = [], Checkpoint(folder)
+    n_layer, n_tensors = checkpoint.config.get('num_hidden_layers'), len(checkpoint.files)
+    if type(n_layer) is not int or not 0 < n_layer <= n_tensors:
         raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40} must be the '
-                        f'number of layers that its {len(checkpoint.files)} tensors belong to')
-
-    def read(i):
-        attention, gain = read_attention(checkpoint, i)
-        return parts_of(attention, gain, gain)
-
+                        f'number of layers that its {n_tensors} tensors belong to')
     for i in range(n_layer):
         names = f'model.layers.{i}.self_attn.', f'model.layers.{i}.input_layernorm.'
         files = {path for name, path in checkpoint.files.items() if name.startswith(names)}
-        layers.append(Layer(f'layer {i}', partial(read, i),
+        layers.append(Layer(f'layer {i}', lambda i=i: parts_of(*read_attention(checkpoint, i)),
                             [Path(folder) / 'config.json', *sorted(files)]))
     return layers
 
 
-def parts_of(attention, gain, kv_gain):
-    """`matrices` with the gains (D,) of the norm before an attention, and of that before its keys
-    and values."""
+def parts_of(attention, gain, kv_gain=None):
+    """`matrices` with the gains (D,) of the norm before an attention, and of the one before its
+    keys and values if that is another."""
     parts = matrices(attention)
     for name in parts.keys() - {'o'}:
-        parts[name][-1] = parts[name][-1] * (gain if name in ('q', 'q_rope') else kv_gain)
+        of_queries = name in ('q', 'q_rope') or kv_gain is None
+        parts[name][-1] = parts[name][-1] * (gain if of_queries else kv_gain)
     return parts
 
 
@@ -215,11 +209,10 @@ def spectra(parts, stacked):
     if asked for."""
     thin = {name: thinned(*part) for name, part in parts.items()}
     result = {}
-    for kind in KINDS:
-        sides = [thin[side] for side in FUSED.get(kind, [kind]) if side in thin]
-        if not sides:
+    for kind, names in KINDS.items():
+        if not thin.keys() >= {*names}:
             continue
-        x = fused(*sides) if kind in FUSED else sides[0]
+        x = fused(*(thin[name] for name in names))
         if not x.isfinite().all():
             raise UserError(f'{kind}: products of its weights are too large for float32: name a '
                             'checkpoint of a trained model')
@@ -243,9 +236,11 @@ def thinned(heads, *basis):
     return (heads.double() @ triangle(basis[0][0]).t()).float()
 
 
-def fused(first, second):
+def fused(first, second=None):
     """Matrices with the singular values of first.T @ second, head by head: (H, d, n) and
-    (Hkv, d, m) -> (H, min(d, m), n)."""
+    (Hkv, d, m) -> (H, min(d, m), n); `first` itself if it is alone."""
+    if second is None:
+        return first
     second = second.repeat_interleave(len(first) // len(second), dim=0)
     return torch.stack([(triangle(b) @ a.double()).float() for a, b in zip(first, second)])
 
@@ -277,20 +272,9 @@ def energy_left(values):
 
 
 def effective_rank(values, share):
-    """The smallest k for which the values after the first k hold at most this share of the energy;
-    a list for a list of spectra."""
-    return (energy_left(values) > share).sum(dim=-1).tolist()
-
-
-def add_ranks(kinds, shares):
-    """Adds to each kind effective_rank={share: {'heads': [rank of each], 'stacked': [rank]}}."""
-    for values in kinds.values():
-        found = dict(heads=values['heads'])
-        if 'stacked' in values:
-            found['stacked'] = [values['stacked']]
-        values['effective_rank'] = {
-            str(share): {name: effective_rank(group, share) for name, group in found.items()}
-            for share in shares}
+    """For each of one or more spectra the smallest k for which the values after the first k hold at
+    most this share of the energy, as a list."""
+    return (energy_left(values) > share).sum(dim=-1).reshape(-1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,71 +318,68 @@ def alignment(parts, next_parts):
 # the analysis, layer by layer
 
 
-class Finished:
-    """svd.jsonl: a line per finished layer with its state, which is all that its results depend on.
-    Lines of other states stay in the file, for they may have taken hours."""
+class Analysis:
+    """Analyses layers, and keeps what it finds in svd.jsonl: a line per layer, with a state that is
+    all that the results depend on. Lines of other states stay there, for they may have taken hours.
+    """
 
-    def __init__(self, path):
+    def __init__(self, path, options):
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, lines = path, config.read_json_lines(path)
+        self.path, self.options, lines = path, options, config.read_json_lines(path)
         # a kill may have cut off the last line, and the next one must not be appended to its rest
         save_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
         self.lines = {json.dumps(line['state']): line for line in lines
                       if line.keys() >= {'state', 'layer', 'shapes', 'kinds'}}
 
-    def get(self, state, analyse):
-        """(the line with this state, how long it took): from the file, or else from analyse()."""
-        if line := self.lines.get(json.dumps(state)):
-            return line, 'kept'
-        start = time.perf_counter()
-        line = dict(state=state) | analyse()
-        with open(self.path, 'a') as file:
-            file.write(json.dumps(line) + '\n')
-        return line, f'{time.perf_counter() - start:.1f} s'
-
-
-def analyse(layer, following, options):
-    """What is found in a Layer: its name, shapes, kinds (see spectra) and alignment. following: the
-    Layer after it, or None."""
-    parts = layer.load(options.device)
-    shapes = {name: [list(matrix.shape) for matrix in part] for name, part in parts.items()}
-    found = dict(layer=layer.name, shapes=json.dumps(shapes), kinds=spectra(parts, options.stacked))
-    if options.align:
-        found['alignment'] = alignment(parts, following.load(options.device) if following else {})
-    return found
+    def of(self, layer, following=None, **state):
+        """(what is found in a Layer, how long it took). A dict: its name, the shapes of its parts,
+        its kinds (see spectra) with effective ranks, and its alignment. following: the next Layer,
+        to be aligned with."""
+        options, start, took = self.options, time.perf_counter(), 'kept'
+        # the device is no part of the state: it changes no more than the rounding
+        state |= dict(stacked=options.stacked, align=options.align, seed=options.seed)
+        line = self.lines.get(json.dumps(state))
+        if line is None:
+            parts = layer.load(options.device)
+            shapes = {name: [list(matrix.shape) for matrix in part] for name, part in parts.items()}
+            line = dict(state=state, layer=layer.name, shapes=json.dumps(shapes),
+                        kinds=spectra(parts, options.stacked))
+            if options.align:
+                next_parts = following.load(options.device) if following else {}
+                line['alignment'] = alignment(parts, next_parts)
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(line) + '\n')
+            took = f'{time.perf_counter() - start:.1f} s'
+        for values in line['kinds'].values():
+            values['effective_rank'] = {
+                str(share): {name: effective_rank(found, share) for name, found in values.items()}
+                for share in (*PUBLISHED, *options.discarded)}
+        return line, took
 
 
 def analyse_layers(layers, numbers, path, options):
     """(found, noise): what is found in the layers of these numbers, a list, and in noise of their
-    shapes, {shapes: found}, with effective ranks. Prints it. path: of svd.jsonl."""
-    # without the device, which changes no more than the rounding
-    settings = dict(stacked=options.stacked, align=options.align, seed=options.seed)
-    work = []
+    shapes, {shapes: found}. Prints it. path: of svd.jsonl."""
+    analysis, found, noise = Analysis(path, options), [], {}
     for number in numbers:
-        with_next = options.align and number + 1 in numbers
-        pair = layers[number], layers[number + 1] if with_next else None
-        files = {file: file.stat() for layer in pair if layer for file in layer.files}
-        files = {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()}
-        work.append((settings | dict(number=number, with_next=with_next, files=files), pair))
-    finished, shares, found, noise = Finished(path), options.discarded, [], {}
-    for state, pair in work:
-        line, took = finished.get(state, lambda: analyse(*pair, options))
-        found.append(dict(number=state['number']) | line)
+        some = [number, number + 1] if options.align and number + 1 in numbers else [number]
+        some = {number: layers[number] for number in some}
+        files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+                 for layer in some.values() for file in layer.files}
+        line, took = analysis.of(*some.values(), layers=list(some), files=files)
+        found.append(dict(number=number) | line)
         shapes = line['shapes']
         if shapes not in noise:
-            pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
-            noise[shapes], _ = finished.get(settings | dict(shapes=shapes),
-                                            lambda: analyse(*pair, options))
-            add_ranks(noise[shapes]['kinds'], (*PUBLISHED, *shares))
-            print(f'\n{row("left out".rjust(22), noise[shapes]["kinds"])}')
-            print(table_rows(noise[shapes], shares))
-        add_ranks(line['kinds'], (*PUBLISHED, *shares))
-        print(table_rows(line, shares, took), flush=True)
+            some = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
+            noise[shapes], _ = analysis.of(*some, shapes=shapes)
+            print(f'\n{row("left out".rjust(22), line["kinds"])}')
+            print(table_rows(noise[shapes], options.discarded))
+        print(table_rows(line, options.discarded, took), flush=True)
     return found, noise
 
 
 # --------------------------------------------------------------------------------------------------
-# tables and plots
+# the table and the plots
 
 
 def percent(share):
@@ -416,7 +397,8 @@ def row(name, cells, end=''):
 
 
 def table_rows(layer, shares, took=''):
-    """A row per share: rank of the stacked heads / mean rank of the heads, of each kind."""
+    """A row per share, rank of the stacked heads / mean rank of the heads of each kind, and one of
+    the alignment."""
     rows, name = [], layer['layer']
     for share in shares:
         ranks = [ranks_of(values, share) for values in layer['kinds'].values()]
@@ -424,18 +406,10 @@ def table_rows(layer, shares, took=''):
                  for *stacked, mean in ranks]
         rows.append(row(f'{name:16}{percent(share):>6}', cells, took))
         name = took = ''
+    if 'alignment' in layer:
+        found = layer['alignment'].items()
+        rows.append(f'{"aligned":>22}   ' + ', '.join(f'{x} {y["cos2"]:.3f}' for x, y in found))
     return '\n'.join(rows)
-
-
-def print_alignment(layers):
-    names = list(dict.fromkeys(name for layer in layers for name in layer['alignment']))
-    print('\nmean squared cosine of the principal angles (1: the same subspace) between what a '
-          'head writes and what other\nheads write, or what its own layer or the next one reads\n')
-    print(row('', names))
-    for layer in layers:
-        found = layer['alignment']
-        cells = [f'{found[name]["cos2"]:.3f}' if name in found else '' for name in names]
-        print(row(layer['layer'], cells))
 
 
 def verdict(pairs, share):
@@ -451,53 +425,51 @@ def verdict(pairs, share):
             f'{percent(share)} of the energy left out), of {len(pairs)}: {counts or "none"}')
 
 
-def plot(path, title, kinds, draw):
-    """A figure with a panel per kind, which draw(axes, kind) fills."""
-    n_rows = -(-len(kinds) // 3)
+def plot(path, title, curves, **settings):
+    """A figure with a panel per kind. curves: {kind: [(x, y, style)]}. settings: of the axes."""
+    n_rows = -(-len(curves) // 3)
     figure, panels = pyplot().subplots(n_rows, 3, figsize=(13, 0.5 + 3.2 * n_rows),
                                        layout='constrained', squeeze=False)
-    for axes, kind in zip(panels.flat, kinds):
-        draw(axes, kind)
-        axes.set_title(kind.upper().replace('_ROPE', ' rotated'))
+    for axes, (kind, lines) in zip(panels.flat, curves.items()):
+        for x, y, style in lines:
+            axes.plot(x, y, **style)
+        axes.set(title=kind.upper().replace('_ROPE', ' rotated'), **settings)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
+    if panels[0, 0].get_legend_handles_labels()[0]:
+        panels[0, 0].legend(fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
 
 
-def plot_ranks(path, title, xlabel, kinds, shares, points):
-    """points: a function of a kind and a share that returns [(x, rank, rank of noise)]."""
-    def draw(axes, kind):
-        for share in shares:
-            x, ranks, of_noise = zip(*points(kind, share))
-            line, = axes.plot(x, ranks, 'o-', markersize=4, label=f'{percent(share)} left out')
-            axes.plot(x, of_noise, '--', color=line.get_color(), linewidth=1)
-        axes.set(xlabel=xlabel, ylabel='effective rank')
-        axes.set_ylim(bottom=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
-
-    plot(path, f'{title}; dashed: Gaussian noise of the same shapes', kinds, draw)
+def plot_ranks(path, title, xlabel, points):
+    """points: {(kind, share): [(x, rank, rank of noise)]}."""
+    curves = collections.defaultdict(list)
+    for (kind, share), found in points.items():
+        x, ranks, of_noise = zip(*found)
+        color, label = f'C{len(curves[kind]) // 2}', f'{percent(share)} of the energy left out'
+        curves[kind] += [(x, ranks, dict(color=color, label=label, marker='o',
+                                         clip_on=False)),
+                         (x, of_noise, dict(color=color, linestyle='--'))]
+    plot(path, f'{title}; dashed: Gaussian noise of the same shapes', curves,
+         xlabel=xlabel, ylabel='effective rank', ylim=(0, None))
 
 
 def plot_spectra(path, title, layer, noise, shares):
-    """A curve per head: the energy that the first k singular values leave out, which is down at a
-    share at the effective rank."""
+    """A curve per head of the energy that the first k singular values leave out: at the effective
+    rank it has come down to the share."""
     floor = min(shares) / 10  # all singular values leave out nothing, which has no logarithm
-
-    def draw(axes, kind):
-        heads, random = (energy_left(found['kinds'][kind]['heads']).clamp(min=floor)
-                         for found in (layer, noise))
-        colors = pyplot().cm.viridis(torch.linspace(0, 1, len(heads)).numpy())
-        axes.set_prop_cycle(color=colors)
-        axes.plot(heads.t(), linewidth=1, alpha=0.7)
-        axes.plot(random.mean(dim=0), color='black', linestyle='--', linewidth=1)
-        axes.set(xlabel='singular values kept', ylabel='energy left out', yscale='log',
-                 xlim=(0, heads.size(1) - 1), ylim=(floor, 1))
-        axes.set_yticks([1, *shares], map(percent, [1, *shares]))
-        axes.minorticks_off()
-
-    plot(path, f'{title}, from the first head (dark) to the last (light); dashed: mean over heads '
-         'of Gaussian noise', layer['kinds'], draw)
+    ticks, curves, color = [1, *shares], {}, pyplot().cm.viridis
+    for kind in layer['kinds']:
+        heads, of_noise = (energy_left(found['kinds'][kind]['heads']).clamp(min=floor)
+                           for found in (layer, noise))
+        k = range(heads.size(1))
+        curves[kind] = [(k, y, dict(color=color(h / len(heads)))) for h, y in enumerate(heads)]
+        curves[kind].append((k, of_noise.mean(dim=0), dict(color='black', linestyle='--')))
+    plot(path, f'{title}, from the first head (dark) to the last; dashed: mean over heads of noise',
+         curves, xlabel='singular values kept', ylabel='energy left out', yscale='log',
+         ylim=(floor, 1), yticks=ticks, yticklabels=[percent(share) for share in ticks])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -505,34 +477,26 @@ def plot_spectra(path, title, layer, noise, shares):
 
 
 def report(folder, title, found, noise, middle, options):
-    """Writes svd.json and the plots, and prints alignment and verdict. middle: the layer in
-    heads.png."""
-    pairs, shares = [(layer, noise[layer['shapes']]) for layer in found], options.discarded
-    kinds = [kind for kind in KINDS if any(kind in layer['kinds'] for layer in found)]
-
-    def over_layers(kind, share):
-        return [(layer['number'], *(ranks_of(one['kinds'][kind], share)[0] for one in pair))
-                for pair in pairs if kind in (layer := pair[0])['kinds']]
-
-    what = 'heads stacked' if options.stacked else 'mean over heads'
-    plot_ranks(folder / 'layers.png', f'{title}, {what}', 'layer', kinds, shares, over_layers)
-    for pair in pairs:
-        def over_heads(kind, share):
-            ranks = [one['kinds'][kind]['effective_rank'][str(share)]['heads'] for one in pair]
-            return list(zip(itertools.count(), *ranks))
-
-        number = pair[0]['number']
-        if number == middle:
-            plot_ranks(folder / 'heads.png', f'{title}, layer {number}, head by head', 'head',
-                       pair[0]['kinds'], shares, over_heads)
+    """Writes svd.json and the plots, and prints the verdict. middle: the layer in heads.png."""
+    pairs = [(layer, noise[layer['shapes']]) for layer in found]
+    over_layers, over_heads = collections.defaultdict(list), {}
+    for layer, of_noise in pairs:
+        for kind, share in itertools.product(layer['kinds'], options.discarded):
+            both = [one['kinds'][kind] for one in (layer, of_noise)]
+            ranks = [ranks_of(values, share)[0] for values in both]
+            over_layers[kind, share].append((layer['number'], *ranks))
+            if layer['number'] == middle:
+                heads = [values['effective_rank'][str(share)]['heads'] for values in both]
+                over_heads[kind, share] = zip(itertools.count(), *heads)
         if options.plot_heads:
-            plot_spectra(folder / f'spectra-{number}.png', f'{title}, layer {number}', *pair,
-                         shares)
-    if options.align:
-        print_alignment([*noise.values(), *found])
-    print(f'\n{verdict(pairs, shares[0])}')
-    save_text(folder / 'svd.json',
-              json.dumps(dict(source=title, noise=noise, layers=found)) + '\n')
+            plot_spectra(folder / f'spectra-{layer["number"]}.png', f'{title}, {layer["layer"]}',
+                         layer, of_noise, options.discarded)
+    what = 'heads stacked' if options.stacked else 'mean over heads'
+    plot_ranks(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers)
+    plot_ranks(folder / 'heads.png', f'{title}, layer {middle}', 'head', over_heads)
+    print(f'\n{verdict(pairs, options.discarded[0])}')
+    results = dict(source=title, noise=noise, layers=found)
+    save_text(folder / 'svd.json', json.dumps(results) + '\n')
     print(f'{folder}: svd.json, layers.png, heads.png'
           f'{", a spectra-N.png per layer" if options.plot_heads else ""}')
 
@@ -557,16 +521,17 @@ def main():
     source = Path(paths[0])
     is_run, title = best_checkpoint(source).is_file(), source.resolve().name
     layers = layers_of_run(source) if is_run else layers_of_checkpoint(source)
-    numbers = sorted(set(options.layers or range(len(layers))))
+    numbers = sorted(options.layers or range(len(layers)))
     middle = numbers[len(numbers) // 2] if options.heads_of is None else options.heads_of
-    if max(numbers[-1], middle) >= len(layers):
-        raise UserError(f'layer {max(numbers[-1], middle)}: {source} has layers 0 to '
-                        f'{len(layers) - 1}')
-    if middle not in numbers:
-        raise UserError(f'heads_of={middle}: must be one of --layers={options.layers}')
+    numbers = sorted({*numbers, middle})
+    if numbers[-1] >= len(layers):
+        raise UserError(f'layer {numbers[-1]}: {source} has layers 0 to {len(layers) - 1}')
     folder = Path(options.out_dir or (source if is_run else Path('out') / f'svd-{title}'))
-    print(f'effective rank, {" or ".join(map(percent, options.discarded))} of the energy left out: '
-          f'{"stacked heads / " if options.stacked else ""}mean over heads')
+    print(f'effective rank with {" or ".join(map(percent, options.discarded))} of the energy left '
+          f'out: {"stacked heads / " if options.stacked else ""}mean over heads')
+    if options.align:
+        print('aligned: mean squared cosine of the principal angles (1: the same subspace) between '
+              'what a head writes\nand what other heads write, its layer reads or the next reads')
     found, noise = analyse_layers(layers, numbers, folder / 'svd.jsonl', options)
     report(folder, title, found, noise, middle, options)
 
