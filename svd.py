@@ -64,14 +64,15 @@ class SvdOptions:
 # what an attention does to a token
 
 
-def matrices(attention):
+def matrices(attention, gain=1.0, kv_gain=None):
     """The matrices of the heads: {part: [heads (H, d, n), basis (groups, n, D)]}. The matrix of a
     head is heads[h] @ the basis of its group; a part may also be [heads (H, d, D)] alone.
 
     Parts: q, k, v, o, and q_rope and k_rope for rotated dimensions; a part without dimensions is
-    left out. For o it is the transpose of what a head writes. Gains of the attention's own norms
-    are multiplied in; a gate is not, as it differs per token. Raises UserError for an attention
-    that has no such matrices.
+    left out. For o it is the transpose of what a head writes. Gains of norms are multiplied in:
+    gain (D,), of the norm before the attention; kv_gain, of the one before its keys and values if
+    that is another; and the attention's own. A gate is not, as it differs per token. Raises
+    UserError for an attention that has no such matrices.
     """
     if not isinstance(attention, (MHA, MLA, GTA, V4)):
         raise UserError(f'{type(attention).__name__}: no matrix per head makes its keys and '
@@ -100,6 +101,9 @@ def matrices(attention):
         k, k_rope = [k, *basis], [k_rope_proj.weight[None]]
     parts = dict(v=[v, *basis], o=[o, *o_basis], q=[q[:, r:], *q_basis],
                  q_rope=[q[:, :r], *q_basis], k=k, k_rope=k_rope)
+    kv_gain = gain if kv_gain is None else kv_gain
+    for name in parts.keys() - {'o'}:
+        parts[name][-1] = parts[name][-1] * (gain if name.startswith('q') else kv_gain)
     return {name: part for name, part in parts.items() if part[0].size(1)}
 
 
@@ -151,7 +155,7 @@ def layers_of_run(folder):
     layers, (model, _, _) = [], load_run(folder)
 
     def add(name, attention, norm, kv_norm):
-        read = partial(parts_of, attention, norm.weight, kv_norm.weight)
+        read = partial(matrices, attention, norm.weight, kv_norm.weight)
         layers.append(Layer(name, read, [best_checkpoint(folder)]))
 
     for name, block in model.requires_grad_(False).named_modules():
@@ -178,19 +182,9 @@ def layers_of_checkpoint(folder):
     for i in range(n_layer):
         names = f'model.layers.{i}.self_attn.', f'model.layers.{i}.input_layernorm.'
         files = {path for name, path in checkpoint.files.items() if name.startswith(names)}
-        layers.append(Layer(f'layer {i}', lambda i=i: parts_of(*read_attention(checkpoint, i)),
+        layers.append(Layer(f'layer {i}', lambda i=i: matrices(*read_attention(checkpoint, i)),
                             [Path(folder) / 'config.json', *sorted(files)]))
     return layers
-
-
-def parts_of(attention, gain, kv_gain=None):
-    """`matrices` with the gains (D,) of the norm before an attention, and of the one before its
-    keys and values if that is another."""
-    parts = matrices(attention)
-    for name in parts.keys() - {'o'}:
-        of_queries = name in ('q', 'q_rope') or kv_gain is None
-        parts[name][-1] = parts[name][-1] * (gain if of_queries else kv_gain)
-    return parts
 
 
 def noise_like(shapes, seed):
@@ -212,7 +206,7 @@ def spectra(parts, stacked):
     for kind, names in KINDS.items():
         if not thin.keys() >= {*names}:
             continue
-        x = fused(*(thin[name] for name in names))
+        x = fused(*(thin[name] for name in names)) if len(names) > 1 else thin[kind]
         if not x.isfinite().all():
             raise UserError(f'{kind}: products of its weights are too large for float32: name a '
                             'checkpoint of a trained model')
@@ -236,11 +230,9 @@ def thinned(heads, *basis):
     return (heads.double() @ triangle(basis[0][0]).t()).float()
 
 
-def fused(first, second=None):
+def fused(first, second):
     """Matrices with the singular values of first.T @ second, head by head: (H, d, n) and
-    (Hkv, d, m) -> (H, min(d, m), n); `first` itself if it is alone."""
-    if second is None:
-        return first
+    (Hkv, d, m) -> (H, min(d, m), n)."""
     second = second.repeat_interleave(len(first) // len(second), dim=0)
     return torch.stack([(triangle(b) @ a.double()).float() for a, b in zip(first, second)])
 
@@ -362,17 +354,17 @@ def analyse_layers(layers, numbers, path, options):
     shapes, {shapes: found}. Prints it. path: of svd.jsonl."""
     analysis, found, noise = Analysis(path, options), [], {}
     for number in numbers:
-        some = [number, number + 1] if options.align and number + 1 in numbers else [number]
-        some = {number: layers[number] for number in some}
+        with_next = options.align and number + 1 in numbers
+        pair = layers[number:number + 1 + with_next]
         files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
-                 for layer in some.values() for file in layer.files}
-        line, took = analysis.of(*some.values(), layers=list(some), files=files)
+                 for layer in pair for file in layer.files}
+        line, took = analysis.of(*pair, number=number, with_next=with_next, files=files)
         found.append(dict(number=number) | line)
         shapes = line['shapes']
         if shapes not in noise:
-            some = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
-            noise[shapes], _ = analysis.of(*some, shapes=shapes)
-            print(f'\n{row("left out".rjust(22), line["kinds"])}')
+            pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
+            noise[shapes], _ = analysis.of(*pair, shapes=shapes)
+            print(f'\n{"left out":>22}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
             print(table_rows(noise[shapes], options.discarded))
         print(table_rows(line, options.discarded, took), flush=True)
     return found, noise
@@ -392,37 +384,21 @@ def ranks_of(values, share):
     return [*ranks.get('stacked', []), statistics.mean(ranks['heads'])]
 
 
-def row(name, cells, end=''):
-    return (f'{name:22}' + ''.join(f'{cell:>15}' for cell in cells) + f'{end:>10}').rstrip()
-
-
 def table_rows(layer, shares, took=''):
     """A row per share, rank of the stacked heads / mean rank of the heads of each kind, and one of
     the alignment."""
     rows, name = [], layer['layer']
     for share in shares:
-        ranks = [ranks_of(values, share) for values in layer['kinds'].values()]
-        cells = [''.join(f'{stack:,} / ' for stack in stacked) + f'{mean:.1f}'
-                 for *stacked, mean in ranks]
-        rows.append(row(f'{name:16}{percent(share):>6}', cells, took))
+        row = f'{name:16}{percent(share):>6}'
+        for values in layer['kinds'].values():
+            *stacked, mean = ranks_of(values, share)
+            row += f'{"".join(f"{rank:,} / " for rank in stacked)}{mean:.1f}'.rjust(15)
+        rows.append(f'{row}{took:>10}'.rstrip())
         name = took = ''
-    if 'alignment' in layer:
-        found = layer['alignment'].items()
-        rows.append(f'{"aligned":>22}   ' + ', '.join(f'{x} {y["cos2"]:.3f}' for x, y in found))
+    if found := layer.get('alignment'):
+        cells = ', '.join(f'{what} {values["cos2"]:.3f}' for what, values in found.items())
+        rows.append(f'{"aligned":>22}   {cells}')
     return '\n'.join(rows)
-
-
-def verdict(pairs, share):
-    """One line that says in how many layers each kind is clearly below noise, by the stacked heads
-    or by the mean over heads. pairs: of a layer and its noise."""
-    below = collections.Counter()
-    for layer, noise in pairs:
-        for kind, values in layer['kinds'].items():
-            ranks, of_noise = ranks_of(values, share), ranks_of(noise['kinds'][kind], share)
-            below[kind] += any(a <= CLEARLY_BELOW * b for a, b in zip(ranks, of_noise))
-    counts = ', '.join(f'{kind} {n}' for kind, n in below.items() if n)
-    return (f'layers clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
-            f'{percent(share)} of the energy left out), of {len(pairs)}: {counts or "none"}')
 
 
 def plot(path, title, curves, **settings):
@@ -437,8 +413,7 @@ def plot(path, title, curves, **settings):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    if panels[0, 0].get_legend_handles_labels()[0]:
-        panels[0, 0].legend(fontsize=8)
+    panels[0, 0].legend(fontsize=8)
     figure.suptitle(title)
     save_figure(figure, path)
 
@@ -449,8 +424,7 @@ def plot_ranks(path, title, xlabel, points):
     for (kind, share), found in points.items():
         x, ranks, of_noise = zip(*found)
         color, label = f'C{len(curves[kind]) // 2}', f'{percent(share)} of the energy left out'
-        curves[kind] += [(x, ranks, dict(color=color, label=label, marker='o',
-                                         clip_on=False)),
+        curves[kind] += [(x, ranks, dict(color=color, label=label, marker='o', clip_on=False)),
                          (x, of_noise, dict(color=color, linestyle='--'))]
     plot(path, f'{title}; dashed: Gaussian noise of the same shapes', curves,
          xlabel=xlabel, ylabel='effective rank', ylim=(0, None))
@@ -464,41 +438,46 @@ def plot_spectra(path, title, layer, noise, shares):
     for kind in layer['kinds']:
         heads, of_noise = (energy_left(found['kinds'][kind]['heads']).clamp(min=floor)
                            for found in (layer, noise))
-        k = range(heads.size(1))
+        k, mean = range(heads.size(1)), of_noise.mean(dim=0)
         curves[kind] = [(k, y, dict(color=color(h / len(heads)))) for h, y in enumerate(heads)]
-        curves[kind].append((k, of_noise.mean(dim=0), dict(color='black', linestyle='--')))
-    plot(path, f'{title}, from the first head (dark) to the last; dashed: mean over heads of noise',
-         curves, xlabel='singular values kept', ylabel='energy left out', yscale='log',
-         ylim=(floor, 1), yticks=ticks, yticklabels=[percent(share) for share in ticks])
+        curves[kind].append((k, mean, dict(color='black', linestyle='--', label='mean of noise')))
+    plot(path, f'{title}, from the first head (dark) to the last', curves, ylim=(floor, 1),
+         xlabel='singular values kept', ylabel='energy left out', yscale='log', yticks=ticks,
+         yticklabels=[percent(share) for share in ticks])
+
+
+def report(folder, title, found, noise, middle, options):
+    """Writes svd.json and the plots, and prints in how many layers each kind is clearly below
+    noise, stacked or in the mean over heads. middle: the layer in heads.png."""
+    over_layers, over_heads, below = collections.defaultdict(list), {}, collections.Counter()
+    for layer in found:
+        number, of_noise = layer['number'], noise[layer['shapes']]
+        for kind, share in itertools.product(layer['kinds'], options.discarded):
+            both = [one['kinds'][kind] for one in (layer, of_noise)]
+            ranks, noise_ranks = (ranks_of(values, share) for values in both)
+            over_layers[kind, share].append((number, ranks[0], noise_ranks[0]))
+            if share == options.discarded[0]:
+                below[kind] += any(a <= CLEARLY_BELOW * b for a, b in zip(ranks, noise_ranks))
+            if number == middle:
+                heads = [values['effective_rank'][str(share)]['heads'] for values in both]
+                over_heads[kind, share] = zip(itertools.count(), *heads)
+        if options.plot_heads:
+            plot_spectra(folder / f'spectra-{number}.png', f'{title}, {layer["layer"]}', layer,
+                         of_noise, options.discarded)
+    what = 'heads stacked' if options.stacked else 'mean over heads'
+    plot_ranks(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers)
+    plot_ranks(folder / 'heads.png', f'{title}, layer {middle}', 'head', over_heads)
+    results = dict(source=title, noise=noise, layers=found)
+    save_text(folder / 'svd.json', json.dumps(results) + '\n')
+    counts = ', '.join(f'{kind} {n}' for kind, n in below.items() if n)
+    print(f'\nlayers clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
+          f'{percent(options.discarded[0])} of the energy left out), of {len(found)}: '
+          f'{counts or "none"}\n{folder}: svd.json, layers.png, heads.png'
+          f'{", a spectra-N.png per layer" if options.plot_heads else ""}')
 
 
 # --------------------------------------------------------------------------------------------------
 # the command
-
-
-def report(folder, title, found, noise, middle, options):
-    """Writes svd.json and the plots, and prints the verdict. middle: the layer in heads.png."""
-    pairs = [(layer, noise[layer['shapes']]) for layer in found]
-    over_layers, over_heads = collections.defaultdict(list), {}
-    for layer, of_noise in pairs:
-        for kind, share in itertools.product(layer['kinds'], options.discarded):
-            both = [one['kinds'][kind] for one in (layer, of_noise)]
-            ranks = [ranks_of(values, share)[0] for values in both]
-            over_layers[kind, share].append((layer['number'], *ranks))
-            if layer['number'] == middle:
-                heads = [values['effective_rank'][str(share)]['heads'] for values in both]
-                over_heads[kind, share] = zip(itertools.count(), *heads)
-        if options.plot_heads:
-            plot_spectra(folder / f'spectra-{layer["number"]}.png', f'{title}, {layer["layer"]}',
-                         layer, of_noise, options.discarded)
-    what = 'heads stacked' if options.stacked else 'mean over heads'
-    plot_ranks(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers)
-    plot_ranks(folder / 'heads.png', f'{title}, layer {middle}', 'head', over_heads)
-    print(f'\n{verdict(pairs, options.discarded[0])}')
-    results = dict(source=title, noise=noise, layers=found)
-    save_text(folder / 'svd.json', json.dumps(results) + '\n')
-    print(f'{folder}: svd.json, layers.png, heads.png'
-          f'{", a spectra-N.png per layer" if options.plot_heads else ""}')
 
 
 def check_device(name):
