@@ -431,8 +431,8 @@ def plot_ranks(path, title, xlabel, points):
 
 
 def plot_spectra(path, title, layer, noise, shares):
-    """A curve per head of the energy that the first k singular values leave out: at the effective
-    rank it has come down to the share."""
+    """A curve per head: the energy that the first k singular values leave out, which falls to a
+    share at the effective rank."""
     floor = min(shares) / 10  # all singular values leave out nothing, which has no logarithm
     ticks, curves, color = [1, *shares], {}, pyplot().cm.viridis
     for kind in layer['kinds']:
@@ -469,10 +469,10 @@ def report(folder, title, found, noise, middle, options):
     plot_ranks(folder / 'heads.png', f'{title}, layer {middle}', 'head', over_heads)
     results = dict(source=title, noise=noise, layers=found)
     save_text(folder / 'svd.json', json.dumps(results) + '\n')
-    counts = ', '.join(f'{kind} {n}' for kind, n in below.items() if n)
-    print(f'\nlayers clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
-          f'{percent(options.discarded[0])} of the energy left out), of {len(found)}: '
-          f'{counts or "none"}\n{folder}: svd.json, layers.png, heads.png'
+    counts = ', '.join(f'{kind} in {n} of {len(found)} layers' for kind, n in below.items() if n)
+    print(f'\nclearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
+          f'{percent(options.discarded[0])} of the energy left out): {counts or "nothing"}\n'
+          f'{folder}: svd.json, layers.png, heads.png'
           f'{", a spectra-N.png per layer" if options.plot_heads else ""}')
 
 
