@@ -364,7 +364,7 @@ def analyse_layers(layers, numbers, path, options):
         if shapes not in noise:
             pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
             noise[shapes], _ = analysis.of(*pair, shapes=shapes)
-            print(f'\n{"left out":>22}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
+            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
             print(table_rows(noise[shapes], options.discarded))
         print(table_rows(line, options.discarded, took), flush=True)
     return found, noise
@@ -389,7 +389,7 @@ def table_rows(layer, shares, took=''):
     the alignment."""
     rows, name = [], layer['layer']
     for share in shares:
-        row = f'{name:16}{percent(share):>6}'
+        row = f'{name:22}{percent(share):>6}'
         for values in layer['kinds'].values():
             *stacked, mean = ranks_of(values, share)
             row += f'{"".join(f"{rank:,} / " for rank in stacked)}{mean:.1f}'.rjust(15)
@@ -397,7 +397,7 @@ def table_rows(layer, shares, took=''):
         name = took = ''
     if found := layer.get('alignment'):
         cells = ', '.join(f'{what} {values["cos2"]:.3f}' for what, values in found.items())
-        rows.append(f'{"aligned":>22}   {cells}')
+        rows.append(f'{"aligned":>28}   {cells}')
     return '\n'.join(rows)
 
 
