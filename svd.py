@@ -1,36 +1,29 @@
-"""How much of their rank do attention weights use? Singular values of a run of train.py, or of a
-checkpoint in the layout of transformers (DeepSeek-V3, Kimi-K2, Llama; sharded safetensors, fp8
-too), of which one layer is in memory at a time.
+"""The effective rank of attention weights, of a run of train.py or of a checkpoint in the layout of
+transformers (DeepSeek-V3, Kimi-K2, Llama; sharded and fp8 too), one layer in memory at a time.
 
     python svd.py out/decoder_mla_o --align=True
     python svd.py path/to/DeepSeek-V3 --layers=0,30,60 --stacked=False
 
-For each layer Q, K, V, O and the fused QK (what a head compares) and VO (what it copies): of each
-head, and stacked over heads, each head divided by its largest singular value. Gains of the norms
-before a matrix are folded in. Rotated dimensions stand apart: q_rope, k_rope, and qk_rope, their
-product at distance zero. The effective rank is the least k that leaves at most 1%, or 0.1%, of the
-energy, the sum of squares, beyond the first k (--discarded=0.05: at most 5%); beside it stands that
-of matrices of the same shapes filled with Gaussian noise.
+The matrices are Q, K, V, O, QK (how a head compares tokens) and VO (what it copies), per head, and
+with all heads stacked, each divided by its largest singular value. Rotated dimensions are separate:
+q_rope, k_rope, and qk_rope, their product at distance zero. Gains of norms are multiplied in. The
+effective rank is the smallest k for which the singular values after the first k hold at most 1%, or
+0.1%, of the energy, the sum of squares. Next to it is that of Gaussian noise of the same shapes.
 
-Writes svd.json with all singular values, layers.png and heads.png, with --plot_heads=True a plot
-of each layer too; and svd.jsonl, layer by layer: after a kill, or with other layers, shares or
-plots, the same command goes on from what is there.
+Writes svd.json with all singular values, layers.png, heads.png, and with --plot_heads=True a plot
+per layer. svd.jsonl keeps each layer when it is finished: after a kill, or with other layers,
+shares or plots, the same command computes only what is missing.
 """
 
 import collections
-import contextlib
 import itertools
 import json
-import math
-import os
-import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -40,113 +33,165 @@ import torch.nn.functional as F
 import config
 from config import UserError
 from deepseek import Checkpoint, read_attention
-from model import (Attention, Block, ChannelBlock, CountOrZero, CrossBlock, PoolBlock, Range,
-                   attentions_of)
+from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlock, OutputLatent,
+                   PoolBlock, Range, Up)
 from run import Seed, best_checkpoint, load_run, pyplot, save_figure, save_text
 
-# products of two parts; the first is the side on which heads are stacked
-FUSED = dict(qk=('q', 'k'), vo=('o', 'v'), qk_rope=('q_rope', 'k_rope'))
-KINDS = 'q', 'k', 'qk', 'v', 'o', 'vo', 'q_rope', 'k_rope', 'qk_rope'
-PANELS = ('q', 'k', 'qk', 'q_rope', 'k_rope', 'qk_rope'), ('v', 'o', 'vo')  # of a plot
-PUBLISHED = 0.01, 0.001  # shares of the energy, whose ranks are always in svd.json
-Share = Annotated[float, Range(above=0, below=1)]
+# what has singular values: parts, and products of two, which are stacked on the side of the first
+KINDS = dict(q=['q'], k=['k'], qk=['q', 'k'], v=['v'], o=['o'], vo=['o', 'v'],
+             q_rope=['q_rope'], k_rope=['k_rope'], qk_rope=['q_rope', 'k_rope'])
+PUBLISHED = 0.01, 0.001  # shares of the energy whose ranks are always in svd.json
 CLEARLY_BELOW = 0.9  # share of the rank of noise
+Share = Annotated[float, Range(above=0, below=1)]
 
 
 @dataclass
 class SvdOptions:
     """Options"""
 
-    layers: tuple[CountOrZero, ...] | None = None  # only these, 0,30,60 for instance; None = all
-    heads_of: CountOrZero | None = None  # layer of the head-wise plot; None = the middle one
-    stacked: bool = True  # also stack the heads: minutes a layer at DeepSeek-V3's width
+    layers: tuple[CountOrZero, ...] | None = None  # only these, such as 0,30,60; None = all
+    heads_of: CountOrZero | None = None  # the layer in heads.png; None = the middle one
+    stacked: bool = True  # also stack the heads: minutes per layer at DeepSeek-V3's width
     align: bool = False  # also angles between what heads write, and between that and what is read
     discarded: tuple[Share, ...] = PUBLISHED  # shares of the energy to leave out
-    plot_heads: bool = False  # also spectra-0.png and so on for each layer, a curve for each head
+    plot_heads: bool = False  # also spectra-0.png and so on: per layer a curve for each head
     device: str = 'cpu'  # torch device for the linear algebra, which is in float64
-    out_dir: str | None = None  # results; None = the run's folder, for a checkpoint out/svd-NAME
+    out_dir: str | None = None  # for results; None = the run's folder, or out/svd-CHECKPOINT
     seed: Seed = 1337  # of the noise
 
 
 # --------------------------------------------------------------------------------------------------
-# reading: the parts of a layer are what Attention.matrices returns, {part: (heads, basis or None)}
+# what an attention does to a token
 
 
-def whole(heads, basis):
+def matrices(attention, gain=1.0, kv_gain=None):
+    """The matrices of the heads: {part: [heads (H, d, n), basis (groups, n, D)]}. The matrix of a
+    head is heads[h] @ the basis of its group; a part may also be [heads (H, d, D)] alone.
+
+    Parts: q, k, v, o, and q_rope and k_rope for rotated dimensions; a part without dimensions is
+    left out. For o it is the transpose of what a head writes. Gains of norms are multiplied in:
+    gain (D,), of the norm before the attention; kv_gain, of the one before its keys and values if
+    that is another; and the attention's own. A gate is not, as it differs per token. Raises
+    UserError for an attention that has no such matrices.
+    """
+    if not isinstance(attention, (MHA, MLA, GTA, V4)):
+        raise UserError(f'{type(attention).__name__}: no matrix per head makes its keys and '
+                        'values: svd.py needs a run with another attention')
+    a, r, basis, q_basis, (o, *o_basis) = attention, attention.rope_dims, [], [], output(attention)
+    q = in_heads(a.q_b_proj if a.q_latent else a.q_proj, a.n_head)
+    if a.q_latent:
+        q_basis = [with_gain(a.q_a_norm, a.q_a_proj.weight)[None]]
+    if isinstance(a, MHA):
+        k, v = in_heads(a.k_proj, a.n_kv_head), in_heads(a.v_proj, a.n_kv_head)
+        q, k = with_gain(a.q_norm, q), with_gain(a.k_norm, k)
+    elif isinstance(a, MLA):
+        basis = [with_gain(a.kv_a_norm, a.kv_a_proj.weight).unflatten(0, (a.n_latents, -1))]
+        k, v = in_heads(a.k_b_proj, a.n_softmax), in_heads(a.v_b_proj, a.n_softmax)
+        if (n := a.n_branches) > 1:  # every head is there once per branch
+            q, o = q.repeat(n, 1, 1), o.repeat(n, 1, 1) * n ** -0.5
+            o_basis = [part.repeat(n, 1, 1) if len(part) > 1 else part for part in o_basis]
+    elif isinstance(a, GTA):
+        v = in_heads(a.kv_proj, a.n_kv_head)
+        k = v[:, :a.head_dim - r]
+    else:
+        k = v = with_gain(a.kv_norm, a.kv_proj.weight)[None]
+    if (k_rope_proj := getattr(a, 'k_rope_proj', None)) is None:
+        k, k_rope = [k[:, r:], *basis], [k[:, :r], *basis]
+    else:  # one for all heads
+        k, k_rope = [k, *basis], [k_rope_proj.weight[None]]
+    parts = dict(v=[v, *basis], o=[o, *o_basis], q=[q[:, r:], *q_basis],
+                 q_rope=[q[:, :r], *q_basis], k=k, k_rope=k_rope)
+    kv_gain = gain if kv_gain is None else kv_gain
+    for name in parts.keys() - {'o'}:
+        parts[name][-1] = parts[name][-1] * (gain if name.startswith('q') else kv_gain)
+    return {name: part for name, part in parts.items() if part[0].size(1)}
+
+
+def output(attention):
+    """The part o of `matrices`."""
+    o_proj, H = attention.o_proj, attention.n_head
+    if not isinstance(o_proj, OutputLatent):
+        return [o_proj.weight.t().unflatten(0, (H, -1))]  # (H, dv, D)
+    G = o_proj.n_groups
+    heads = o_proj.o_a_proj.weight.unflatten(0, (G, -1)).unflatten(2, (H // G, -1))
+    heads = heads.permute(0, 2, 3, 1).flatten(0, 1)  # (G, R, H/G, dv) -> (H, dv, R)
+    if o_proj.norm == 'head':
+        heads = heads * o_proj.gain[:, None]
+    return [heads, with_gain(o_proj.o_norm, o_proj.o_b_proj.weight.t()).unflatten(0, (G, -1))]
+
+
+def in_heads(layer, n_head):
+    return layer.weight.unflatten(0, (n_head, -1))  # (H, d, n)
+
+
+def with_gain(norm, matrix):
+    """A matrix (..., d, n) with its rows multiplied by the gain (d,) of a norm, if that has one."""
+    gain = getattr(norm, 'weight', None)
+    return matrix if gain is None else gain[:, None] * matrix
+
+
+def whole(heads, basis=None):
     """The matrices of the heads of a part, (H, d, D)."""
     if basis is None:
         return heads
-    basis = basis.view(-1, *basis.shape[-2:])  # (groups of heads, or 1, n, D)
     return (heads.unflatten(0, (len(basis), -1)) @ basis[:, None]).flatten(0, 1)
+
+
+# --------------------------------------------------------------------------------------------------
+# layers: an attention with the gains of the norms before it, or noise
 
 
 class Layer(NamedTuple):
     name: str
-    read: Callable  # returns its parts
-    files: list  # paths of the files that its weights are in
+    read: Callable  # returns its parts, as `matrices` does
+    files: list = []  # paths of the files with its weights
+
+    def load(self, device):
+        return {name: [matrix.to(device) for matrix in part] for name, part in self.read().items()}
 
 
-def parts_of(attention, gain, source_gain):
-    """The parts of an attention, with the gains of the norms before it folded in: of the tokens
-    that ask, and of those that are attended to."""
-    parts = attention.matrices()
-    gains = dict(q=gain, q_rope=gain, k=source_gain, k_rope=source_gain, v=source_gain)
-    for name in gains.keys() & parts.keys():
-        heads, basis = parts[name]
-        if basis is None:
-            parts[name] = heads * gains[name], None
-        else:
-            parts[name] = heads, basis * gains[name]
-    return parts
+def layers_of_run(folder):
+    """A Layer per attention of a run."""
+    layers, (model, _, _) = [], load_run(folder)
 
+    def add(name, attention, norm, kv_norm):
+        read = partial(matrices, attention, norm.weight, kv_norm.weight)
+        layers.append(Layer(name, read, [best_checkpoint(folder)]))
 
-def read_run(folder):
-    """Yields a Layer for each attention in the blocks of a run."""
-    model, _, _ = load_run(folder)
-    if any(isinstance(module, ChannelBlock) for module in model.modules()):
-        raise UserError(f'{folder}: has parallel channels, which svd.py cannot read')
-    for attention in attentions_of(model):
-        if type(attention).matrices is Attention.matrices:
-            raise UserError(f'{folder}: no matrix of a head makes its keys and values of a token '
-                            f'in {type(attention).__name__}, so that svd.py cannot read it')
-    files = [best_checkpoint(folder)]
     for name, block in model.requires_grad_(False).named_modules():
+        if isinstance(block, ChannelBlock):
+            for i, attention in enumerate(block.attn):
+                add(f'{name}.{i}', attention, block.attn_norm, block.attn_norm)
         if isinstance(block, Block):
-            norm = source_norm = block.attn_norm
-            if isinstance(block, PoolBlock) and block.source_norm:
-                source_norm = block.source_norm
-            gains = norm.weight, source_norm.weight
-            yield Layer(name, partial(parts_of, block.attn, *gains), files)
+            kv_norm = isinstance(block, PoolBlock) and block.source_norm or block.attn_norm
+            add(name, block.attn, block.attn_norm, kv_norm)
         if isinstance(block, CrossBlock):
-            gains = block.cross_norm.weight, block.source_norm.weight
-            yield Layer(f'{name}.cross', partial(parts_of, block.cross, *gains), files)
+            add(f'{name}.cross', block.cross, block.cross_norm, block.source_norm)
+        if isinstance(block, Up) and block.upsample == 'attention':
+            add(f'{name}.up', block.up, block.query_norm, block.latent_norm)
+    return layers
 
 
-def read_checkpoint(folder):
-    """Yields a Layer for each layer of a checkpoint."""
-    checkpoint = Checkpoint(folder)
-    n_layer = checkpoint.config.get('num_hidden_layers')
-    if type(n_layer) is not int or not 0 < n_layer <= len(checkpoint.files):
-        raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40}: takes the '
-                        f'number of layers that its {len(checkpoint.files)} tensors belong to')
-    files = collections.defaultdict(set)
-    for name, path in checkpoint.files.items():
-        if match := re.match(r'model\.layers\.(\d+)\.(self_attn|input_layernorm)\.', name):
-            files[int(match[1])].add(path)
+def layers_of_checkpoint(folder):
+    """A Layer per layer of a checkpoint in transformers' layout."""
+    layers, checkpoint = [], Checkpoint(folder)
+    n_layer, n_tensors = checkpoint.config.get('num_hidden_layers'), len(checkpoint.files)
+    if type(n_layer) is not int or not 0 < n_layer <= n_tensors:
+        raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40} must be the '
+                        f'number of layers that its {n_tensors} tensors belong to')
     for i in range(n_layer):
-        yield Layer(f'layer {i}', partial(read_layer, checkpoint, i),
-                    [Path(folder) / 'config.json', *sorted(files[i])])
+        names = f'model.layers.{i}.self_attn.', f'model.layers.{i}.input_layernorm.'
+        files = {path for name, path in checkpoint.files.items() if name.startswith(names)}
+        layers.append(Layer(f'layer {i}', lambda i=i: matrices(*read_attention(checkpoint, i)),
+                            [Path(folder) / 'config.json', *sorted(files)]))
+    return layers
 
 
-def read_layer(checkpoint, i):
-    attention, gain = read_attention(checkpoint, i)
-    return parts_of(attention, gain, gain)
-
-
-def load(layer, device):
-    """The parts of a Layer, on a device."""
-    return {name: [None if matrix is None else matrix.to(device) for matrix in part]
-            for name, part in layer.read().items()}
+def noise_like(shapes, seed):
+    """Gaussian parts of these shapes: what a layer that has learned nothing would show."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: [torch.randn(shape, generator=generator) for shape in part]
+            for name, part in json.loads(shapes).items()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,126 +199,90 @@ def load(layer, device):
 
 
 def spectra(parts, stacked):
-    """{kind: singular values} of a layer: dict(heads=[values of each head], stacked=values);
-    `stacked` only if asked for."""
+    """{kind: {'heads': [singular values of each head], 'stacked': singular values}}; 'stacked' only
+    if asked for."""
     thin = {name: thinned(*part) for name, part in parts.items()}
     result = {}
-    for kind in KINDS:
-        sides = FUSED.get(kind, (kind,))
-        if not all(side in thin for side in sides):
+    for kind, names in KINDS.items():
+        if not thin.keys() >= {*names}:
             continue
-        x = fused(*(thin[side] for side in sides)) if kind in FUSED else thin[kind]
+        x = fused(*(thin[name] for name in names)) if len(names) > 1 else thin[kind]
         if not x.isfinite().all():
-            raise UserError(f'{kind}: products of its weights are too large for float32: are they '
-                            'those of a model?')
+            raise UserError(f'{kind}: products of its weights are too large for float32: name a '
+                            'checkpoint of a trained model')
         heads = [torch.linalg.svdvals(head.double()) for head in x]
         result[kind] = dict(heads=[values.tolist() for values in heads])
         if stacked:
-            tiny = torch.finfo(torch.float32).tiny  # a head may be all zeros
-            tops = [values[0].clamp(min=tiny) for values in heads]
-            result[kind]['stacked'] = stacked_values(x, tops).tolist()
+            result[kind]['stacked'] = stacked_values(x, heads).tolist()
     return result
 
 
-def thinned(heads, basis):
-    """Matrices (H, d, n) with the singular values of heads @ basis."""
-    if basis is None or basis.dim() == 3:  # coordinates in bases of their own cannot be stacked
-        return whole(heads, basis)
-    # basis.T = Q R with orthonormal columns Q, so heads @ basis = (heads @ R.T) @ Q.T
-    r = torch.linalg.qr(basis.t().double(), mode='r').R
-    return (heads.double() @ r.t()).float()
+def triangle(matrix):
+    """R of matrix.T = Q R in float64. The columns of Q are orthonormal, so x @ matrix has the
+    singular values of x @ R.T, which is smaller."""
+    return torch.linalg.qr(matrix.t().double(), mode='r').R
+
+
+def thinned(heads, *basis):
+    """Matrices (H, d, n) with the singular values of the heads of a part, single and stacked."""
+    if not basis or len(basis[0]) > 1:  # coordinates in different bases cannot be stacked
+        return whole(heads, *basis)
+    return (heads.double() @ triangle(basis[0][0]).t()).float()
 
 
 def fused(first, second):
     """Matrices with the singular values of first.T @ second, head by head: (H, d, n) and
     (Hkv, d, m) -> (H, min(d, m), n)."""
-    products = []
     second = second.repeat_interleave(len(first) // len(second), dim=0)
-    for a, b in zip(first, second):
-        # b.T = Q R, so a.T @ b = (R @ a).T @ Q.T
-        r = torch.linalg.qr(b.t().double(), mode='r').R
-        products.append((r @ a.double()).float())
-    return torch.stack(products)
+    return torch.stack([(triangle(b) @ a.double()).float() for a, b in zip(first, second)])
 
 
-def stacked_values(x, tops):
-    """Singular values of the heads x (H, d, n) below each other, each divided by its own largest:
-    from the eigenvalues of the smaller Gram matrix in float64, which leaves those below 1e-8 of the
-    largest undecided."""
+def stacked_values(x, heads):
+    """Singular values of the heads x (H, d, n) on top of each other, each divided by its largest:
+    roots of the eigenvalues of the smaller Gram matrix in float64, so that values below 1e-8 of the
+    largest are rounding errors. heads: the singular values of each head."""
     H, d, n = x.shape
+    tops = torch.stack([values[0] for values in heads])[:, None, None]
+    tops = tops.clamp(min=torch.finfo(torch.float32).tiny)  # a head may be all zeros
     if H * d <= n:
-        flat = (x / torch.stack(tops)[:, None, None]).flatten(0, 1).double()
+        flat = (x / tops).flatten(0, 1)
         gram = flat @ flat.t()
     else:
         gram = torch.zeros(n, n, dtype=torch.float64, device=x.device)
-        step = max(1, 1024 // d)
-        for h in range(0, H, step):
-            some = zip(x[h:h + step], tops[h:h + step])
-            flat = torch.cat([head.double() / top for head, top in some])
+        size = max(1, 1024 // d)  # all heads at once would take too much memory in float64
+        for some, top in zip(x.split(size), tops.split(size)):
+            flat = (some / top).flatten(0, 1)
             gram.addmm_(flat.t(), flat)
     return torch.linalg.eigvalsh(gram).flip(0).clamp(min=0).sqrt()
 
 
-def energy_beyond(values):
-    """The share of the energy beyond the first 1, 2, ... singular values, as a tensor; nan where
-    all are zero. Of a list of spectra one line each."""
-    kept = torch.tensor(values, dtype=torch.float64).square().cumsum(dim=-1)
-    return 1 - kept / kept[..., -1:]
+def energy_left(values):
+    """The share of the energy after the first 0, 1, ... n singular values, (..., n) -> a tensor
+    (..., n + 1); 0 where all values are."""
+    energy = F.pad(torch.tensor(values, dtype=torch.float64).square().cumsum(dim=-1), (1, 0))
+    return (1 - energy / energy[..., -1:]).nan_to_num(0.0)
 
 
-def effective_rank(values, discarded):
-    """The least k such that the squares beyond the first k sum to at most this share of all. Of a
-    list of spectra a list."""
-    return (1 + (energy_beyond(values) > discarded).sum(dim=-1)).tolist()
-
-
-def ranks_of(values, discarded):
-    """Effective ranks of a kind: a list of those of the heads, and that of the stack or None."""
-    stack = effective_rank(values['stacked'], discarded) if 'stacked' in values else None
-    return effective_rank(values['heads'], discarded), stack
-
-
-def effective_ranks(values, shares):
-    """What svd.json says of a kind: {share: {'heads': [rank of each head], 'stacked': [rank]}}."""
-    result = {}
-    for share in shares:
-        heads, stack = ranks_of(values, share)
-        result[str(share)] = dict(heads=heads) | ({} if stack is None else dict(stacked=[stack]))
-    return result
-
-
-def shapes_of(parts):
-    """The shapes of parts, as a string that noise_like reads."""
-    return json.dumps({name: [None if matrix is None else list(matrix.shape) for matrix in part]
-                       for name, part in parts.items()})
-
-
-def noise_like(shapes, seed, device):
-    """Parts of these shapes, Gaussian: what a layer would show that has learned nothing."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: [None if shape is None else torch.randn(shape, generator=generator).to(device)
-                   for shape in part] for name, part in json.loads(shapes).items()}
+def effective_rank(values, share):
+    """For each of one or more spectra the smallest k for which the values after the first k hold at
+    most this share of the energy, as a list."""
+    return (energy_left(values) > share).sum(dim=-1).reshape(-1).tolist()
 
 
 # --------------------------------------------------------------------------------------------------
 # alignment
 
 
-def subspaces(part, shared):
-    """Orthonormal columns (D, .): of what each head writes or reads; if shared, and a basis is, of
-    that alone."""
-    heads, basis = part
-    if shared and basis is not None:
-        matrices = basis.view(-1, *basis.shape[-2:])
-    else:
-        matrices = whole(heads, basis)
-    return [torch.linalg.qr(matrix.t()).Q for matrix in matrices]
+def subspaces(part, shared=False):
+    """Orthonormal columns (D, .) of what each head writes or reads; if shared, of each basis, where
+    the part has them."""
+    spanned = part[1] if shared and len(part) > 1 else whole(*part)
+    return [torch.linalg.qr(matrix.t()).Q for matrix in spanned]
 
 
 def overlap(pairs):
-    """Of pairs of subspaces, dimensions m and n in D: the mean squared cosine of their min(m, n)
-    principal angles (of random ones max(m, n)/D), and the mean of the smallest angles in degrees.
-    """
+    """For pairs of subspaces of m and n dimensions in D: the mean squared cosine of their min(m, n)
+    principal angles (max(m, n)/D for random ones), and their mean smallest angle in degrees."""
     squares, angles = [], []
     for a, b in pairs:
         cosines = torch.linalg.svdvals(a.t() @ b).clamp(max=1)
@@ -282,316 +291,193 @@ def overlap(pairs):
     return dict(cos2=statistics.mean(squares), smallest_angle=statistics.mean(angles))
 
 
-def read_by(parts, written, where):
-    """What the heads of a layer write (subspaces) against what `where`, the 'own' layer or the
-    'next', reads; nothing if its width is another."""
-    result = {}
-    for name, label in (('q', 'queries'), ('k', 'keys')):
-        part = parts.get(name) or parts.get(f'{name}_rope')
-        if part:
-            read = subspaces(part, shared=True)
-            if read[0].size(0) == written[0].size(0):
-                result[f'{where} {label}'] = overlap(itertools.product(written, read))
-    return result
-
-
-def alignment(parts, written):
-    """What the heads of a layer write against each other, and against what the layer reads."""
-    between = {}
+def alignment(parts, next_parts):
+    """The overlap of what the heads of a layer write with each other, and with what this layer and
+    the next one read if their widths agree."""
+    written, found = subspaces(parts['o']), {}
     if len(written) > 1:
-        between = {'between heads': overlap(itertools.combinations(written, 2))}
-    return between | read_by(parts, written, 'own')
+        found['between heads'] = overlap(itertools.combinations(written, 2))
+    for where, reading in (('own', parts), ('next', next_parts)):
+        for name, label in (('q', 'queries'), ('k', 'keys')):
+            if part := reading.get(name) or reading.get(f'{name}_rope'):
+                read = subspaces(part, shared=True)
+                if read[0].size(0) == written[0].size(0):
+                    found[f'{where} {label}'] = overlap(itertools.product(written, read))
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
-# layers, one after the other; svd.jsonl has a line for each that is finished, and for their noise
+# the analysis, layer by layer
 
 
-def chosen_layers(source, n_layer, options):
-    """(numbers of the layers to analyse, number of that of the head-wise plot)."""
-    numbers = range(n_layer) if options.layers is None else sorted(set(options.layers))
-    absent = [number for number in (*numbers, options.heads_of or 0) if number >= n_layer]
-    if absent:
-        raise UserError(f'layer {absent[0]}: {source} has layers 0 to {n_layer - 1}')
-    middle = numbers[len(numbers) // 2] if options.heads_of is None else options.heads_of
-    if middle not in numbers:
-        raise UserError(f'heads_of={middle}: takes one of --layers={",".join(map(str, numbers))}')
-    return numbers, middle
-
-
-def state_of(layer):
-    """Names, sizes and times of the files of a Layer."""
-    stats = {}
-    for path in layer.files:
-        if not path.is_file():
-            raise UserError(f'{path}: this shard is missing: download it again')
-        stats[path.name] = [path.stat().st_size, path.stat().st_mtime_ns]
-    return stats
-
-
-def to_text(line):
-    """A line of svd.jsonl, with a checksum."""
-    return json.dumps(dict(sha256=sha256(json.dumps(line).encode()).hexdigest(), line=line)) + '\n'
-
-
-def from_text(text):
-    """What to_text was given; None if a kill has cut the text off, or somebody has changed it."""
-    try:
-        line = json.loads(text)['line']
-    except (ValueError, TypeError, KeyError):
-        return None
-    return line if to_text(line) == text else None
-
-
-def read_finished(path, states, settings):
-    """What an earlier call has finished: {number: line} of the layers in svd.jsonl, and {shapes:
-    line} of the noise. Lines of another state stay in the file, for they may have taken hours;
-    damaged ones are taken out of it.
-
-    states: {number: state} of the layers to analyse. settings: the state of noise.
+class Analysis:
+    """Analyses layers, and keeps what it finds in svd.jsonl: a line per layer, with a state that is
+    all that the results depend on. Lines of other states stay there, for they may have taken hours.
     """
-    try:
-        texts = path.read_text('utf-8', errors='replace').splitlines(True) if path.exists() else []
-    except OSError as error:
-        raise UserError(f'{path}: cannot be read ({error.strerror}): move it away') from None
-    whole = [(text, line) for text in texts if (line := from_text(text))]
-    if len(whole) < len(texts):
-        print(f'{path}: {len(texts) - len(whole)} of its lines are cut off or damaged, and are '
-              'made anew')
-        save_text(path, ''.join(text for text, _ in whole))
-    lines, others = {}, 0
-    for _, line in whole:
-        if 'number' in line:
-            key, wanted = line['number'], states.get(line['number'], line['state'])
-        else:
-            key, wanted = line['shapes'], settings
-        if line['state'] == wanted:
-            lines[key] = line
-        else:
-            others += 1
-    if others:
-        print(f'{path}: {others} of its lines are of other options or files: they stay there, and '
-              'do not count')
-    return lines
 
-
-def finish(path, **line):
-    """Appends a line to svd.jsonl, and returns it."""
-    try:
+    def __init__(self, path, options):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, 'a', encoding='utf-8') as file:
-            file.write(to_text(line))
-    except OSError as error:
-        raise UserError(f'{path}: cannot be written ({error.strerror})') from None
-    return line
+        self.path, self.options, lines = path, options, config.read_json_lines(path)
+        # a kill may have cut off the last line, and the next one must not be appended to its rest
+        save_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+        self.lines = {json.dumps(line['state']): line for line in lines
+                      if line.keys() >= {'state', 'layer', 'shapes', 'kinds'}}
+
+    def of(self, layer, following=None, **state):
+        """(what is found in a Layer, how long it took). A dict: its name, the shapes of its parts,
+        its kinds (see spectra) with effective ranks, and its alignment. following: the next Layer,
+        to be aligned with."""
+        options, start, took = self.options, time.perf_counter(), 'kept'
+        # the device is no part of the state: it changes no more than the rounding
+        state |= dict(stacked=options.stacked, align=options.align, seed=options.seed)
+        line = self.lines.get(json.dumps(state))
+        if line is None:
+            parts = layer.load(options.device)
+            shapes = {name: [list(matrix.shape) for matrix in part] for name, part in parts.items()}
+            line = dict(state=state, layer=layer.name, shapes=json.dumps(shapes),
+                        kinds=spectra(parts, options.stacked))
+            if options.align:
+                next_parts = following.load(options.device) if following else {}
+                line['alignment'] = alignment(parts, next_parts)
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(line) + '\n')
+            took = f'{time.perf_counter() - start:.1f} s'
+        for values in line['kinds'].values():
+            values['effective_rank'] = {
+                str(share): {name: effective_rank(found, share) for name, found in values.items()}
+                for share in (*PUBLISHED, *options.discarded)}
+        return line, took
 
 
-def analyse(layers, numbers, path, options):
-    """(found, noise) of the layers of these numbers. found: a dict for each, its number, name,
-    shapes, kinds (see spectra) and alignment. noise: {shapes: the same of noise}. path: of
-    svd.jsonl."""
-    # a call may go on elsewhere: the device changes results by no more than rounding
-    settings = dict(stacked=options.stacked, align=options.align, seed=options.seed)
-    read, states = {}, {}
+def analyse_layers(layers, numbers, path, options):
+    """(found, noise): what is found in the layers of these numbers, a list, and in noise of their
+    shapes, {shapes: found}. Prints it. path: of svd.jsonl."""
+    analysis, found, noise = Analysis(path, options), [], {}
     for number in numbers:
-        with_next = options.align and number + 1 in numbers  # whose queries and keys are compared
-        read[number] = layers[number:number + 2 if with_next else number + 1]
-        states[number] = settings | dict(files=[state_of(layer) for layer in read[number]])
-    lines, noise = read_finished(path, states, settings), {}
-    for number in numbers:
-        start, kept = time.perf_counter(), number in lines
-        if not kept:
-            line = analyse_layer(*read[number], options=options)
-            lines[number] = finish(path, number=number, state=states[number], **line)
-        took = 'kept' if kept else f'{time.perf_counter() - start:.1f} s'
-        shapes = lines[number]['shapes']
+        with_next = options.align and number + 1 in numbers
+        pair = layers[number:number + 1 + with_next]
+        files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+                 for layer in pair for file in layer.files}
+        line, took = analysis.of(*pair, number=number, with_next=with_next, files=files)
+        found.append(dict(number=number) | line)
+        shapes = line['shapes']
         if shapes not in noise:
-            noise[shapes] = lines.get(shapes) or finish(path, state=settings,
-                                                        **analyse_noise(shapes, options))
-            header = ''.join(f'{kind:>15}' for kind in noise[shapes]['kinds'])
-            print(f'\n{"left out":>22}{header}\n{table_rows(noise[shapes], options.discarded)}')
-        print(table_rows(lines[number], options.discarded, took), flush=True)
-    return [lines[number] for number in numbers], noise
-
-
-def analyse_layer(layer, following=None, *, options):
-    """What analyse finds in a Layer. following: the one after it, if that is analysed too."""
-    parts = load(layer, options.device)
-    found = dict(layer=layer.name, shapes=shapes_of(parts), kinds=spectra(parts, options.stacked))
-    if options.align:
-        written = subspaces(parts['o'], shared=False)
-        found['alignment'] = alignment(parts, written)
-        parts = None  # makes room for those of the next
-        if following:
-            found['alignment'] |= read_by(load(following, options.device), written, 'next')
-    return found
-
-
-def analyse_noise(shapes, options):
-    """What analyse would find in noise of these shapes."""
-    noise = noise_like(shapes, options.seed, options.device)
-    found = dict(layer='noise', shapes=shapes, kinds=spectra(noise, options.stacked))
-    if options.align:
-        written = subspaces(noise['o'], shared=False)
-        following = noise_like(shapes, options.seed + 1, options.device)
-        found['alignment'] = alignment(noise, written) | read_by(following, written, 'next')
-    return found
+            pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
+            noise[shapes], _ = analysis.of(*pair, shapes=shapes)
+            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
+            print(table_rows(noise[shapes], options.discarded))
+        print(table_rows(line, options.discarded, took), flush=True)
+    return found, noise
 
 
 # --------------------------------------------------------------------------------------------------
-# what a person sees
+# the table and the plots
 
 
 def percent(share):
     return f'{100 * share:g}%'
 
 
+def ranks_of(values, share):
+    """[rank of the stacked heads, unless they were not stacked; mean rank of the heads]."""
+    ranks = values['effective_rank'][str(share)]
+    return [*ranks.get('stacked', []), statistics.mean(ranks['heads'])]
+
+
 def table_rows(layer, shares, took=''):
-    """A row for each share: stacked rank / mean over heads of each kind."""
-    rows = []
+    """A row per share, rank of the stacked heads / mean rank of the heads of each kind, and one of
+    the alignment."""
+    rows, name = [], layer['layer']
     for share in shares:
-        row = f'{"" if rows else layer["layer"]:16}{percent(share):>6}'
+        row = f'{name:22}{percent(share):>6}'
         for values in layer['kinds'].values():
-            heads, stack = ranks_of(values, share)
-            mean = f'{statistics.mean(heads):.1f}'
-            cell = mean if stack is None else f'{stack:,} / {mean}'
-            row += f'{cell:>15}'
-        rows.append(row)
-    rows[0] += f'{took:>10}'
-    return '\n'.join(row.rstrip() for row in rows)
+            *stacked, mean = ranks_of(values, share)
+            row += f'{"".join(f"{rank:,} / " for rank in stacked)}{mean:.1f}'.rjust(15)
+        rows.append(f'{row}{took:>10}'.rstrip())
+        name = took = ''
+    if found := layer.get('alignment'):
+        cells = ', '.join(f'{what} {values["cos2"]:.3f}' for what, values in found.items())
+        rows.append(f'{"aligned":>28}   {cells}')
+    return '\n'.join(rows)
 
 
-def verdict(found, noise, discarded):
-    """What the ranks say, in one line: of how many layers which kinds lie clearly below noise, by
-    the stack or by the mean of the heads."""
-    below = collections.Counter()
-    for layer in found:
-        for kind, values in layer['kinds'].items():
-            random = ranks_of(noise[layer['shapes']]['kinds'][kind], discarded)
-            heads, stack = ranks_of(values, discarded)
-            below[kind] += (statistics.mean(heads) <= CLEARLY_BELOW * statistics.mean(random[0])
-                            or stack is not None and stack <= CLEARLY_BELOW * random[1])
-    if not below.total():
-        return 'nothing below noise: these weights have hardly been trained'
-    counts = ', '.join(f'{kind} in {n}' for kind, n in below.items() if n)
-    return (f'clearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
-            f'{percent(discarded)} left out), of {len(found)} '
-            f'layer{"s" if len(found) > 1 else ""}: {counts}')
-
-
-def plot(path, title, xlabel, ranks):
-    """For each share two panels, what heads compare and what they copy. ranks: {share: (series,
-    that of noise)}, each {kind: [(x, rank)]}."""
-    figure, rows = pyplot().subplots(len(ranks), 2, figsize=(11, 0.3 + 4.2 * len(ranks)),
-                                     layout='constrained', squeeze=False)
-    panels = [(axes, kinds, share) for row, share in zip(rows, ranks)
-              for axes, kinds in zip(row, PANELS)]
-    for axes, kinds, share in panels:
-        series, noise = ranks[share]
-        for color, kind in enumerate(kind for kind in kinds if kind in series):
-            width = 4 - 0.6 * color  # where lines coincide, the later one is seen in the earlier
-            axes.plot(*zip(*series[kind]), marker='o', markersize=width + 2, linewidth=width,
-                      color=f'C{color}', alpha=0.7, label=label_of(kind))
-            axes.plot(*zip(*noise[kind]), color=f'C{color}', linestyle='--', linewidth=1, zorder=3)
-        axes.set(xlabel=xlabel, ylabel=f'effective rank ({percent(share)} of the energy left out)')
-        axes.set_ylim(0, 1.05 * axes.get_ylim()[1])
+def plot(path, title, curves, **settings):
+    """A figure with a panel per kind. curves: {kind: [(x, y, style)]}. settings: of the axes."""
+    n_rows = -(-len(curves) // 3)
+    figure, panels = pyplot().subplots(n_rows, 3, figsize=(13, 0.5 + 3.2 * n_rows),
+                                       layout='constrained', squeeze=False)
+    for axes, (kind, lines) in zip(panels.flat, curves.items()):
+        for x, y, style in lines:
+            axes.plot(x, y, **style)
+        axes.set(title=kind.upper().replace('_ROPE', ' rotated'), **settings)
         axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8, ncols=6, loc='lower center', bbox_to_anchor=(0.5, 1.0))
-    figure.suptitle(f'{title}; dashed: Gaussian noise of the same shapes')
+    panels[0, 0].legend(fontsize=8)
+    figure.suptitle(title)
     save_figure(figure, path)
 
 
-def label_of(kind):
-    return kind.upper().replace('_ROPE', ' rotated')
+def plot_ranks(path, title, xlabel, points):
+    """points: {(kind, share): [(x, rank, rank of noise)]}."""
+    curves = collections.defaultdict(list)
+    for (kind, share), found in points.items():
+        x, ranks, of_noise = zip(*found)
+        color, label = f'C{len(curves[kind]) // 2}', f'{percent(share)} of the energy left out'
+        curves[kind] += [(x, ranks, dict(color=color, label=label, marker='o', clip_on=False)),
+                         (x, of_noise, dict(color=color, linestyle='--'))]
+    plot(path, f'{title}; dashed: Gaussian noise of the same shapes', curves,
+         xlabel=xlabel, ylabel='effective rank', ylim=(0, None))
 
 
 def plot_spectra(path, title, layer, noise, shares):
-    """A panel for each kind with a curve for each head, the energy that the first k singular values
-    leave out: at its effective rank it is on the line of a share, or for the first time below."""
-    from matplotlib.collections import LineCollection
-    kinds = [kind for panel in PANELS for kind in panel if kind in layer['kinds']]
-    floor = min(shares) / 10  # all of the singular values leave out nothing, which has no logarithm
-    n_rows = math.ceil(len(kinds) / 3)
-    figure, panels = pyplot().subplots(n_rows, 3, figsize=(13, 0.5 + 3.2 * n_rows),
-                                       layout='constrained', squeeze=False)
-    for axes, kind in zip(panels.flat, kinds):
-        # (heads, n + 1): without any singular value all of the energy is left out
-        heads, random = (F.pad(energy_beyond(found['kinds'][kind]['heads']), (1, 0), value=1.0)
-                         for found in (layer, noise))
-        k = torch.arange(heads.size(1))
-        curves = torch.stack((k.expand_as(heads), heads.clamp(min=floor)), dim=-1)
-        lines = LineCollection(curves.numpy(), array=range(len(heads)), linewidths=1, alpha=0.7)
-        axes.add_collection(lines)
-        if len(heads) > 1:
-            bar = figure.colorbar(lines, ax=axes, label='head')
-            bar.ax.yaxis.get_major_locator().set_params(integer=True)
-        axes.plot(k, random.mean(dim=0).clamp(min=floor), color='black', linestyle='--',
-                  linewidth=1)
-        axes.set(title=label_of(kind), xlabel='singular values kept', ylabel='energy left out',
-                 yscale='log', xlim=(0, len(k) - 1), ylim=(floor, 1))
-        axes.set_yticks([1, *shares], map(percent, [1, *shares]))
-        axes.minorticks_off()
-        axes.grid(axis='y', color='gray')
-    figure.suptitle(f'{title}, each head; dashed: mean of the heads of Gaussian noise')
-    save_figure(figure, path)
+    """A curve per head: the energy that the first k singular values leave out, which falls to a
+    share at the effective rank."""
+    floor = min(shares) / 10  # all singular values leave out nothing, which has no logarithm
+    ticks, curves, color = [1, *shares], {}, pyplot().cm.viridis
+    for kind in layer['kinds']:
+        heads, of_noise = (energy_left(found['kinds'][kind]['heads']).clamp(min=floor)
+                           for found in (layer, noise))
+        k, mean = range(heads.size(1)), of_noise.mean(dim=0)
+        curves[kind] = [(k, y, dict(color=color(h / len(heads)))) for h, y in enumerate(heads)]
+        curves[kind].append((k, mean, dict(color='black', linestyle='--', label='mean of noise')))
+    plot(path, f'{title}, from the first head (dark) to the last', curves, ylim=(floor, 1),
+         xlabel='singular values kept', ylabel='energy left out', yscale='log', yticks=ticks,
+         yticklabels=[percent(share) for share in ticks])
 
 
-def over_layers(layers, numbers, discarded):
-    """{kind: [(number of a layer, rank)]}: the rank of the stack, or where heads were not stacked
-    the mean over heads. layers: what analyse found in those, or in noise of their shapes."""
-    series = {}
-    for number, layer in zip(numbers, layers):
-        for kind, values in layer['kinds'].items():
-            heads, stack = ranks_of(values, discarded)
-            rank = statistics.mean(heads) if stack is None else stack
-            series.setdefault(kind, []).append((number, rank))
-    return series
-
-
-def over_heads(layer, discarded):
-    """{kind: [(number of a head, rank)]}."""
-    return {kind: list(enumerate(ranks_of(values, discarded)[0]))
-            for kind, values in layer['kinds'].items()}
-
-
-def print_alignment(rows):
-    names = list(dict.fromkeys(name for layer in rows for name in layer['alignment']))
-    header = ''.join(f'{name:>15}' for name in names)
-    print('\nwhat a head writes, mean squared cosine of the principal angles, 1 where subspaces '
-          'line up: to what other heads write, and\nto what the layer itself and the next one read'
-          f'\n\n{"":16}{header}')
-    for layer in rows:
-        found = layer['alignment']
-        cells = (f'{found[name]["cos2"]:.3f}' if name in found else '' for name in names)
-        print(f'{layer["layer"]:16}' + ''.join(f'{cell:>15}' for cell in cells))
-
-
-def write(folder, title, found, noise, middle, options):
-    """svd.json, the plots, and the lines about alignment. middle: layer of the head-wise plot."""
-    numbers, shares = [layer['number'] for layer in found], options.discarded
-    random = [noise[layer['shapes']] for layer in found]
-    what = 'heads stacked' if options.stacked else 'mean of the heads'
-    plot(folder / 'layers.png', f'{title}, {what}', 'layer', {
-        share: [over_layers(layers, numbers, share) for layers in (found, random)]
-        for share in shares})
-    i = numbers.index(middle)
-    plot(folder / 'heads.png', f'{title}, layer {middle}, head by head', 'head', {
-        share: [over_heads(layer, share) for layer in (found[i], random[i])] for share in shares})
-    if options.plot_heads:
-        for number, layer, like_it in zip(numbers, found, random):
-            plot_spectra(folder / f'spectra-{number}.png', f'{title}, layer {number}', layer,
-                         like_it, shares)
-    if options.align:
-        print_alignment([*noise.values(), *found])
-    print(f'\n{verdict(found, noise, shares[0])}')
-    for layer in (*noise.values(), *found):
-        for values in layer['kinds'].values():
-            values['effective_rank'] = effective_ranks(values, (*PUBLISHED, *shares))
+def report(folder, title, found, noise, middle, options):
+    """Writes svd.json and the plots, and prints in how many layers each kind is clearly below
+    noise, stacked or in the mean over heads. middle: the layer in heads.png."""
+    over_layers, over_heads, below = collections.defaultdict(list), {}, collections.Counter()
+    for layer in found:
+        number, of_noise = layer['number'], noise[layer['shapes']]
+        for kind, share in itertools.product(layer['kinds'], options.discarded):
+            both = [one['kinds'][kind] for one in (layer, of_noise)]
+            ranks, noise_ranks = (ranks_of(values, share) for values in both)
+            over_layers[kind, share].append((number, ranks[0], noise_ranks[0]))
+            if share == options.discarded[0]:
+                below[kind] += any(a <= CLEARLY_BELOW * b for a, b in zip(ranks, noise_ranks))
+            if number == middle:
+                heads = [values['effective_rank'][str(share)]['heads'] for values in both]
+                over_heads[kind, share] = zip(itertools.count(), *heads)
+        if options.plot_heads:
+            plot_spectra(folder / f'spectra-{number}.png', f'{title}, {layer["layer"]}', layer,
+                         of_noise, options.discarded)
+    what = 'heads stacked' if options.stacked else 'mean over heads'
+    plot_ranks(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers)
+    plot_ranks(folder / 'heads.png', f'{title}, layer {middle}', 'head', over_heads)
     results = dict(source=title, noise=noise, layers=found)
     save_text(folder / 'svd.json', json.dumps(results) + '\n')
-    print(f'{folder}: svd.json, layers.png, heads.png'
-          f'{", a spectra-N.png for each layer" if options.plot_heads else ""}')
+    counts = ', '.join(f'{kind} in {n} of {len(found)} layers' for kind, n in below.items() if n)
+    print(f'\nclearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
+          f'{percent(options.discarded[0])} of the energy left out): {counts or "nothing"}\n'
+          f'{folder}: svd.json, layers.png, heads.png'
+          f'{", a spectra-N.png per layer" if options.plot_heads else ""}')
+
+
+# --------------------------------------------------------------------------------------------------
+# the command
 
 
 def check_device(name):
@@ -610,21 +496,23 @@ def main():
     options = SvdOptions(**values)
     if len(paths) != 1:
         raise UserError('which weights? python svd.py RUN_OR_CHECKPOINT, one folder')
-    source = Path(paths[0])
-    if source.is_file():
-        raise UserError(f'{source}: is a file: name the folder that it is in')
     check_device(options.device)
-    ours, name = best_checkpoint(source).is_file(), source.resolve().name
-    layers = list(read_run(source) if ours else read_checkpoint(source))
-    numbers, middle = chosen_layers(source, len(layers), options)
-    folder = Path(options.out_dir or (source if ours else Path('out') / f'svd-{name}'))
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f'{folder}: cannot be written: set --out_dir')
-    print(f'effective rank, {" or ".join(map(percent, options.discarded))} of the energy left out: '
-          f'{"stacked heads / " if options.stacked else ""}mean of the heads')
-    found, noise = analyse(layers, numbers, folder / 'svd.jsonl', options)
-    write(folder, name, found, noise, middle, options)
+    source = Path(paths[0])
+    is_run, title = best_checkpoint(source).is_file(), source.resolve().name
+    layers = layers_of_run(source) if is_run else layers_of_checkpoint(source)
+    numbers = sorted(options.layers or range(len(layers)))
+    middle = numbers[len(numbers) // 2] if options.heads_of is None else options.heads_of
+    numbers = sorted({*numbers, middle})
+    if numbers[-1] >= len(layers):
+        raise UserError(f'layer {numbers[-1]}: {source} has layers 0 to {len(layers) - 1}')
+    folder = Path(options.out_dir or (source if is_run else Path('out') / f'svd-{title}'))
+    print(f'effective rank with {" or ".join(map(percent, options.discarded))} of the energy left '
+          f'out: {"stacked heads / " if options.stacked else ""}mean over heads')
+    if options.align:
+        print('aligned: mean squared cosine of the principal angles (1: the same subspace) between '
+              'what a head writes\nand what other heads write, its layer reads or the next reads')
+    found, noise = analyse_layers(layers, numbers, folder / 'svd.jsonl', options)
+    report(folder, title, found, noise, middle, options)
 
 
 if __name__ == '__main__':
