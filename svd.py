@@ -163,10 +163,10 @@ def layers_of_run(folder):
             for i, attention in enumerate(block.attn):
                 add(f'{name}.{i}', attention, block.attn_norm, block.attn_norm)
         if isinstance(block, Block):
-            kv_norm = isinstance(block, PoolBlock) and block.source_norm or block.attn_norm
+            kv_norm = isinstance(block, PoolBlock) and block.kv_norm or block.attn_norm
             add(name, block.attn, block.attn_norm, kv_norm)
         if isinstance(block, CrossBlock):
-            add(f'{name}.cross', block.cross, block.cross_norm, block.source_norm)
+            add(f'{name}.cross', block.cross, block.cross_norm, block.kv_norm)
         if isinstance(block, Up) and block.upsample == 'attention':
             add(f'{name}.up', block.up, block.query_norm, block.latent_norm)
     return layers

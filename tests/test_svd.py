@@ -121,8 +121,8 @@ ATTENTIONS = {
     'mlra': dict(attention='mla', kv_latent=12, kv_groups=2, kv_branches=3, o_latent=9, o_groups=4),
     'gta': dict(attention='gta', n_kv_head=2, o_latent=9, o_groups=2, o_norm='head'),
     'gta_no_rope': dict(attention='gta', rope_dims=0, o_latent=9, o_groups=2, o_norm='sum'),
-    'mfa': dict(attention='mfa', q_latent=10, head_dim=12),
-    'v4': dict(attention='v4', q_latent=10, window=8, layers='window', causal=True, o_latent=9),
+    'mfa': dict(n_kv_head=1, q_latent=10, head_dim=12),
+    'v4': dict(attention='v4', q_latent=10, window=8, layer_kinds='window', causal=True, o_latent=9),
 }
 
 
@@ -307,7 +307,7 @@ def test_cross_attention_has_the_gains_of_two_norms(script, as_run):
     assert_same(found['q_rope']['heads'][0],
                 block.cross.q_proj.weight[:width][:r] * block.cross_norm.weight)
     assert_same(found['v']['heads'][0],
-                block.cross.v_proj.weight[:width] * block.source_norm.weight)
+                block.cross.v_proj.weight[:width] * block.kv_norm.weight)
 
 
 def test_layers_of_different_widths(script, as_run):
@@ -322,16 +322,12 @@ def test_layers_of_different_widths(script, as_run):
     pool = next(part for name, part in model.named_modules() if name.endswith('pool'))
     layer = found[next(name for name in found if name.endswith('pool'))]
     assert_same(layer['kinds']['v']['heads'][0],
-                pool.attn.v_proj.weight[:8] * pool.source_norm.weight)
+                pool.attn.v_proj.weight[:8] * pool.kv_norm.weight)
     assert 'own queries' in layer['alignment'] and 'own keys' not in layer['alignment']
 
 
 def test_each_channel_is_a_layer(script, as_run):
     model = make_model('grouped_latent', **GROUPED, n_channels=2, channels_every=2)
-    for block in model.modules():
-        if isinstance(block, ChannelBlock):  # goes when it holds a list of attentions itself
-            block.attn = torch.nn.ModuleList(make_attention(model.config.block_at(-1))
-                                             for _ in range(2))
     folder = as_run(model)
     script(svd, folder)
     assert [name for name in names_of_layers(folder) if name.startswith('blocks')] == [
