@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 os.environ |= dict(HF_HUB_OFFLINE='1', HF_DATASETS_OFFLINE='1', WANDB_MODE='offline',
-                   MPLBACKEND='Agg', OMP_NUM_THREADS='2')
+                   MPLBACKEND='Agg', OMP_NUM_THREADS='1')
 
 import pytest
 

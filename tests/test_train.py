@@ -2,6 +2,7 @@
 it refuses."""
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -334,10 +335,13 @@ RESUMED = {
 @pytest.mark.parametrize('arguments', [
     pytest.param(value, id=name, marks=() if name == 'encoder' else pytest.mark.slow)
     for name, value in RESUMED.items()])
-def test_a_resumed_run_is_bit_identical(runs, script, arguments):
+def test_a_resumed_run_is_bit_identical(runs, script, request, arguments):
     straight = 'encoder'
     if arguments is not ENCODER:
         straight = 'straight'
+        if '--compile=True' in arguments:  # threads could add up gradients in any order
+            request.addfinalizer(functools.partial(torch.set_num_threads, torch.get_num_threads()))
+            torch.set_num_threads(2)
         script(train, *small(arguments), '--out_dir=straight')
     for stop in (3, 5):  # at an evaluation, and between two
         common = f'--out_dir=run{stop}', '--eval_interval=100'
@@ -394,7 +398,8 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
 def test_a_run_with_experts_reports_their_load(data, script, capsys):
     script(train, *SMALL, *EXPERTS, '--log_interval=2')
     out, lines = capsys.readouterr().out, [line for line in metrics() if 'train_loss' in line]
-    assert ' active per token), ' in out and 'busiest expert ' in out and Path('run/experts.png').is_file()
+    assert ' active per token), ' in out and 'busiest expert ' in out
+    assert Path('run/experts.png').is_file()
     for line in lines:
         shares, = line['expert_shares']  # the first of two layers is dense
         assert len(shares) == 8 and math.isclose(sum(shares), 1, abs_tol=1e-4)
