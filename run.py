@@ -523,8 +523,7 @@ def save_figure(figure, path):
 
 def plot_losses(folder, lines):
     """Draws training and validation loss over the steps into RUN/loss.png. lines: of
-    metrics.jsonl. In a run of at least 30 reports, the axis of the losses leaves out the first
-    tenth, which is many times as high as the rest."""
+    metrics.jsonl."""
     # if the training loss has further terms, its cross-entropy compares with the validation loss
     terms = any('train_cross_entropy' in line for line in lines)
     train = 'train_cross_entropy' if terms else 'train_loss'
@@ -534,9 +533,10 @@ def plot_losses(folder, lines):
     for key, style in styles.items():
         points = [(line['step'], line[key]) for line in lines if key in line]
         axes.plot(*zip(*points), label=key.replace('_', ' '), **style)
-    later = [line[key] for line in lines if line['step'] > lines[-1]['step'] / 10
-             for key in styles if key in line]
-    if len(lines) >= 30:
+    if sum('val_loss' in line for line in lines) > 4:
+        # the first tenth of the steps, many times as high, would flatten the rest
+        later = [line[key] for line in lines if line['step'] > lines[-1]['step'] / 10
+                 for key in styles if key in line]
         margin = 0.05 * (max(later) - min(later)) + 0.01
         axes.set_ylim(min(later) - margin, max(later) + margin)
     axes.set(xlabel='step', ylabel='loss (nats)', title=folder.name)

@@ -713,9 +713,9 @@ def train(options, model, forward, checkpoint, device, data):
     tokens_per_step = options.batch_size * T
     over = f', {device.world} processes over {dist.get_backend()}' if device.world > 1 else ''
     run.log(f'{device.describe()}{over}, {"bfloat16" if device.bf16 else "float32"}'
-            f'{"" if forward is model else ", compiled"}; a step is {options.batch_size} sequences '
-            f'of {T} tokens (processes x accumulation x micro-batch: {device.world} x '
-            f'{n_accumulation} x {micro}), of which {data.train.share_with_border():.0%} cross a '
+            f'{"" if forward is model else ", compiled"}; {options.batch_size} sequences of {T} '
+            f'tokens per step (processes x micro-batches x sequences: {device.world} x '
+            f'{n_accumulation} x {micro}), {data.train.share_with_border():.0%} of them across a '
             f'document border; run folder {run.folder}')
     signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
     if forward is not model:
