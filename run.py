@@ -148,7 +148,9 @@ class Device:
         return [tensor.to(self.torch_device) for tensor in batch]
 
     def autocast(self):
-        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
+        if self.bf16:
+            return torch.autocast(self.torch_device.type, torch.bfloat16)
+        return contextlib.nullcontext()
 
     def check_compiler(self):
         """Raises UserError if something that torch.compile needs is not installed."""

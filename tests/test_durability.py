@@ -1,6 +1,5 @@
 """What a run must survive: kills while it saves, full disks, dead processes, wrong options."""
 
-import dataclasses
 import json
 import os
 import random

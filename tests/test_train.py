@@ -105,16 +105,16 @@ def test_processes_and_accumulation_share_one_global_order(world, micro):
         train.accumulation(TrainOptions(batch_size=12), 8, process(world=16))
 
 
-def test_the_next_batch_is_made_ahead():
+def test_the_next_batch_is_prefetched():
     loader = Loader(np.arange(1000) % 256, 16, 259, BYTES, causal=False, seed=3)
-    made, ahead = [], train.Prefetcher(loader, stride=4)
+    made, prefetcher = [], train.Prefetcher(loader, stride=4)
     batch_of = loader.batch
     loader.batch = lambda numbers: made.append(numbers) or batch_of(numbers)
     asked = range(0, 2), range(4, 6), range(8, 10), range(4, 6), range(8, 10)
     for numbers in asked:
-        for part, wanted in zip(ahead.batch(numbers), batch_of(numbers), strict=True):
+        for part, wanted in zip(prefetcher.batch(numbers), batch_of(numbers), strict=True):
             assert torch.equal(part, wanted)
-    ahead.thread.shutdown()
+    prefetcher.thread.shutdown()
     assert made == [*asked[:3], range(12, 14), *asked[3:], range(12, 14)]
 
 
@@ -670,7 +670,7 @@ def test_what_the_environment_says_is_checked(runs, script, monkeypatch):
         script(train, *SMALL)
 
 
-def test_processes_do_not_fall_back_to_the_cpu_beside_a_gpu(tmp_path, monkeypatch):
+def test_processes_do_not_fall_back_to_the_cpu_next_to_a_gpu(tmp_path, monkeypatch):
     """As with a driver that is too old for torch."""
     monkeypatch.setenv('WORLD_SIZE', '8')
     monkeypatch.setattr(run, 'NVIDIA_DRIVER', tmp_path)
