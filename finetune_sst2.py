@@ -35,7 +35,7 @@ import config
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
-from run import (Machine, MachineOptions, Seed, build, date_of, load_checkpoint, load_run,
+from run import (Device, DeviceOptions, Seed, build, date_of, load_checkpoint, load_run,
                  load_tokenizer, load_weights, log_line, mean_and_interval, model_options_of,
                  open_wandb, read_facts, save_checkpoint, save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
@@ -46,7 +46,7 @@ PENALTIES = 10.0, 1.0, 0.1  # on half the squared weights of a bag of words, ove
 
 
 @dataclass
-class FinetuneOptions(MachineOptions):
+class FinetuneOptions(DeviceOptions):
     """Options"""
 
     out_dir: str | None = None  # run folder of train.py, into which the results are written
@@ -233,14 +233,14 @@ def make_classifier(run, options, seed):
 
 
 @torch.no_grad()
-def score(classifier, data, machine):
+def score(classifier, data, device):
     """(loss, accuracy, probability of a positive label per sentence). data: see `tokenize`."""
     classifier.eval()
     _, lengths, labels = data
     logits = torch.zeros(len(labels), 2)
     for chosen in batches_by_length(lengths, EVAL_BATCH):
-        batch, batch_lengths, _ = machine.put(take(data, chosen))
-        with machine.autocast():
+        batch, batch_lengths, _ = device.put(take(data, chosen))
+        with device.autocast():
             logits[chosen] = classifier(batch, batch_lengths).float().cpu()
     classifier.train()
     probabilities = logits.softmax(dim=-1)[:, 1]
@@ -248,9 +248,9 @@ def score(classifier, data, machine):
     return F.cross_entropy(logits, labels).item(), accuracy, probabilities
 
 
-def train_step(classifier, optimizer, batch, machine):
-    idx, lengths, labels = machine.put(batch)
-    with machine.autocast():
+def train_step(classifier, optimizer, batch, device):
+    idx, lengths, labels = device.put(batch)
+    with device.autocast():
         loss = F.cross_entropy(classifier(idx, lengths).float(), labels)
     loss.backward()
     norm = nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
@@ -259,11 +259,11 @@ def train_step(classifier, optimizer, batch, machine):
     return loss.detach(), norm
 
 
-def finetune(options, seed, run, data, machine, record):
+def finetune(options, seed, run, data, device, record):
     """Trains once. Returns a dict: epoch, validation_accuracy and weights of the best epoch on the
     held-out tenth, and its test_accuracy and probabilities on the test. run: what load_run
     returned. data: {split: what `tokenize` returned}. record: takes a dict of metrics."""
-    classifier = make_classifier(run, options, seed).to(machine.device).train()
+    classifier = make_classifier(run, options, seed).to(device.torch_device).train()
     _, lengths, _ = data['train']
     n_steps = options.epochs * math.ceil(len(lengths) / options.batch_size)
     optimizer, = make_optimizers(classifier, TrainOptions(
@@ -276,7 +276,7 @@ def finetune(options, seed, run, data, machine, record):
             lr = (1 - step / n_steps) * options.learning_rate
             for group in optimizer.param_groups:
                 group['lr'] = lr
-            loss, norm = train_step(classifier, optimizer, take(data['train'], chosen), machine)
+            loss, norm = train_step(classifier, optimizer, take(data['train'], chosen), device)
             step += 1
             due = step % options.log_interval == 0
             if due or step == n_steps:
@@ -289,7 +289,7 @@ def finetune(options, seed, run, data, machine, record):
                 left = timedelta(seconds=round(seconds / step * (n_steps - step)))
                 print(f'seed {seed}, step {step}/{n_steps}: loss {loss.item():.4f}, '
                       f'{rate:,.0f} sentences/s, {left} left', flush=True)
-        val_loss, val_accuracy, _ = score(classifier, data['validation'], machine)
+        val_loss, val_accuracy, _ = score(classifier, data['validation'], device)
         stop_if_not_finite(step, val_loss)
         record(dict(seed=seed, step=step, seconds=seconds, val_loss=val_loss,
                     val_accuracy=val_accuracy))
@@ -299,7 +299,7 @@ def finetune(options, seed, run, data, machine, record):
             weights = {name: w.cpu().clone() for name, w in classifier.state_dict().items()}
             best = dict(epoch=epoch + 1, validation_accuracy=val_accuracy, weights=weights)
     classifier.load_state_dict(best['weights'])
-    _, accuracy, probabilities = score(classifier, data['test'], machine)
+    _, accuracy, probabilities = score(classifier, data['test'], device)
     print(f'seed {seed}: test accuracy {accuracy:.2%} after epoch {best["epoch"]}', flush=True)
     return best | dict(test_accuracy=accuracy, probabilities=probabilities.tolist())
 
@@ -362,7 +362,7 @@ def show_results(options, summary, best, test):
           f'{options.file(".json")}')
 
 
-def predict(options, machine):
+def predict(options, device):
     """Prints the probability that a sentence is positive, by the model of an earlier fine-tuning.
     """
     text, path = ' '.join(options.predict.split()), options.file('.pt')
@@ -377,16 +377,16 @@ def predict(options, machine):
     classifier = Classifier(model, options.classifier_dropout)
     load_weights(classifier, state, path)
     data = tokenize([(text, 1)], tokenizer, model.config.block_size)
-    p = score(classifier.to(machine.device), data, machine)[2].item()
+    p = score(classifier.to(device.torch_device), data, device)[2].item()
     print(f'{"positive" if p > 0.5 else "negative"} (probability of positive {p:.3f}): {text}')
 
 
 def main():
     values, _ = config.load(sys.argv[1:], FinetuneOptions, doc=__doc__, takes_config=False)
     options = FinetuneOptions(**values)
-    machine = Machine(options)
+    device = Device(options)
     if options.predict is not None:
-        return predict(options, machine)
+        return predict(options, device)
     run, texts = load_run(options.out_dir), read_sst2(options)
     # until a seed is done, earlier results stay where they are
     metrics = options.file('_metrics.jsonl.partial')
@@ -403,7 +403,7 @@ def main():
             about = dataclasses.asdict(options) | dict(pretraining=read_facts(folder))
             wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder, about)
         record = functools.partial(log_line, metrics, wandb_run)
-        results.append(finetune(options, seed, run, data, machine, record))
+        results.append(finetune(options, seed, run, data, device, record))
         if len(results) == 1:
             set_aside(options)
             metrics = metrics.rename(options.file('_metrics.jsonl'))

@@ -2058,9 +2058,8 @@ def cache_bytes(model, dtype=None):
     """(bytes per token, bytes at any length at most) that the cache holds for each sequence, in
     dtype or in the precision of the weights. Counted in a full cache."""
     size = model.config.block_size
-    cache = model.init_cache(1, size)
-    with torch.no_grad():
-        on_meta(model, torch.zeros(1, size, dtype=torch.int64, device='meta'), cache=cache)
+    cache, idx = model.init_cache(1, size), torch.zeros(1, size, dtype=torch.int64, device='meta')
+    count_flops(lambda: on_meta(model, idx, cache=cache))  # which knows experts on meta
     item = (dtype or model.tok_emb.weight.dtype).itemsize
     return tuple(elements * item for elements in cache.elements())
 

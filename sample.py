@@ -18,13 +18,13 @@ import torch
 import config
 from config import UserError
 from model import Count, NotNegative, Positive, cache_bytes
-from run import Machine, MachineOptions, Seed, load_run
+from run import Device, DeviceOptions, Seed, load_run
 
 CACHE_BYTES = 2 ** 30  # of the samples that are drawn together
 
 
 @dataclass
-class SampleOptions(MachineOptions):
+class SampleOptions(DeviceOptions):
     """Options"""
 
     out_dir: str | None = None  # run folder of train.py, or folder of a DeepSeek-V3
@@ -74,8 +74,8 @@ def show(tokenizer, tokens):
 def main():
     values, _ = config.load(sys.argv[1:], SampleOptions, doc=__doc__, takes_config=False)
     options = SampleOptions(**values)
-    machine = Machine(options, trains=False)
-    model, tokenizer, _ = load_run(options.out_dir, machine.device)
+    device = Device(options, trains=False)
+    model, tokenizer, _ = load_run(options.out_dir, device.torch_device)
     if not model.config.causal:
         raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: '
                         'name a causal run')
@@ -86,13 +86,13 @@ def main():
               f'{len(prompt) - block_size:,} are dropped', file=sys.stderr)
 
     length = min(len(prompt) + options.max_new_tokens, block_size)
-    per_token, fixed = cache_bytes(model, machine.precision)
+    per_token, fixed = cache_bytes(model, device.precision)
     together = max(1, int(CACHE_BYTES / (length * per_token + fixed)))
     lengths, since = [], time.perf_counter()
     for first in range(0, options.num_samples, together):
         n = min(together, options.num_samples - first)
-        idx = torch.tensor(prompt, device=machine.device).expand(n, -1)  # (B, T)
-        with machine.autocast():
+        idx = torch.tensor(prompt, device=device.torch_device).expand(n, -1)  # (B, T)
+        with device.autocast():
             steps = model.stream(
                 idx, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                 top_p=options.top_p, seed=options.seed + first, stop=tokenizer.eot,

@@ -1,7 +1,6 @@
-"""Matrices that the original code fuses, taken apart: reference outputs are of that code."""
+"""The state dicts of tests/golden: projections of one input share a matrix there."""
 
-# In the original code projections of one input share a matrix: {its name: whose rows it holds}.
-FUSED = {
+FUSED = {  # name of such a matrix: whose rows it holds
     'qkv_proj': ('q_proj', 'k_proj', 'v_proj'),
     'kv_proj': ('k_proj', 'v_proj'),
     'qkv_a_proj': ('q_a_proj', 'q_proj', 'kv_a_proj', 'k_rope_proj'),
@@ -13,7 +12,7 @@ FUSED = {
 
 def split_fused(weights, model):
     """A state dict in which projections may share a matrix -> one with a matrix for each, as the
-    model has them. One that has them already stays as it is."""
+    model has them."""
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
     split = {}
     for name, weight in weights.items():

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 from finetune_sst2 import (FinetuneOptions, batches_by_length, make_classifier, read_sst2, take,
                            tokenize, train_step)
-from run import Machine, load_run
+from run import Device, load_run
 from train import TrainOptions, make_optimizers
 
 STEPS, ROUNDS, BATCH = 20, 5, 16
@@ -29,8 +29,8 @@ STEPS, ROUNDS, BATCH = 20, 5, 16
 
 def main(folder, data_dir):
     options = FinetuneOptions(out_dir=folder, data_dir=data_dir, train_examples=20_000)
-    machine, run = Machine(options), load_run(folder)
-    classifier = make_classifier(run, options, seed=0).to(machine.device).train()
+    device, run = Device(options), load_run(folder)
+    classifier = make_classifier(run, options, seed=0).to(device.torch_device).train()
     optimizer, = make_optimizers(classifier, TrainOptions(learning_rate=2e-5))
     block_size, eot = classifier.config.block_size, run[1].eot
     data = tokenize(read_sst2(options)['train'], run[1], block_size)
@@ -49,7 +49,7 @@ def main(folder, data_dir):
             for chosen in batches:
                 idx, *rest = take(data, chosen)
                 idx = F.pad(idx, (0, max(0, width - idx.size(1))), value=eot)
-                loss, _ = train_step(classifier, optimizer, (idx, *rest), machine)
+                loss, _ = train_step(classifier, optimizer, (idx, *rest), device)
                 loss.item()  # waits for the device
             if i > 0:  # the first round warms up
                 rates[way].append(STEPS * BATCH / (time.perf_counter() - start))

@@ -94,7 +94,7 @@ def test_every_config_on_cuda(fake_gpu, name, more):
             model = make_model(recipe.arch, **options)
             idx = torch.zeros(2, model.config.block_size, dtype=torch.long)
         assert watch_streams(model) >= 2
-        positions = None if model.config.block.causal else idx[:, :19]
+        positions = None if model.config.causal else idx[:, :19]
         targets = idx if positions is None else positions
         with EverythingOnCuda(), autocast():
             out = model(idx, targets, positions)
@@ -104,7 +104,7 @@ def test_every_config_on_cuda(fake_gpu, name, more):
             with torch.no_grad():
                 out = model.eval()(idx, targets, positions)
                 assert [value.dtype for value in out.values()] == 2 * [torch.float32]
-                if model.config.block.causal:
+                if model.config.causal:
                     cache = model.init_cache(2, model.config.block_size)
                     for part in (idx[:, :5], idx[:, 5:6], idx[:, 6:]):
                         assert model(part, cache=cache).dtype == torch.bfloat16

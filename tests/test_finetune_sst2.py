@@ -19,7 +19,7 @@ from conftest import shell, train_runs
 from finetune_sst2 import (FinetuneOptions, bag_of_words, batches_by_length, make_classifier,
                            read_sst2, score, take, tokenize)
 from prepare import Tokenizer
-from run import Machine, load_run, mean_and_interval
+from run import Device, load_run, mean_and_interval
 
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=64',
          '--n_layer=2', '--n_head=2', '--n_embd=32', '--rope_dims=8', '--learned_positions=False',
@@ -148,12 +148,12 @@ def test_from_scratch_takes_nothing_from_the_run_but_its_shape(folder, script):
 def test_padding_changes_no_prediction(folder, run, capsys):
     loaded = load_run(run)
     tokenizer, classifier = loaded[1], make_classifier(loaded, FinetuneOptions(out_dir=run), 1)
-    machine = Machine(FinetuneOptions(out_dir=run, device='cpu'))
+    device = Device(FinetuneOptions(out_dir=run, device='cpu'))
     classifier.double()
     texts = [('good', 1), ('a film of it', 0), ('a long film of good and bad and it', 1),
              ('bad', 0)]
-    together = score(classifier, tokenize(texts, tokenizer, 64), machine)[2]
-    alone = torch.cat([score(classifier, tokenize([text], tokenizer, 64), machine)[2]
+    together = score(classifier, tokenize(texts, tokenizer, 64), device)[2]
+    alone = torch.cat([score(classifier, tokenize([text], tokenizer, 64), device)[2]
                        for text in texts])
     assert (together - alone).abs().max() < 1e-7 and together.std() > 1e-6 and together.dim() == 1
     assert not capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_the_best_epoch_on_the_held_out_tenth_is_tested(folder, monkeypatch):
     data = {split: tokenize(part, run[1], 64) for split, part in texts.items()}
     answers, asked = iter([(1.0, 0.6), (1.0, 0.9), (1.0, 0.7)]), []
 
-    def fake(classifier, data, machine):
+    def fake(classifier, data, device):
         asked.append((len(data[0]), classifier.classifier.weight.detach().clone()))
         if len(data[0]) == 60:  # the test
             return 0.0, 0.5, torch.zeros(60)
@@ -237,7 +237,7 @@ def test_the_best_epoch_on_the_held_out_tenth_is_tested(folder, monkeypatch):
 
     monkeypatch.setattr(finetune_sst2, 'score', fake)
     options = FinetuneOptions(out_dir='run', device='cpu', epochs=3, learning_rate=1e-2)
-    best = finetune_sst2.finetune(options, 1, run, data, Machine(options),
+    best = finetune_sst2.finetune(options, 1, run, data, Device(options),
                                   record=lambda line: None)
     assert (best['epoch'], best['validation_accuracy'], best['test_accuracy']) == (2, 0.9, 0.5)
     assert [n for n, _ in asked] == [30, 30, 30, 60]
