@@ -37,7 +37,7 @@ from config import UserError
 from model import Count, NotNegative, Positive, Share
 from run import (Device, DeviceOptions, Seed, build, date_of, load_checkpoint, load_run,
                  load_tokenizer, load_weights, log_line, mean_and_interval, model_options_of,
-                 open_wandb, read_facts, save_checkpoint, save_text)
+                 open_wandb, save_checkpoint, save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
@@ -400,7 +400,7 @@ def main():
     for seed in range(options.seed, options.seed + options.seeds):
         wandb_run = None
         if options.wandb:
-            about = dataclasses.asdict(options) | dict(pretraining=read_facts(folder))
+            about = dataclasses.asdict(options) | dict(pretraining=config.read_json(folder / 'run.json', 'remove it'))
             wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder, about)
         record = functools.partial(log_line, metrics, wandb_run)
         results.append(finetune(options, seed, run, data, device, record))

@@ -262,8 +262,8 @@ def check_format(content, path):
     """Raises UserError if a checkpoint, or run.json, is of another version."""
     found = content.get('format') if isinstance(content, dict) else None
     if found != FORMAT:
-        raise UserError(f'{path}: was not written by this version of train.py (format {found}, not '
-                        f'{FORMAT}): train again, or use the version that wrote it')
+        raise UserError(f'{path}: was not written by this version (format {found}, not {FORMAT}): '
+                        'make it again, or use the version that wrote it')
 
 
 def state_of_folder(folder):
@@ -315,9 +315,11 @@ def load_weights(model, state, path):
             load_deepseek(model, state['model'], state['model'].config)
         else:
             model.load_state_dict(state['model'])
-    except (ConfigError, RuntimeError) as error:  # torch names each tensor in a line of its own
-        raise UserError(f'{path}: another architecture: '
-                        f'{str(error).splitlines()[-1].strip()}') from None
+    except ConfigError as error:
+        raise UserError(f'{path}: {error}') from None
+    except RuntimeError as error:  # torch names each tensor in a line of its own
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(f'{path}: another architecture: {reason}') from None
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
             raise UserError(f'{path}: {name} holds numbers that are not finite: use another '

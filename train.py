@@ -817,9 +817,5 @@ def main():
         dist.destroy_process_group()
 
 
-# For the integrator: delete this alias with its last user.
-current_options = dict
-
-
 if __name__ == '__main__':
     config.run(main)

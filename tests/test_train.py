@@ -444,7 +444,7 @@ def test_checkpoints_of_other_versions_are_refused(runs, script, found):
         state = load_checkpoint(path)
         del state['format']
         torch.save(state | (dict(format=found) if found else {}), path)
-    message = rf'not written by this version of train.py \(format {found}, not {run.FORMAT}\)'
+    message = rf'not written by this version \(format {found}, not {run.FORMAT}\)'
     for command in ([RESUME, '--out_dir=decoder'], ['--init_from=decoder', '--out_dir=new']):
         with pytest.raises(UserError, match=message):
             script(train, *SMALL, *command)
