@@ -82,7 +82,8 @@ class FinetuneOptions(DeviceOptions):
 def read_split(file, split):
     """[(sentence, label)] of a tsv file, or if that is None of a split of SST-2 on the hub."""
     examples = []
-    for i, row in enumerate(prepare.rows('sst2', file and str(file), split, '--data_dir=FOLDER'), 1):
+    rows = prepare.rows('sst2', file and str(file), split, '--data_dir=FOLDER')
+    for i, row in enumerate(rows, 1):
         sentence, label = row.get('sentence'), row.get('label')
         # a byte order mark is no word
         text = ' '.join(str(sentence or '').replace('\ufeff', ' ').split())
@@ -400,7 +401,8 @@ def main():
     for seed in range(options.seed, options.seed + options.seeds):
         wandb_run = None
         if options.wandb:
-            about = dataclasses.asdict(options) | dict(pretraining=config.read_json(folder / 'run.json', 'remove it'))
+            about = dataclasses.asdict(options)
+            about['pretraining'] = config.read_json(folder / 'run.json', 'restore it')
             wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder, about)
         record = functools.partial(log_line, metrics, wandb_run)
         results.append(finetune(options, seed, run, data, device, record))

@@ -1784,8 +1784,8 @@ class Down(nn.Module):
     (B*G, k, D_i) -> (B*G, k', D_i+1).
 
     compress='transformer': blocks inside the group at the new width; the last one has queries for
-    the last k' slots alone. 'perceiver': one block, whose queries are the last k' slots projected to
-    the new width, and whose keys and values come from the group at its own width.
+    the last k' slots alone. 'perceiver': one block; its queries are the last k' slots projected to
+    the new width, its keys and values come from the group at its own width.
     """
 
     def __init__(self, config, level):
@@ -1968,8 +1968,8 @@ def init_weights(model):
 
     n counts the projections into one stack of blocks, so that the variance at its end does not grow
     with its depth (GPT-2). With zero_init_residual they are 0, and a block changes nothing at
-    first. None is for grouped latents: if everything starts small, they stay at the entropy of token
-    frequencies. A tenth lets the skip connections dominate at first.
+    first. None is for grouped latents: if everything starts small, they stay at the entropy of
+    token frequencies. A tenth lets the skip connections dominate at first.
 
     A normed latent has unit variance, and a matrix of init_std sums over only L of its elements:
     without the gain, keys, values and queries start sqrt(D/L) too small. LongCat-Flash (arXiv
@@ -2160,8 +2160,8 @@ def linear_cross_entropy(x, weight, targets):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """linear_cross_entropy in training: the gradients of a chunk are formed while its logits are at
-    hand, d loss / d logits = softmax - one-hot. All chunks use one buffer: fresh memory of this size
-    costs a CPU more than the arithmetic. Sums are in float32 or better; matrix products have
+    hand, d loss / d logits = softmax - one-hot. All chunks use one buffer: fresh memory of this
+    size costs a CPU more than the arithmetic. Sums are in float32 or better; matrix products have
     autocast's precision. Gradients are divided by the number of targets in backward, because 1/N
     would underflow in bfloat16."""
 

@@ -110,8 +110,8 @@ def mlra(c, theirs):
 def v4(c, theirs):
     """Inside each head its last qk_rope_head_dim numbers are rotated, in pairs of neighbours."""
     r, kind = c['qk_rope_head_dim'], V4_KINDS[c['layer']]
-    options = dict(attention='v4', layer_kinds=kind, n_embd=c['hidden_size'], rope_dims=r, sink=True,
-                   n_head=c['num_attention_heads'], head_dim=c['head_dim'],
+    options = dict(attention='v4', layer_kinds=kind, n_embd=c['hidden_size'], rope_dims=r,
+                   sink=True, n_head=c['num_attention_heads'], head_dim=c['head_dim'],
                    q_latent=c['q_lora_rank'], window=c['sliding_window'], o_groups=c['o_groups'],
                    o_latent=c['o_lora_rank'], index_topk=c['index_topk'] if kind == 'csa' else None,
                    index_n_head=c['index_n_heads'], index_head_dim=c['index_head_dim'],

@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import model as m
 from model import ConfigError, make_model
 from test_model import tokens
+from train import Muon, TrainOptions, make_optimizers, parameter_groups
 
 # 2 does not divide 5 - 2, nor 5 divide 7 - 5
 TINY = dict(vocab_size=61, block_size=40, n_layer=2, group_size=7, latents=(5, 2),
@@ -129,12 +130,13 @@ def test_cached_logits_are_the_uncached_ones(name):
 
 
 def test_the_cache_is_as_large_as_it_says():
-    """Keys and values of the global blocks of each level and of the trunk, of the slots per token."""
+    """Keys and values of the slots that global blocks and the trunk have per token."""
     model = tiny('base').eval()
     per_token, fixed = m.cache_bytes(model)
     # up to tokens: 16 wide; up to and down to level 1, and down to level 2: 32 wide; the trunk
     assert per_token == pytest.approx(8 * (2 * 16 + 2 * 2 * 32 * 5 / 7 + (1 + 2) * 2 * 32 * 2 / 7))
-    assert fixed == 8 * (6 * 16 + 5 * 16 + 2 * 32)  # open tokens, and latents that Up reads, projected
+    # open tokens, and the projected latents that Up reads of the group before
+    assert fixed == 8 * (6 * 16 + 5 * 16 + 2 * 32)
     for name in ('gla', 'mla_o', 'channels'):
         model = tiny(name).eval()
         cache = model.init_cache(3, 35)
@@ -275,6 +277,26 @@ def test_flops_counted_on_meta_are_those_of_a_real_pass(name):
             run()
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_every_parameter_is_stepped_once(name):
+    """Also by Muon, which takes a channel at a time; and one batch is learned by heart."""
+    torch.manual_seed(0)
+    model = make_model('grouped_latent', **{**TINY, **GROUPED[name]})
+    parameter_groups(model)  # asserts it
+    optimizers = make_optimizers(model, TrainOptions(optimizer='muon', learning_rate=1e-2))
+    assert isinstance(optimizers[0], Muon)
+    before, idx = copy.deepcopy(dict(model.named_parameters())), tokens(2, 20)
+    for _ in range(3):
+        loss = model(idx, idx)['loss']
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad()
+    assert model(idx, idx)['loss'] < loss
+    unmoved = [key for key, value in model.named_parameters() if torch.equal(value, before[key])]
+    assert not unmoved
 
 
 def test_initialisation():

@@ -78,18 +78,20 @@ CAUSAL_VARIANTS = {
     'window': dict(ROPE, window=5, n_kv_head=2, sink=True),
     'window_mla': dict(MLA, window=5, rope_key='shared', kv_groups=2),
     'window_per_head': dict(MLA, window=5, sink=True),
-    'v4': dict(V4, layer_kinds='csa hca', csa_group=2, hca_group=5, o_latent=6, o_groups=2, sink=True),
+    'v4': dict(V4, layer_kinds='csa hca', csa_group=2, hca_group=5, o_latent=6, o_groups=2,
+               sink=True),
     'v4_indexed': dict(V4, layer_kinds='window csa', csa_group=2, index_topk=2, index_n_head=3,
                        index_head_dim=6, gate=True),
     'v4_no_rope': dict(attention='v4', q_latent=12, window=1, layer_kinds='hca csa', hca_group=3),
 }
-VARIANTS |= {kind: dict(ROPE, attention=kind) for kind in m.ATTENTIONS  # an attention of your own
-             if all(kind != options.get('attention', 'mha')
-                    for options in (VARIANTS | CAUSAL_VARIANTS).values())}
+TESTED = {options.get('attention', 'mha') for options in (VARIANTS | CAUSAL_VARIANTS).values()}
+CAUSAL_VARIANTS |= {  # attentions of your own
+    kind: dict(ROPE, attention=kind) for kind in m.ATTENTIONS if kind not in TESTED}
 ENCDEC_VARIANTS['encdec_window'] = dict(ROPE, window=5)
 ENCDEC_VARIANTS['encdec_experts'] = dict(VARIANTS['experts'], n_layer=1, rope_dims=2)
-ENCDEC_VARIANTS['encdec_v4'] = dict(V4, layer_kinds='csa hca', csa_group=2, hca_group=5, index_topk=3,
-                                    index_head_dim=6, sink=True, n_layer=2, n_dense=1)
+ENCDEC_VARIANTS['encdec_v4'] = dict(
+    V4, layer_kinds='csa hca', csa_group=2, hca_group=5, index_topk=3, index_head_dim=6, sink=True,
+    n_layer=2, n_dense=1)
 EVERY = {name: dict(options, arch='encoder_decoder' if name in ENCDEC_VARIANTS else 'transformer')
          for name, options in (VARIANTS | CAUSAL_VARIANTS | ENCDEC_VARIANTS).items()}
 

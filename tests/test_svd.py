@@ -122,7 +122,7 @@ ATTENTIONS = {
     'gta': dict(attention='gta', n_kv_head=2, o_latent=9, o_groups=2, o_norm='head'),
     'gta_no_rope': dict(attention='gta', rope_dims=0, o_latent=9, o_groups=2, o_norm='sum'),
     'mfa': dict(n_kv_head=1, q_latent=10, head_dim=12),
-    'v4': dict(attention='v4', q_latent=10, window=8, layer_kinds='window', causal=True, o_latent=9),
+    'v4': dict(attention='v4', q_latent=10, window=8, layer_kinds='window', o_latent=9),
 }
 
 
