@@ -429,7 +429,8 @@ def attention(overrides):
         costs = here.pivot(index='attention', columns='width', values=list(COSTS))
         costs = (costs / costs.loc['MHA']).loc[list(KINDS)].dropna(axis=1)
         print(f'\nlatents of {latents}, heads of {head_dim}, {T:,} tokens: costs by width, MHA = 1')
-        print(costs.rename(columns=COSTS).rename_axis(None).to_string(float_format='%.2f'), flush=True)
+        costs = costs.rename(columns=COSTS).rename_axis(None)
+        print(costs.to_string(float_format='%.2f'), flush=True)
     print('\ncheaper from width')
     print(pd.DataFrame({
         (f'{a} than {b}', what): ratios(frame, a, b)[cost].unstack('width').apply(crossover, axis=1)

@@ -505,7 +505,8 @@ def plot_groups(path, groups):
         axes.set(xlabel=x, ylabel=dict(val_loss='validation loss (nats)').get(
             y, 'embedding loss in training'))
         axes.grid(alpha=0.3)
-    axes_of_panels[0].legend()
+    figure.legend(*axes_of_panels[0].get_legend_handles_labels(), ncols=3,
+                  loc='outside lower center')
     figure.suptitle('mean over seeds; band: from the lowest to the highest', fontsize=10)
     save_figure(figure, path)
 
