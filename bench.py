@@ -230,9 +230,9 @@ def peak_memory(path, overrides):
     return round(machine.memory_gb() * 2 ** 30)
 
 
-def show_progress(text, end=''):
+def show_progress(text):
     """Prints a short text over the one before, on stderr."""
-    print(f'\r{text:<24}', end=end, file=sys.stderr, flush=True)
+    print(f'\r{text:<24}', end='', file=sys.stderr, flush=True)
 
 
 def measure_configs(paths, overrides, options):
@@ -243,12 +243,13 @@ def measure_configs(paths, overrides, options):
         show_progress(f'memory of {i} of {len(paths)}')
         memory.append(memory_of(path, overrides))
     for i in range(options.rounds + 1):
-        show_progress(f'round {i} of {options.rounds}', '\n' if i == options.rounds else '')
+        show_progress(f'round {i} of {options.rounds}')
         peaks.append(matmul_peak(machine))
         for benchmark in benchmarks:
             measured = benchmark.measure()
             if i > 0:
                 benchmark.rounds.append(measured)
+    print(file=sys.stderr)
     if options.profile:
         with torch.profiler.profile() as trace:
             for benchmark in benchmarks:
@@ -295,7 +296,6 @@ LATENTS = {'DeepSeek-V3': (3 / 14, 1 / 14, 3 / 14), 'half of it': (3 / 28, 1 / 2
 PAIRS = ('MLA', 'MHA'), ('MLA', 'GQA'), ('MLA-o', 'MLA')  # the first is compared to the second
 MEASURED = dict(train_us_per_token='forward and backward', decode_us='decoding')
 COSTS = MEASURED | dict(mflop_per_token='FLOPs')
-SETTING = ['latents', 'head_dim', 'T']  # layers of unequal width are compared at one of these
 
 
 def layer_options(width, head_dim, latents):
@@ -395,16 +395,10 @@ def repeated(device, work):
     return seconds / n
 
 
-def ratios(frame, a, b):
-    """What attention `a` costs over what `b` costs. A frame with COSTS as columns, by size."""
-    costs = frame.set_index([*SETTING, 'width', 'attention'])[list(COSTS)]
-    return costs.xs(a, level='attention') / costs.xs(b, level='attention')
-
-
-def crossover(ratio):
-    """The smallest width from which on a ratio (a Series by width) stays below 1, or 'never'."""
-    widths = ratio.dropna().index
-    cheaper = widths[widths > max(widths[ratio.dropna() >= 1], default=0)]
+def crossover(ratios):
+    """The smallest width from which on ratios, a Series by width, stay below 1; or 'never'."""
+    widths = ratios.index
+    cheaper = widths[widths > max(widths[ratios >= 1], default=0)]
     return f'{cheaper.min():,}' if len(cheaper) else 'never'
 
 
@@ -412,45 +406,47 @@ def attention(overrides):
     """Measures single layers. Prints a table per setting, and from which width on an attention is
     cheaper than another; writes a csv, which has every size as soon as it is measured, and a plot.
     """
-    options, lines = read_options(overrides, AttentionOptions), []
+    options, lines, tables = read_options(overrides, AttentionOptions), [], {}
     machine, folder = Machine(options), Path(options.results)
     folder.mkdir(parents=True, exist_ok=True)
-    for latents, head_dim, T in itertools.product(LATENTS, options.head_dims, options.lengths):
-        done = len(lines)
+    for setting in itertools.product(LATENTS, options.head_dims, options.lengths):
+        first = len(lines)
         for width in sorted({*options.layer_widths, *options.more_widths}):
-            size = dict(latents=latents, head_dim=head_dim, T=T, width=width)
-            lines += [count_layer(kind, size) for kind in KINDS]
-            if width in options.layer_widths:
-                times = time_layers(size, options, machine)
-                lines[-len(KINDS):] = [a | b for a, b in zip(lines[-len(KINDS):], times)]
-            frame = pd.DataFrame(lines)
-            save_text(folder / 'attention.csv', frame.to_csv(index=False))
-        here = frame.tail(len(frame) - done)  # of this setting
-        costs = here.pivot(index='attention', columns='width', values=list(COSTS))
-        costs = (costs / costs.loc['MHA']).loc[list(KINDS)].dropna(axis=1)
-        print(f'\nlatents of {latents}, heads of {head_dim}, {T:,} tokens: costs by width, MHA = 1')
-        costs = costs.rename(columns=COSTS).rename_axis(None)
+            size = dict(zip(('latents', 'head_dim', 'T', 'width'), (*setting, width)))
+            known = [count_layer(kind, size) for kind in KINDS]
+            timed = width in options.layer_widths
+            times = time_layers(size, options, machine) if timed else [{}] * len(KINDS)
+            lines += [line | more for line, more in zip(known, times)]
+            save_text(folder / 'attention.csv', pd.DataFrame(lines).to_csv(index=False))
+        costs = pd.DataFrame(lines[first:]).pivot(index='attention', columns='width',
+                                                  values=list(COSTS)).rename(columns=COSTS)
+        costs = (costs / costs.loc['MHA']).loc[list(KINDS)].dropna(axis=1).rename_axis(None)
+        print('\nlatents of {}, heads of {}, {:,} tokens: costs by width, MHA = 1'.format(*setting))
         print(costs.to_string(float_format='%.2f'), flush=True)
-    print('\ncheaper from width')
-    print(pd.DataFrame({
-        (f'{a} than {b}', what): ratios(frame, a, b)[cost].unstack('width').apply(crossover, axis=1)
-        for a, b in PAIRS for cost, what in COSTS.items()}).to_string())
-    plot_attention(folder / 'attention.png', frame, (next(iter(LATENTS)), options.head_dims[-1]))
+        tables[setting] = costs
+    cheaper = pd.DataFrame({setting: {
+        (f'{a} than {b}', what): crossover(costs.loc[a, what] / costs.loc[b, what])
+        for a, b in PAIRS for what in COSTS.values()} for setting, costs in tables.items()}).T
+    print(f'\ncheaper from width\n{cheaper.to_string()}')
+    plot_attention(folder / 'attention.png', tables)
     print(f'\n{folder}: attention.csv, attention.png')
 
 
-def plot_attention(path, frame, setting):
-    """Ratios of times over width, one line per length. setting: (latents, head_dim)."""
+def plot_attention(path, tables):
+    """Ratios of times over width, one line per length, for the first LATENTS and the last
+    head_dim."""
     figure, panels = pyplot().subplots(2, len(PAIRS), figsize=(12, 7), sharey='row',
                                        layout='constrained')
-    for row, (cost, what) in zip(panels, MEASURED.items()):
+    latents, head_dim, _ = next(iter(tables))[0], *list(tables)[-1][1:]
+    for row, what in zip(panels, MEASURED.values()):
         for axes, (a, b) in zip(row, PAIRS):
-            timed = ratios(frame, a, b).loc[setting].dropna()  # by length and width
-            for i, (T, ratio) in enumerate(timed.groupby(level='T')):
-                widths = ratio.index.get_level_values('width')
-                axes.plot(widths, ratio[cost], 'o-', color=f'C{i}', label=f'{T:,} tokens')
-                if cost == 'train_us_per_token':
-                    axes.plot(widths, ratio.mflop_per_token, ':', color=f'C{i}')
+            for (*setting, T), costs in tables.items():
+                if setting == [latents, head_dim]:
+                    ratios = costs.loc[a] / costs.loc[b]
+                    line, = axes.plot(ratios[what], marker='o', label=f'{T:,} tokens')
+                    if what == 'forward and backward':
+                        axes.plot(ratios['FLOPs'][ratios[what].index], ':', color=line.get_color())
+            widths = ratios[what].index
             axes.axhline(1, color='black', linewidth=0.8)
             axes.set(title=f'{a} / {b}, {what}', xscale='log', xticks=widths, xticklabels=widths,
                      xlabel='width')
@@ -458,7 +454,7 @@ def plot_attention(path, frame, setting):
             axes.grid(alpha=0.3)
         row[0].set(ylabel='ratio of times, 1 = equal', ylim=(0, None))
     panels[0, 0].legend()
-    figure.suptitle(f'one layer, heads of {setting[1]}, latents of {setting[0]}; dotted: FLOPs')
+    figure.suptitle(f'one layer, heads of {head_dim}, latents of {latents}; dotted: FLOPs')
     save_figure(figure, path)
 
 
