@@ -119,8 +119,10 @@ def flags(options):
 
 
 def folder_of(path, options):
-    """The folder of a run, named after its options in alphabetical order."""
-    name = ','.join(f'{key}={options[key]}' for key in sorted(options)).replace('/', '%2F')
+    """The folder of a run. It is named after the options that change the result, in alphabetical
+    order, so that any command that asks for the same run finds it."""
+    name = ','.join(f'{key}={value}' for key, value in sorted(options.items())
+                    if key not in INCIDENTAL).replace('/', '%2F')
     if len(name.encode()) > 200:  # file systems allow 255 bytes
         name = f'{name[:60]},{hashlib.sha256(name.encode()).hexdigest()[:8]}'
     return Path('out') / f'sweep-{Path(path).stem}' / (name or 'run')
@@ -136,7 +138,7 @@ def full_options(path, options):
 
 def plan_runs(options, paths, grid):
     """The SweepRuns of a grid. All are checked before the first one starts."""
-    runs = []
+    runs = {}
     for path, values in itertools.product(paths, itertools.product(*grid.values())):
         chosen = dict(zip(grid, values))
         folder = folder_of(path, chosen)
@@ -150,10 +152,10 @@ def plan_runs(options, paths, grid):
                 if name not in INCIDENTAL and saved.get(name, value) != value:
                     raise UserError(f'{folder}: holds a run with {name}={saved[name]}, and the '
                                     f'config now says {value}: rename that folder or the config')
-        runs.append(SweepRun(path, chosen, folder))
+        runs[folder] = SweepRun(path, chosen, folder)
     if options.finetune is not None:
-        read_sst2(finetune_options(options.finetune, runs[0].folder))
-    return runs
+        read_sst2(finetune_options(options.finetune, folder))
+    return list(runs.values())
 
 
 def finetune_options(text, folder):
@@ -332,14 +334,12 @@ class TrainedRun:
             raise UserError(f'{folder}: metrics.jsonl is empty or damaged')
         if not len(self.evaluations):
             raise UserError(f'{folder}: metrics.jsonl has no validation loss')
-        self.folder, self.sst2 = folder, None
-        if (folder / 'sst2.json').exists():
-            self.sst2 = config.read_json(folder / 'sst2.json', 'remove it')['mean']
-        # the config's name, if a sweep has named the folder
-        path = folder.resolve()
-        self.name = (path.parent.name.removeprefix('sweep-') if 'sweep-' in path.parent.name
-                     else path.name)
+        path, sst2, self.folder = folder.resolve(), folder / 'sst2.json', folder
+        grid = path.parent.name.startswith('sweep-')  # and the config's name
+        self.name = path.parent.name.removeprefix('sweep-') if grid else path.name
         try:
+            # the mean if it was fine-tuned with several seeds
+            self.sst2 = config.read_json(sst2, 'remove it')['mean'] if sst2.exists() else None
             self.seed, self.parameters = options['seed'], stats['parameters']
             # losses compare only between runs for which this is the same
             self.scored_on = stats['data_sha256'], stats['tokenizer'], options.get('causal', True)
@@ -403,11 +403,12 @@ def group_runs(runs):
     """{name: runs that differ only in their seed}, the lowest loss first. A name is that of the
     config, or what the names of the folders begin with, followed by the options in which groups
     with that name differ."""
-    options, named = pd.DataFrame([run.options for run in runs]).map(str), {}
+    named = {}
+    options = pd.DataFrame([run.options for run in runs], dtype=object).map(str)
     for numbers in options.groupby(list(options)).indices.values():
         group = sorted((runs[i] for i in numbers), key=lambda run: run.seed)
         name = os.path.commonprefix([run.name for run in group])
-        name = name if name == group[0].name else name.rstrip('-_.')
+        name = name if name == group[0].name else name.rstrip('-_.') or group[0].name
         named.setdefault(name, []).append((options.iloc[numbers[0]], group))
     groups = {}
     for name, alike in named.items():

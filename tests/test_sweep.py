@@ -188,6 +188,7 @@ def test_names_of_folders():
         return str(sweep.folder_of('config/a.py', options)).removeprefix('out/sweep-a/')
 
     assert name(seed='1', lr='1e-3') == name(lr='1e-3', seed='1') == 'lr=1e-3,seed=1'
+    assert name(log_interval='5', seed='1') == 'seed=1'  # changes nothing of the result
     assert name() == 'run' and name(latents='(1, 2)') == 'latents=(1, 2)'
     names = {name(seed='1', **options) for options in (
         dict(source='x' * 300), dict(source='x' * 300, n_layer='2'), dict(source='a/b.txt'),
