@@ -457,16 +457,18 @@ def print_table(heading, rows):
     print(f'\n{heading}\n\n{frame.loc[:, (frame != "").any()].to_string()}')
 
 
+def cells(line, measures):
+    return {title: shown(line[name], form) for name, (title, form) in measures.items()}
+
+
 def show_groups(table):
     print_table(f'mean +- half the 95% interval, or the values of fewer than {FEWEST} runs; losses '
-                'in nats', {line['name']: dict(
-                    runs=str(line['runs']), parameters=f'{line["parameters"]:,}',
-                    **{title: shown(line[name], form) for name, (title, form) in SCORES.items()})
-                    for line in table})
+                'in nats',
+                {line['name']: dict(runs=str(line['runs']), parameters=f'{line["parameters"]:,}')
+                 | cells(line, SCORES) for line in table})
     print_table('loss at {equal_tokens:,.0f} tokens and {equal_seconds:,.0f} seconds; tokens and '
                 'seconds to the loss that all runs reached, {common_loss:.4f}'.format(**table[0]),
-                {line['name']: {title: shown(line[name], form)
-                                for name, (title, form) in SPENT.items()} for line in table})
+                {line['name']: cells(line, SPENT) for line in table})
 
 
 def show_pairs(groups):
@@ -486,12 +488,13 @@ def plot_groups(path, groups):
     """Validation loss over tokens and over seconds, and the embedding loss if there is one: a
     group's mean, and a band from its lowest to its highest run. The first quarter, where losses are
     much higher, is left out."""
-    panels = [('tokens', 'val_loss'), ('seconds', 'val_loss')]
+    label = 'validation loss (nats)'
+    panels = [('tokens', 'val_loss', label), ('seconds', 'val_loss', label)]
     if any(run.metrics.train_embedding_loss.any() for runs in groups.values() for run in runs):
-        panels.append(('tokens', 'train_embedding_loss'))
+        panels.append(('tokens', 'train_embedding_loss', 'embedding loss in training'))
     figure, axes_of_panels = pyplot().subplots(1, len(panels), figsize=(6 * len(panels), 5),
                                                layout='constrained')
-    for axes, (x, y) in zip(axes_of_panels, panels):
+    for axes, (x, y, label) in zip(axes_of_panels, panels):
         for i, (name, group) in enumerate(groups.items()):
             curves = [run.metrics.dropna(subset=y)[[x, y]].to_numpy().T for run in group]
             curves = [curve for curve in curves if curve.size]
@@ -503,8 +506,7 @@ def plot_groups(path, groups):
                 axes.plot(points, losses.mean(axis=0), '.-', color=f'C{i % 10}', label=name)
                 axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), alpha=0.2,
                                   color=f'C{i % 10}', linewidth=0)
-        axes.set(xlabel=x, ylabel=dict(val_loss='validation loss (nats)').get(
-            y, 'embedding loss in training'))
+        axes.set(xlabel=x, ylabel=label)
         axes.grid(alpha=0.3)
     figure.legend(*axes_of_panels[0].get_legend_handles_labels(), ncols=3,
                   loc='outside lower center')
@@ -526,7 +528,8 @@ def compare(arguments):
     if len(set(folders)) < max(len(folders), 2):
         raise UserError('compares two runs or more, each named once: '
                         'python sweep.py compare RUN RUN ...')
-    groups = group_runs(read_runs(folders))
+    runs = read_runs(folders)
+    groups = group_runs(runs)
     table = compare_groups(groups)
     write_table(options.results, 'compare.csv', table)
     plot_groups(Path(options.results) / 'compare.png', groups)
@@ -534,6 +537,9 @@ def compare(arguments):
         return print(json.dumps(table, indent=2))
     show_groups(table)
     show_pairs(groups)
+    if len({run.options['eval_iters'] * run.options['batch_size'] for run in runs}) > 1:
+        print('these runs were evaluated on different numbers of sequences '
+              '(eval_iters x batch_size)')
     print(f'\n{options.results}: compare.csv, compare.png')
 
 
@@ -614,7 +620,8 @@ def plot_frontier(path, table):
         axes.margins(x=0.2, y=0.1)
         axes.grid(alpha=0.3)
     panels[0].set_xscale('log', base=2)
-    panels[0].xaxis.set_major_formatter('{x:,.0f}')
+    for axes in panels:
+        axes.xaxis.set_major_formatter('{x:,.0f}')
     panels[0].set_ylabel('validation loss (nats), 95% interval')
     figure.draw_without_rendering()  # places the axes
     for axes, key in zip(panels, xlabels):

@@ -232,7 +232,8 @@ def fake_run(name, seed, losses, sst2=None, embedding=False, **options):
                                val_bits_per_byte=loss / 2, val_perplexity=math.exp(loss)))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     (folder / 'config.json').write_text(json.dumps(
-        dict(seed=seed, max_iters=10 * (len(losses) - 1), max_seconds=None) | options))
+        dict(seed=seed, max_iters=10 * (len(losses) - 1), max_seconds=None, eval_iters=20,
+             batch_size=32) | options))
     (folder / 'run.json').write_text(json.dumps(dict(
         data_sha256='of the data', tokenizer='of the tokenizer', parameters=12_345,
         started_from='scratch')))
@@ -293,6 +294,15 @@ def test_the_tables(workspace, script, capfd, no_plot):
     out = capfd.readouterr().out
     assert '+-' not in out.split('\n', 2)[2] and ' lower than ' not in out
     assert '2.2000, 2.2500' in out
+
+
+def test_evaluations_on_unequal_numbers_of_sequences_are_mentioned(workspace, script, capfd,
+                                                                   no_plot):
+    fake_run('one', 1, [9.0, 4.0]), fake_run('two', 1, [9.0, 4.0], batch_size=16, eval_iters=40)
+    fake_run('three', 1, [9.0, 4.0], batch_size=16)
+    for other, said in dict(two=False, three=True).items():
+        script(sweep, 'compare', 'one', other)
+        assert ('different numbers of sequences' in capfd.readouterr().out) == said
 
 
 def test_groups_are_named_after_their_configs(workspace, script, capfd, no_plot):
