@@ -25,6 +25,7 @@ CUDA), time to decode one token, and FLOPs. Writes attention.csv and attention.p
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import multiprocessing
@@ -54,7 +55,7 @@ Context = Annotated[int, Range(least=2)]  # one token to go on from, and one to 
 
 
 @dataclass
-class BenchOptions(MachineOptions):
+class BenchOptions:
     """Options"""
 
     context: Context = 200  # tokens of context when decoding, at most block_size
@@ -64,7 +65,7 @@ class BenchOptions(MachineOptions):
 
 
 @dataclass
-class AttentionOptions(MachineOptions):
+class AttentionOptions:
     """Options of attention"""
 
     layer_widths: tuple[Count, ...] = (128, 256, 512, 1024, 2048)  # of the layers that are timed
@@ -90,11 +91,17 @@ KNOWN = (BenchOptions, TrainOptions, BlockConfig, ModelConfig,
 
 
 def read_options(overrides, *known):
-    """The options of the first of the dataclasses `known`; --help prints these alone."""
+    """The options of the first of the dataclasses `known`. --help prints these and the device."""
     values, _ = config.load(overrides, *known, doc=__doc__, takes_config=False,
-                            shown=lambda values: known[:1])
+                            shown=lambda values: (known[0], MachineOptions))
     return known[0](**{option.name: values[option.name] for option in fields(known[0])
                        if option.name in values})
+
+
+@functools.cache
+def machine_for(device, dtype, trains=True):
+    """A Machine, always the same one: whether dtype=auto finds bfloat16 faster is a measurement."""
+    return Machine(MachineOptions(device=device, dtype=dtype), trains)
 
 
 def clock(device, work, *arguments, **keywords):
@@ -114,19 +121,19 @@ def clock(device, work, *arguments, **keywords):
 class Benchmark:
     """A config under measurement."""
 
-    def __init__(self, path, overrides, options, machine):
+    def __init__(self, path, overrides, context=BenchOptions.context):
         flat, self.name = config.load([str(path), *overrides], *KNOWN)
-        own = {option.name for option in fields(BenchOptions)}
-        own -= {option.name for option in fields(MachineOptions)}
-        self.recipe, model_options = split_options(
-            {name: value for name, value in flat.items() if name not in own})
+        for option in fields(BenchOptions):
+            flat.pop(option.name, None)
+        self.recipe, model_options = split_options(flat)
+        machine = self.machine = machine_for(self.recipe.device, self.recipe.dtype)
+        self.decoder = machine_for(self.recipe.device, self.recipe.dtype, trains=False)
         torch.manual_seed(self.recipe.seed)
         self.model = build(self.recipe.arch, model_options).to(machine.device)
         self.runner = compiled(self.recipe, self.model, machine)
         self.optimizers = make_optimizers(self.model, self.recipe)
-        self.machine, self.decoder = machine, Machine(options, trains=False)
         c, self.rounds = self.model.config, []
-        self.causal, self.context = c.block.causal, min(options.context, c.block_size)
+        self.causal, self.context = c.block.causal, min(context, c.block_size)
         if self.context < 2:
             raise UserError(f'block_size={c.block_size}: must be at least 2, to decode a token '
                             'after another')
@@ -178,14 +185,15 @@ class Benchmark:
                     cache_bytes=cache.n_bytes() / self.context)
 
     def measure(self):
-        measured = dict(step=clock(self.machine.device, self.train_step))
+        measured = dict(peak=matmul_peak(self.machine),
+                        step=clock(self.machine.device, self.train_step))
         return measured | self.decode() if self.causal else measured
 
-    def report(self, peak, memory):
-        """The dict that --json=True prints. peak: FLOP/s of matrix products; memory: bytes."""
+    def report(self, memory):
+        """The dict that --json=True prints. memory: bytes."""
         median = {name: np.median([measured[name] for measured in self.rounds], axis=0)
                   for name in self.rounds[0]}  # of `cached` and `many`, one per decoded token
-        T = self.model.config.block_size
+        T, peak = self.model.config.block_size, max(measured['peak'] for measured in self.rounds)
         rate = self.n_sequences * T / median['step']
         line = dict(
             config=self.name, dtype=str(self.machine.precision).removeprefix('torch.'),
@@ -222,12 +230,10 @@ def memory_of(path, overrides):
 
 def peak_memory(path, overrides):
     """Peak memory of this process, in bytes, after training a config: of its GPU if it has one."""
-    options = read_options(overrides, *KNOWN)
-    machine = Machine(options)
-    benchmark = Benchmark(path, overrides, options, machine)
+    benchmark = Benchmark(path, overrides)
     for _ in range(2):  # the first step makes the optimizer's state, the second one adds to it
         benchmark.train_step()
-    return round(machine.memory_gb() * 2 ** 30)
+    return round(benchmark.machine.memory_gb() * 2 ** 30)
 
 
 def show_progress(text):
@@ -237,14 +243,12 @@ def show_progress(text):
 
 def measure_configs(paths, overrides, options):
     """A report per config, after one round to warm up and `rounds` rounds that count."""
-    machine, memory, peaks = Machine(options), [], []
-    benchmarks = [Benchmark(path, overrides, options, machine) for path in paths]
+    memory, benchmarks = [], [Benchmark(path, overrides, options.context) for path in paths]
     for i, path in enumerate(paths, 1):  # on a GPU this compiles
         show_progress(f'memory of {i} of {len(paths)}')
         memory.append(memory_of(path, overrides))
     for i in range(options.rounds + 1):
         show_progress(f'round {i} of {options.rounds}')
-        peaks.append(matmul_peak(machine))
         for benchmark in benchmarks:
             measured = benchmark.measure()
             if i > 0:
@@ -255,15 +259,14 @@ def measure_configs(paths, overrides, options):
             for benchmark in benchmarks:
                 benchmark.measure()
         trace.export_chrome_trace(options.profile)
-    return [benchmark.report(max(peaks), n_bytes)
-            for benchmark, n_bytes in zip(benchmarks, memory)]
+    return [benchmark.report(n_bytes) for benchmark, n_bytes in zip(benchmarks, memory)]
 
 
 # {name in a report: (title of its column, format)}
 TRAINING = dict(
     params=('parameters', '{:,}'), sequences=('sequences', '{}'), block_size=('of tokens', '{:,}'),
-    train_tokens_per_s=('tokens/s', '{:,.0f}'), train_matmul_share=('of the peak', '{:.1%}'),
-    peak_memory_gb=('memory, GB', '{:.2f}'))
+    dtype=('dtype', '{}'), train_tokens_per_s=('tokens/s', '{:,.0f}'),
+    train_matmul_share=('of the peak', '{:.1%}'), peak_memory_gb=('memory, GB', '{:.2f}'))
 DECODING = dict(
     context=('context', '{:,.0f}'), decode_ms_per_token=('ms', '{:.2f}'),
     decode_ms_per_token_worst=('slowest', '{:.2f}'),
@@ -275,10 +278,11 @@ DECODING = dict(
 
 def show(lines):
     """Prints a table of training, and one of decoding."""
-    frame, first = pd.DataFrame(lines).set_index('config').rename_axis(None), lines[0]
+    frame = pd.DataFrame(lines).set_index('config').rename_axis(None)
     frame['peak_memory_gb'] = frame.peak_memory_bytes / 2 ** 30
-    tables = {f'training in {first["dtype"]}; matrix products reach '
-              f'{first["matmul_peak_flops_per_s"] / 1e9:,.0f} GFLOP/s here': (frame, TRAINING)}
+    peaks = frame.groupby('dtype').matmul_peak_flops_per_s.max() / 1e9
+    tables = {'training; matrix products reach ' + ', '.join(
+        f'{peak:,.0f} GFLOP/s in {dtype}' for dtype, peak in peaks.items()): (frame, TRAINING)}
     if 'context' in frame:
         tables[f'decoding: ms per token of one sequence; tokens/s of one and of {DECODED_TOGETHER} '
                'sequences; bytes per token'] = frame[frame.context.notna()], DECODING
@@ -406,8 +410,9 @@ def attention(overrides):
     """Measures single layers. Prints a table per setting, and from which width on an attention is
     cheaper than another; writes a csv, which has every size as soon as it is measured, and a plot.
     """
-    options, lines, tables = read_options(overrides, AttentionOptions), [], {}
-    machine, folder = Machine(options), Path(options.results)
+    options, lines, tables = read_options(overrides, AttentionOptions, MachineOptions), [], {}
+    machine = Machine(read_options(overrides, MachineOptions, AttentionOptions))
+    folder = Path(options.results)
     folder.mkdir(parents=True, exist_ok=True)
     for setting in itertools.product(LATENTS, options.head_dims, options.lengths):
         first = len(lines)
