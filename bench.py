@@ -432,6 +432,7 @@ def attention(overrides):
     cheaper = pd.DataFrame({setting: {
         (f'{a} than {b}', what): crossover(costs.loc[a, what] / costs.loc[b, what])
         for a, b in PAIRS for what in COSTS.values()} for setting, costs in tables.items()}).T
+    cheaper = cheaper.rename_axis(['latents', 'head_dim', 'tokens'])
     print(f'\ncheaper from width\n{cheaper.to_string()}')
     plot_attention(folder / 'attention.png', tables)
     print(f'\n{folder}: attention.csv, attention.png')
