@@ -1,0 +1,478 @@
+"""sweep.py: grids of runs, tables of groups of runs, and loss against cache."""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from matplotlib.text import Text
+
+import bench
+import finetune_sst2
+import sweep
+import train
+from config import UserError
+from conftest import REPOSITORY, train_runs, write_corpus
+from run import load_checkpoint
+
+QUICK, DECODER = REPOSITORY / 'config/quick.py', REPOSITORY / 'config/decoder.py'
+SMALL = dict(dataset='text', source='corpus.csv', tokenizer='byte', vocab_size=None, block_size=32,
+             n_layer=1, n_head=2, batch_size=4, max_iters=4, eval_interval=2, eval_iters=1,
+             log_interval=1, device='cpu')
+
+
+@pytest.fixture
+def two_configs(workspace):
+    """Two configs of small models, a.py and the wider b.py, and a corpus."""
+    write_corpus(workspace, 100)
+    for name, width in dict(a=16, b=32).items():
+        options = SMALL | dict(n_embd=width)
+        Path(f'{name}.py').write_text(''.join(f'{key} = {options[key]!r}\n' for key in options))
+    return workspace
+
+
+@pytest.fixture
+def in_process(monkeypatch, script):
+    """Runs are trained in this process, which need not start python anew: a list of the runs."""
+    done, scripts = [], {'train.py': train, 'finetune_sst2.py': finetune_sst2}
+
+    def execute(self, folder, command, environment):
+        path, *arguments = command
+        done.append((Path(path).name, str(folder)))
+        script(scripts[Path(path).name], *arguments)
+
+    monkeypatch.setattr(sweep.Sweep, 'execute', execute)
+    monkeypatch.setattr(train, 'catch_signals', list)  # which only a main thread can
+    monkeypatch.setattr('run.plot_losses', lambda folder: None)
+    return done
+
+
+def groups(script, capfd, *runs):
+    """What `sweep.py compare` knows of each group: {name: line}."""
+    capfd.readouterr()
+    script(sweep, 'compare', *runs, '--json=True')
+    return {line['name']: line for line in json.loads(capfd.readouterr().out)}
+
+
+# -- sweep -----------------------------------------------------------------------------------------
+
+
+def test_sweep_and_compare(two_configs, in_process, script, capfd):
+    grid = ['sweep', 'a.py', '--learning_rate=1e-3,3e-3', '--seed=1,2']
+    script(sweep, *grid)
+    folders = [f'out/sweep-a/learning_rate={rate},seed={seed}'
+               for rate in ('1e-3', '3e-3') for seed in (1, 2)]
+    assert in_process == [('train.py', folder) for folder in folders]
+    out = capfd.readouterr().out
+    assert f'\npython sweep.py compare {" ".join(folders)}\n' in out
+    assert f'4 of 4: {folders[3]} finished after 0:00:' in out
+
+    # a second time only the missing run is trained
+    shutil.rmtree(folders[3])
+    script(sweep, *grid)
+    assert in_process[4:] == [('train.py', folders[3])]
+    assert capfd.readouterr().out.count('is done') == 3
+
+    table = groups(script, capfd, *folders)
+    assert {name: line['seeds'] for name, line in table.items()} == {
+        'a learning_rate=0.001': [1, 2], 'a learning_rate=0.003': [1, 2]}
+    lines = [json.loads(line) for folder in folders[:2]
+             for line in Path(folder, 'metrics.jsonl').read_text().splitlines()]
+    losses = [line['val_loss'] for line in lines if line['step'] == 4 and 'val_loss' in line]
+    first = table['a learning_rate=0.001']
+    assert first['val_loss']['values'] == losses
+    assert first['val_loss_at_equal_tokens']['mean'] == pytest.approx(np.mean(losses))
+    for line in table.values():
+        assert 0 < line['tokens_to_common_loss']['mean'] <= 4 * 4 * 32
+        assert 0 < line['seconds_to_common_loss']['mean']
+    assert Path('out/bench/compare.png').stat().st_size > 10_000
+
+    # a config that was changed is another experiment
+    with open('a.py', 'a') as file:
+        file.write('n_layer = 2\n')
+    with pytest.raises(UserError, match=f'{folders[0]}: holds a run with n_layer=1, and the config '
+                                        'now says 2: rename'):
+        script(sweep, *grid)
+
+    # other initial weights are no other seed; other data do not compare
+    more = [f'--{name}={value}' for name, value in SMALL.items()] + ['--n_embd=16']
+    train_runs(Path(), more, dict(two=[f'--init_from={folders[0]}'], other=[
+        '--lowercase=True', '--tokenizer=bpe', '--vocab_size=300']))
+    assert set(groups(script, capfd, folders[0], 'two')) == {'a', 'two'}
+    with pytest.raises(UserError, match='differ in their data or tokenizer'):
+        script(sweep, 'compare', 'two', 'other')
+
+
+def test_a_run_that_fails_is_reported_and_the_others_go_on(two_configs, script, capfd):
+    with open('b.py', 'a') as file:
+        file.write('block_size = 100_000\n')  # it turns out when the data is read
+    with pytest.raises(UserError, match='1 of 2 runs failed; the same command goes on from here'):
+        script(sweep, 'sweep', 'a.py', 'b.py', '--max_iters=2', '--jobs=2')
+    out, err = capfd.readouterr()
+    good, bad = Path('out/sweep-a/max_iters=2'), Path('out/sweep-b/max_iters=2')
+    reason = r'train.py: block_size=100000: longer than the data \([\d,]+ tokens\)'
+    assert re.search(f'^2 of 2: {bad} failed: {reason}', out, re.MULTILINE)
+    assert re.fullmatch(f'{bad} failed: {reason}\n', err)  # the rest went to the log
+    assert re.search(f'^1 of 2: {good} training, log in its sweep.log$', out, re.MULTILINE)
+    assert re.search(f'^1 of 2: {good} finished after 0:00:', out, re.MULTILINE)
+    assert 'step 2: loss' in (good / 'sweep.log').read_text() and 'step 2' not in out
+    assert re.search(reason, (bad / 'sweep.log').read_text())
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_all_runs_and_they_go_on_later(two_configs):
+    command = [sys.executable, REPOSITORY / 'sweep.py', 'sweep', 'a.py', 'b.py', '--jobs=2',
+               '--max_iters=100000', '--eval_interval=100000', '--seed=1,2']
+    # two at a time: of a.py, with both seeds
+    runs = [Path(f'out/sweep-a/eval_interval=100000,max_iters=100000,seed={seed}')
+            for seed in (1, 2)]
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                   text=True)
+        steps = [n_lines(run) for run in runs]
+        deadline = time.monotonic() + 100
+        while any(n_lines(run) < n + 5 for run, n in zip(runs, steps)):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(kind)  # to none but the sweep itself
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 130 and err == 'sweep.py: interrupted\n'
+        assert out.count('training, log in') == out.count('is stopped') == 2
+        for run in runs:
+            saved = load_checkpoint(run / 'ckpt.pt')['step']
+            last = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
+            assert saved == last['step'] > 0
+            assert 'stopped by a signal' in (run / 'sweep.log').read_text().splitlines()[-1]
+
+
+def n_lines(run):
+    path = run / 'metrics.jsonl'
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def test_runs_are_fine_tuned_and_what_is_done_is_not_done_again(two_configs, in_process, script,
+                                                                capfd):
+    Path('sst2').mkdir()
+    for name, n in (('train', 60), ('dev', 20)):
+        rows = ''.join(f'the river runs {i}\t{i % 2}\n' for i in range(n))
+        Path(f'sst2/{name}.tsv').write_text('sentence\tlabel\n' + rows)
+    command = ['sweep', 'a.py', '--seed=1,2']
+    runs = [Path(f'out/sweep-a/seed={seed}') for seed in (1, 2)]
+    tested = '--finetune=--data_dir=sst2 --epochs=1 --device=cpu --seeds='
+    script(sweep, *command, f'{tested}1')
+    assert in_process == [(name, str(run)) for run in runs
+                          for name in ('train.py', 'finetune_sst2.py')]
+    script(sweep, *command, f'{tested}1')
+    assert capfd.readouterr().out.count('is done') == 2
+    table = groups(script, capfd, *runs)
+    means = [json.loads((run / 'sst2.json').read_text())['mean'] for run in runs]
+    assert table['a']['sst2_accuracy']['values'] == means
+    script(sweep, *command[:2], '--seed=1', f'{tested}2')
+    assert in_process[4:] == [('finetune_sst2.py', str(runs[0]))]
+    assert len(json.loads((runs[0] / 'sst2.json').read_text())['seeds']) == 2
+
+
+def test_names_of_folders():
+    def name(**options):
+        return str(sweep.folder_of('config/a.py', options)).removeprefix('out/sweep-a/')
+
+    assert name(seed='1', lr='1e-3') == name(lr='1e-3', seed='1') == 'lr=1e-3,seed=1'
+    assert name(log_interval='5', seed='1') == 'seed=1'  # changes nothing of the result
+    assert name() == 'run' and name(latents='(1, 2)') == 'latents=(1, 2)'
+    names = {name(seed='1', **options) for options in (
+        dict(source='x' * 300), dict(source='x' * 300, n_layer='2'), dict(source='a/b.txt'),
+        dict(source='a_b.txt'), dict(source='😀' * 100), {})}
+    assert len(names) == 6 and all(len(text.encode()) < 255 and '/' not in text for text in names)
+
+
+def test_commas_inside_brackets_do_not_separate_values():
+    _, paths, grid = sweep.read_grid('sweep', ['a.py', '--widths=(1,2),(3,4)', '--seed=1,2,2',
+                                               '--jobs=2'], sweep.SweepOptions)
+    assert paths == ['a.py'] and grid == dict(widths=['(1,2)', '(3,4)'], seed=['1', '2'])
+
+
+def test_environments_of_the_jobs(monkeypatch):
+    monkeypatch.setattr(sweep.os, 'cpu_count', lambda: 7)
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    assert sweep.environments(1) == [{}]
+    assert [job['OMP_NUM_THREADS'] for job in sweep.environments(3)] == ['2'] * 3
+    assert sweep.environments(20)[0]['OMP_NUM_THREADS'] == '1'
+    assert 'CUDA_VISIBLE_DEVICES' not in sweep.environments(2)[0]
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    assert [job['CUDA_VISIBLE_DEVICES'] for job in sweep.environments(3)] == ['0', '1', '0']
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '3,5')
+    assert [job['CUDA_VISIBLE_DEVICES'] for job in sweep.environments(2)] == ['3', '5']
+
+
+# -- compare ---------------------------------------------------------------------------------------
+
+
+def fake_run(name, seed, losses, sst2=None, embedding=False, **options):
+    """A run folder, as far as compare reads it: evaluated every 1,000 tokens, which take 10 s."""
+    folder, lines = Path(name), []
+    folder.mkdir(parents=True)
+    for i, loss in enumerate(losses):
+        at = dict(step=10 * i, tokens=1000 * i, seconds=10.0 * i)
+        lines.append(at | dict(train_loss=loss + 2, tokens_per_second=100.0 + seed + i,
+                               memory_gb=0.5 + i))
+        lines[-1] |= dict(train_embedding_loss=1 / (i + 1)) if embedding else {}
+        lines.append(at | dict(val_loss=loss, train_eval_loss=loss - 0.5,
+                               val_bits_per_byte=loss / 2, val_perplexity=math.exp(loss)))
+    (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    (folder / 'config.json').write_text(json.dumps(
+        dict(seed=seed, max_iters=10 * (len(losses) - 1), max_seconds=None, eval_iters=20,
+             batch_size=32) | options))
+    (folder / 'run.json').write_text(json.dumps(dict(
+        data_sha256='of the data', tokenizer='of the tokenizer', parameters=12_345,
+        started_from='scratch')))
+    if sst2:
+        (folder / 'sst2.json').write_text(json.dumps(dict(mean=sst2)))
+    return folder
+
+
+@pytest.fixture
+def no_plot(monkeypatch):
+    monkeypatch.setattr(sweep, 'plot_groups', lambda path, groups: None)
+
+
+FAST, SLOW = (2.0, 2.1, 2.3), (2.2, 2.25, 2.6)  # final losses with seeds 1, 2, 3
+T = 4.3027  # 0.975 quantile of Student's t with 2 degrees of freedom
+
+
+def two_groups(**keywords):
+    """Runs of two groups with three seeds in common, and a fourth of one of them."""
+    runs = [fake_run(f'{name}{seed}', seed, [9.0, 4.0, loss], learning_rate=rate, **keywords)
+            for name, rate, losses in (('slow', 1e-4, SLOW), ('fast', 1e-3, FAST))
+            for seed, loss in enumerate(losses, 1)]
+    return [*runs, fake_run('slow4', 4, [9.0, 4.0, 2.4], learning_rate=1e-4, **keywords)]
+
+
+def test_the_tables(workspace, script, capfd, no_plot):
+    runs = two_groups(sst2=0.8)
+    script(sweep, 'compare', *runs)
+    out, err = capfd.readouterr()
+    lines = [' '.join(line.split()) for line in out.splitlines()]
+    assert not err and all(len(line) <= 120 for line in out.splitlines())
+    half = T * 0.152753 / math.sqrt(3)  # standard deviation of FAST
+    fast = next(i for i, line in enumerate(lines) if line.startswith('fast'))
+    assert lines[fast] == (f'fast 3 12,345 1.6333 +- {half:.4f} 2.1333 +- {half:.4f} '
+                           f'1.0667 +- {half / 2:.4f} 80.00% +- 0.00%')
+    assert lines[fast + 1].startswith('slow 4 12,345 ')  # the lower loss first
+    assert 'runs parameters training loss validation loss bits per byte SST-2' in lines
+    assert ('loss at 2,000 tokens and 20 seconds; tokens and seconds to the loss that all runs '
+            'reached, 2.6000') in lines
+    half = T * 0.076376 / math.sqrt(3)  # of the differences 0.2, 0.15, 0.3
+    assert f"fast's loss is 0.2167 +- {half:.4f} lower than slow's (3 seeds)" in lines
+
+    table = groups(script, capfd, *runs)
+    fast, slow = table['fast'], table['slow']
+    assert fast['seeds'] == [1, 2, 3] and fast['val_loss']['values'] == list(FAST)
+    assert fast['tokens_per_second']['values'] == [102.0, 103.0, 104.0]  # medians
+    assert fast['memory_gb']['mean'] == 2.5  # the most
+    assert fast['tokens_to_common_loss']['values'][0] == 1000 * (1 + 1.4 / 2)
+    assert fast['val_masked_accuracy'] == dict(n=0, mean=None, interval=None, values=[])
+    frame = pd.read_csv('out/bench/compare.csv')
+    assert list(frame.name) == ['fast', 'slow'] and set(frame.parameters) == {12_345}
+    assert list(frame.val_loss_mean) == [line['val_loss']['mean'] for line in (fast, slow)]
+    assert list(frame.val_loss_interval) == [line['val_loss']['interval'] for line in (fast, slow)]
+    assert json.loads(frame.val_loss_values[0]) == fast['val_loss']['values']
+
+    # fewer than three runs have values and no interval
+    script(sweep, 'compare', *runs[:2], runs[3])
+    out = capfd.readouterr().out
+    assert '+-' not in out.split('\n', 2)[2] and ' lower than ' not in out
+    assert '2.2000, 2.2500' in out
+
+
+def test_evaluations_on_unequal_numbers_of_sequences_are_mentioned(workspace, script, capfd,
+                                                                   no_plot):
+    fake_run('one', 1, [9.0, 4.0]), fake_run('two', 1, [9.0, 4.0], batch_size=16, eval_iters=40)
+    fake_run('three', 1, [9.0, 4.0], batch_size=16)
+    for other, said in dict(two=False, three=True).items():
+        script(sweep, 'compare', 'one', other)
+        assert ('different numbers of sequences' in capfd.readouterr().out) == said
+
+
+def test_groups_are_named_after_their_configs(workspace, script, capfd, no_plot):
+    mla = [fake_run(f'out/sweep-mla/lr={lr},seed={seed}', seed, [9.0, loss], attention='mla', lr=lr)
+           for seed in (1, 2) for lr, loss in ((1, 3.0), (2, 2.0))]
+    mha = [fake_run('out/sweep-mha/seed=1', 1, [9.0, 4.0], attention='mha', lr=1),
+           fake_run('out/mine', 1, [9.0, 5.0], attention='mha', lr=2)]
+    table = groups(script, capfd, *mha, *mla)
+    assert {name: line['runs'] for name, line in table.items()} == {
+        'mla lr=2': 2, 'mla lr=1': 2, 'mha': 1, 'mine': 1}
+
+
+def test_a_lower_loss_is_lower_by_common_seeds(workspace, script, capfd, no_plot):
+    """The group with the lower mean over all seeds can have the higher one over common seeds."""
+    for name, losses in dict(a=[3.0, 3.0, 3.0, 1.0], b=[2.9, 2.8, 2.7]).items():
+        for seed, loss in enumerate(losses):
+            fake_run(f'{name}{seed}', seed, [9.0, loss], width=name)
+    script(sweep, 'compare', *(f'a{i}' for i in range(4)), *(f'b{i}' for i in range(3)))
+    out = capfd.readouterr().out
+    assert re.search(r"^b's loss is 0.2000 \+- 0.\d{4} lower than a's \(3 seeds\)$", out, re.M)
+
+
+@pytest.mark.parametrize('file, old, new, message', [
+    ('metrics.jsonl', '"val_loss": 4.0', '"val_loss": -Infinity', 'is empty or damaged'),
+    ('metrics.jsonl', '"tokens": 0, ', '', 'is empty or damaged'),
+    ('metrics.jsonl', '"tokens": 0, ', '"tokens": "none", ', 'is empty or damaged'),
+    ('metrics.jsonl', '{', '{"step"\n{', 'damaged in line 1'),
+    ('metrics.jsonl', 'val_loss', 'loss', None),  # one evaluation less
+    ('run.json', '{', '[', 'damaged'),
+    ('run.json', 'started_from', 'from', "lack 'started_from'"),
+    ('config.json', 'seed', 'sed', "lack 'seed'"),
+    ('sst2.json', '{', '{]', 'damaged'),
+])
+def test_a_run_that_cannot_be_read_is_left_out(workspace, script, capfd, no_plot, file, old, new,
+                                               message):
+    runs = two_groups(sst2=0.8)
+    path = runs[1] / file
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    script(sweep, 'compare', *runs, '--json=True')
+    out, err = capfd.readouterr()
+    assert json.loads(out)[1]['seeds'] == ([1, 2, 3, 4] if message is None else [1, 3, 4])
+    if message is None:
+        assert not err
+        return
+    assert err.startswith('slow2 is left out: ') and message in err and err.count('\n') == 1
+    with pytest.raises(UserError, match='fewer than two'):
+        script(sweep, 'compare', *runs[:2])
+
+
+def test_runs_that_are_not_finished_are_named(workspace, script, capfd, no_plot):
+    runs = two_groups()
+    early = fake_run('early', 5, [9.0, 5.0], learning_rate=1e-3, max_iters=20)
+    script(sweep, 'compare', *runs, early)
+    assert capfd.readouterr().err == 'early is not finished: it was last evaluated at step 10\n'
+    path = early / 'metrics.jsonl'
+    path.write_text(path.read_text()[:-30])  # a kill has cut off the last line
+    script(sweep, 'compare', *runs, early)
+    assert 'at step 0' in capfd.readouterr().err
+
+
+def test_the_plot_has_a_panel_for_the_embedding_loss(workspace, script):
+    runs = two_groups()
+    script(sweep, 'compare', *runs)
+    plain = matplotlib.image.imread('out/bench/compare.png').shape[1]
+    script(sweep, 'compare', *runs, fake_run('encdec', 5, [9.0, 4.0, 2.0], embedding=True))
+    assert matplotlib.image.imread('out/bench/compare.png').shape[1] == 1.5 * plain
+
+
+def test_losses_between_two_evaluations(workspace):
+    run = sweep.TrainedRun(fake_run('run', 1, [4.0, 2.0, 3.0, 1.0]))
+    assert run.spent_until(3.5, 'tokens') == 250 and run.spent_until(3.5, 'seconds') == 2.5
+    assert run.spent_until(4.5, 'tokens') == 0
+    assert run.spent_until(2.5, 'tokens') == 750  # the first time
+    assert run.spent_until(1.5, 'tokens') == 2750
+    measured = run.measure(tokens=250, seconds=25, loss=2.5)
+    assert measured['val_loss_at_equal_tokens'] == 3.5
+    assert measured['val_loss_at_equal_seconds'] == 2.0
+
+
+# -- frontier --------------------------------------------------------------------------------------
+
+
+def test_frontier_tunes_with_the_first_seed_alone(two_configs, in_process, script, capfd,
+                                                  monkeypatch):
+    monkeypatch.setattr(bench, 'memory_of', lambda path, overrides: 0)
+    script(sweep, 'frontier', 'a.py', 'b.py', '--causal=True', '--learning_rate=1e-30,1e-3',
+           '--seed=3,1,2')
+    names = [f'causal=True,learning_rate={rate},seed={seed}' for rate, seed in (
+        ('1e-3', 1), ('1e-3', 2), ('1e-3', 3), ('1e-30', 3))]
+    for name in 'ab':
+        assert sorted(path.name for path in Path(f'out/sweep-{name}').iterdir()) == names
+    losses = {name: np.array([sweep.TrainedRun(Path(f'out/sweep-{name}') / names[i]).loss
+                              for i in (2, 0, 1)]) for name in 'ab'}
+    frame = pd.read_csv('out/bench/frontier.csv')
+    assert list(frame.config) == ['a', 'b'] and set(frame.learning_rate) == {1e-3}
+    assert set(frame.seeds) == {'[3, 1, 2]'} and set(frame.context) == {32}
+    assert list(frame.val_loss_mean) == pytest.approx([losses[name].mean() for name in 'ab'])
+    # one layer, keys and values, float32
+    assert list(frame.cache_bytes_per_token) == [2 * 16 * 4, 2 * 32 * 4]
+    assert (frame.train_tokens_per_s > 0).all()
+    difference = losses['b'] - losses['a']
+    assert list(frame.difference_mean) == pytest.approx([0, difference.mean()])
+    assert frame.difference_interval[1] == pytest.approx(
+        T * difference.std(ddof=1) / 3 ** 0.5, rel=1e-4)
+    assert Path('out/bench/frontier.png').stat().st_size > 10_000
+    out = capfd.readouterr().out
+    assert f'{losses["a"].mean():.4f} +- ' in out and f'{difference.mean():.4f} +- ' in out
+
+
+def test_a_rate_at_which_training_fails_is_not_chosen(two_configs, monkeypatch):
+    losses = {'1e-3': 2.0, '2e-3': 1.0, '4e-3': 3.0}
+    monkeypatch.setattr(sweep, 'train_runs', lambda runs, options: {
+        run.folder for run in runs if run.options['learning_rate'] == '2e-3'})
+    monkeypatch.setattr(sweep, 'TrainedRun', lambda folder: SimpleNamespace(
+        loss=losses[re.search('learning_rate=(.+),', folder.name)[1]]))
+    grid = sweep.read_grid('frontier', ['a.py', '--seed=1,2', '--learning_rate=1e-3,2e-3,4e-3'],
+                           sweep.FrontierOptions)
+    assert [run.options for run in sweep.tuned_runs(*grid)['a.py']] == [
+        dict(seed=seed, learning_rate='1e-3') for seed in '12']
+    monkeypatch.setattr(sweep, 'train_runs', lambda runs, options: {run.folder for run in runs})
+    with pytest.raises(UserError, match='a.py: failed at every learning rate, see above'):
+        sweep.tuned_runs(*grid)
+
+
+def test_names_in_the_picture_do_not_cover_each_other():
+    figure, axes = sweep.pyplot().subplots()
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    sweep.name_points(axes, [('c', (1, 1.1), 'C0'), ('a', (1, 1), 'C1'), ('far', (9, 1), 'C2')])
+    figure.draw_without_rendering()
+    boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the lines
+    assert [text.get_text() for text in axes.texts] == ['a', 'far', 'c']
+    assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:] + boxes[:1]))
+    assert axes.texts[1].xyann[1] == 0 < axes.texts[2].xyann[1]
+    sweep.pyplot().close(figure)
+
+
+def test_help_is_one_screen(script, capsys):
+    for command in ([], ['compare']):
+        with pytest.raises(SystemExit):
+            script(sweep, *command, '--help')
+        out = capsys.readouterr().out
+        assert len(out.splitlines()) <= 45 and '--jobs=1' in out and '--results=out/bench' in out
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ([], 'which command? python sweep.py sweep, compare or frontier'),
+    (['comapre', 'one', 'other'], 'did you mean compare?'),
+    (['sweep'], 'which config? python sweep.py sweep'),
+    (['sweep', QUICK, '--lerning_rate=1,2'], 'did you mean learning_rate'),
+    (['sweep', QUICK, '--learning_rate=1e-3,fast'], 'learning_rate=fast: '),
+    (['sweep', QUICK, '--out_dir=x'], 'out_dir is not for sweep'),
+    (['sweep', QUICK, '--dry_run=True'], 'dry_run is not for sweep'),
+    (['sweep', QUICK, '--n_head=4,3'], 'out/sweep-quick/n_head=3: '),
+    (['sweep', QUICK, '--jobs=0'], 'jobs=0'),
+    (['sweep', QUICK, QUICK], 'two configs with the same name'),
+    (['sweep', QUICK, '--finetune=--epoch=3'], 'did you mean epochs'),
+    (['sweep', QUICK, '--finetune=--out_dir=x'], 'out_dir is not for sweep'),
+    (['sweep', QUICK, '--finetune="--seeds=3'], 'No closing quotation'),
+    (['sweep', QUICK, '--finetune=--data_dir=nowhere'], 'train.tsv'),
+    (['frontier'], 'which config? python sweep.py frontier'),
+    (['frontier', QUICK], 'quick.py: an encoder, which has no cache'),
+    (['frontier', DECODER, '--n_layer=1,2'], 'n_layer=1,2: frontier takes several values only of'),
+    (['compare', 'one', 'one'], 'each named once'),
+    (['compare', 'one'], 'compares two runs or more'),
+    (['compare', 'nowhere', 'elsewhere'], 'nowhere: there is no such folder'),
+    (['compare', 'one', 'other', '--jobs=2'], 'jobs: there is no such option'),
+])
+def test_refusals(workspace, script, arguments, message):
+    with pytest.raises(UserError) as error:
+        script(sweep, *arguments)
+    assert message in str(error.value)
