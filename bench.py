@@ -43,9 +43,9 @@ import torch.nn as nn
 
 import config
 from config import UserError
-from model import (ARCHITECTURES, BlockConfig, Cache, Count, ModelConfig, Range, block_flops,
-                   make_attention, rope_table)
-from run import Machine, MachineOptions, build, pyplot, save_figure, save_text
+from model import (ARCHITECTURES, BlockConfig, Cache, Count, ModelConfig, Range, count_flops,
+                   make_attention, rope_table, training_flops)
+from run import Device, DeviceOptions, build, pyplot, save_figure, save_text
 from train import (TrainOptions, accumulation, compiled, make_optimizers, predicted_share,
                    split_options, train_step)
 
@@ -93,15 +93,15 @@ KNOWN = (BenchOptions, TrainOptions, BlockConfig, ModelConfig,
 def read_options(overrides, *known):
     """The options of the first of the dataclasses `known`. --help prints these and the device."""
     values, _ = config.load(overrides, *known, doc=__doc__, takes_config=False,
-                            shown=lambda values: (known[0], MachineOptions))
+                            shown=lambda values: (known[0], DeviceOptions))
     return known[0](**{option.name: values[option.name] for option in fields(known[0])
                        if option.name in values})
 
 
 @functools.cache
-def machine_for(device, dtype, trains=True):
-    """A Machine, always the same one: whether dtype=auto finds bfloat16 faster is a measurement."""
-    return Machine(MachineOptions(device=device, dtype=dtype), trains)
+def device_for(device, dtype, trains=True):
+    """A Device, always the same one: whether dtype=auto finds bfloat16 faster is a measurement."""
+    return Device(DeviceOptions(device=device, dtype=dtype), trains)
 
 
 def clock(device, work, *arguments, **keywords):
@@ -126,19 +126,20 @@ class Benchmark:
         for option in fields(BenchOptions):
             flat.pop(option.name, None)
         self.recipe, model_options = split_options(flat)
-        machine = self.machine = machine_for(self.recipe.device, self.recipe.dtype)
-        self.decoder = machine_for(self.recipe.device, self.recipe.dtype, trains=False)
+        device = self.device = device_for(self.recipe.device, self.recipe.dtype)
+        self.decoder = device_for(self.recipe.device, self.recipe.dtype, trains=False)
         torch.manual_seed(self.recipe.seed)
-        self.model = build(self.recipe.arch, model_options).to(machine.device)
-        self.runner = compiled(self.recipe, self.model, machine)
+        self.model = build(self.recipe.arch, model_options).to(device.torch_device)
+        self.runner = compiled(self.recipe, self.model, device)
         self.optimizers = make_optimizers(self.model, self.recipe)
         c, self.rounds = self.model.config, []
-        self.causal, self.context = c.block.causal, min(context, c.block_size)
+        self.causal, self.context = c.causal, min(context, c.block_size)
         if self.context < 2:
             raise UserError(f'block_size={c.block_size}: must be at least 2, to decode a token '
                             'after another')
-        self.n_sequences, _ = accumulation(self.recipe, c.block_size, machine)
+        self.n_sequences, _ = accumulation(self.recipe, c.block_size, device)
         self.share = predicted_share(self.recipe, c)
+        self.flops = training_flops(self.model, c.block_size, self.share)  # per token
         batch = self.random_batch()
         self.data = SimpleNamespace(batch=lambda numbers: batch)  # stands in for a Loader
 
@@ -153,7 +154,7 @@ class Benchmark:
         return idx, idx.gather(1, positions), positions
 
     def train_step(self):
-        train_step(self.runner.train(), self.optimizers, self.data, 0, self.recipe, self.machine,
+        train_step(self.runner.train(), self.optimizers, self.data, 0, self.recipe, self.device,
                    self.n_sequences, 1)
 
     def decode_cached(self, idx):
@@ -161,20 +162,21 @@ class Benchmark:
         n = min(getattr(self.model.config, 'group_size', CACHED_TOKENS), self.context - 1)
         cache = self.model.init_cache(len(idx), self.context)
         self.model(idx[:, :-n], cache=cache)
-        return [clock(self.machine.device, self.model, token, cache=cache)
+        return [clock(self.device.torch_device, self.model, token, cache=cache)
                 for token in idx[:, -n:].split(1, dim=1)], cache
 
     @torch.inference_mode()
     def decode(self):
         """Seconds to decode tokens of one sequence and of many; one token without the cache; and to
         read the weights that a token needs. And the cache's bytes per token."""
-        model, device = self.model.eval(), self.machine.device
+        model, device = self.model.eval(), self.device.torch_device
         idx = torch.randint(model.config.vocab_size, (DECODED_TOGETHER, self.context),
                             device=device)
         last = torch.full((1, 1), self.context - 1, device=device)
         # of an embedding a token reads one row, unless it is the output head too
+        head = model.tok_emb if model.config.tie_embeddings else model.lm_head
         embeddings = {id(module.weight) for module in model.modules()
-                      if isinstance(module, nn.Embedding)} - {id(model.head_weight())}
+                      if isinstance(module, nn.Embedding) and module is not head}
         weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()
                              if id(parameter) not in embeddings]).to(self.decoder.precision)
         with self.decoder.autocast():
@@ -185,8 +187,8 @@ class Benchmark:
                     cache_bytes=cache.n_bytes() / self.context)
 
     def measure(self):
-        measured = dict(peak=matmul_peak(self.machine),
-                        step=clock(self.machine.device, self.train_step))
+        measured = dict(peak=matmul_peak(self.device),
+                        step=clock(self.device.torch_device, self.train_step))
         return measured | self.decode() if self.causal else measured
 
     def report(self, memory):
@@ -196,10 +198,10 @@ class Benchmark:
         T, peak = self.model.config.block_size, max(measured['peak'] for measured in self.rounds)
         rate = self.n_sequences * T / median['step']
         line = dict(
-            config=self.name, dtype=str(self.machine.precision).removeprefix('torch.'),
+            config=self.name, dtype=str(self.device.precision).removeprefix('torch.'),
             params=self.model.n_params(), sequences=self.n_sequences, block_size=T,
             train_tokens_per_s=rate,
-            train_matmul_share=rate * self.model.flops_per_token(T, self.share) / peak,
+            train_matmul_share=rate * self.flops / peak,
             matmul_peak_flops_per_s=peak, peak_memory_bytes=memory)
         if not self.causal:
             return line
@@ -214,11 +216,11 @@ class Benchmark:
             cache_bytes_per_token=median['cache_bytes'])
 
 
-def matmul_peak(machine):
+def matmul_peak(device):
     """FLOP/s of a matrix product that is large for the device, in the precision of training."""
-    n = 8192 if machine.cuda else 2048
-    a, b, out = torch.randn(3, n, n, device=machine.device).to(machine.precision)
-    return 2 * n ** 3 / min(clock(machine.device, torch.mm, a, b, out=out) for _ in range(3))
+    n = 8192 if device.cuda else 2048
+    a, b, out = torch.randn(3, n, n, device=device.torch_device).to(device.precision)
+    return 2 * n ** 3 / min(clock(device.torch_device, torch.mm, a, b, out=out) for _ in range(3))
 
 
 def memory_of(path, overrides):
@@ -233,7 +235,7 @@ def peak_memory(path, overrides):
     benchmark = Benchmark(path, overrides)
     for _ in range(2):  # the first step makes the optimizer's state, the second one adds to it
         benchmark.train_step()
-    return round(benchmark.machine.memory_gb() * 2 ** 30)
+    return round(benchmark.device.memory_gb() * 2 ** 30)
 
 
 def show_progress(text):
@@ -317,20 +319,15 @@ def layer_options(width, head_dim, latents):
         'MLA-o, 2 groups': mla | dict(o_latent=o // 2, o_groups=2),
         'GLA': mla | dict(kv_latent=kv // 2, kv_groups=2),
         'MLRA': mla | dict(kv_latent=kv // 2, kv_branches=2), 'GTA': few | dict(attention='gta'),
-        'MFA': dict(attention='mfa', q_latent=q), 'TPA': dict(attention='tpa', q_rank=6, kv_rank=2),
+        'MFA': dict(n_kv_head=1, q_latent=q), 'TPA': dict(attention='tpa', q_rank=6, kv_rank=2),
         'MHA, gate': dict(gate=True), 'MLA, gate': mla | dict(gate=True),
         'MHA, sink': dict(sink=True), 'MLA, sink': mla | dict(sink=True),
-        'V4, window': v4, 'V4, CSA': v4 | dict(layers='csa'), 'V4, HCA': v4 | dict(layers='hca')}
+        'V4, window': v4, 'V4, CSA': v4 | dict(layer_kinds='csa'), 'V4, HCA': v4 | dict(layer_kinds='hca')}
     return {kind: dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2, **options)
             for kind, options in kinds.items()}
 
 
 KINDS = tuple(layer_options(256, 32, 'DeepSeek-V3'))
-
-
-def layer_flops(layer, T):
-    """FLOPs per token, forward and backward."""
-    return 3 * block_flops(layer, 1, 1, (T + 1) / 2)
 
 
 class Layer:
@@ -370,20 +367,22 @@ class Layer:
 def count_layer(kind, size):
     """What is known of an attention without timing it, for attention.csv."""
     layer = Layer(kind, size, 1, 'meta')
+    flops = 3 * count_flops(lambda: layer.runner(layer.x, rope=layer.rope)) / size['T']
     return size | dict(
         attention=kind, params=sum(weight.numel() for weight in layer.attention.parameters()),
         cache_elements_per_token=layer.decode().n_bytes() / layer.x.element_size() / size['T'],
-        mflop_per_token=layer_flops(layer.attention, size['T']) / 1e6)
+        mflop_per_token=flops / 1e6)
 
 
-def time_layers(size, options, machine):
+def time_layers(size, options, device):
     """A dict(train_us_per_token, decode_us) per attention, which take turns."""
-    n_sequences = max(1, (options.tokens or (65_536 if machine.cuda else 1024)) // size['T'])
-    layers = [Layer(kind, size, n_sequences, machine.device, machine.autocast()) for kind in KINDS]
+    n_sequences = max(1, (options.tokens or (65_536 if device.cuda else 1024)) // size['T'])
+    layers = [Layer(kind, size, n_sequences, device.torch_device, device.autocast())
+              for kind in KINDS]
     for layer in layers:
-        layer.runner = compiled(options, layer.attention, machine)
+        layer.runner = compiled(options, layer.attention, device)
     for _, layer in itertools.product(range(options.rounds + 1), layers):
-        layer.seconds.append([repeated(machine.device, work)
+        layer.seconds.append([repeated(device.torch_device, work)
                               for work in (layer.forward_backward, layer.decode)])
     torch.compiler.reset()  # the layers of this size are not needed any more
     microseconds = [1e6 * np.median(layer.seconds[1:], axis=0) for layer in layers]
@@ -410,8 +409,8 @@ def attention(overrides):
     """Measures single layers. Prints a table per setting, and from which width on an attention is
     cheaper than another; writes a csv, which has every size as soon as it is measured, and a plot.
     """
-    options, lines, tables = read_options(overrides, AttentionOptions, MachineOptions), [], {}
-    machine = Machine(read_options(overrides, MachineOptions, AttentionOptions))
+    options, lines, tables = read_options(overrides, AttentionOptions, DeviceOptions), [], {}
+    device = Device(read_options(overrides, DeviceOptions, AttentionOptions))
     folder = Path(options.results)
     folder.mkdir(parents=True, exist_ok=True)
     for setting in itertools.product(LATENTS, options.head_dims, options.lengths):
@@ -420,7 +419,7 @@ def attention(overrides):
             size = dict(zip(('latents', 'head_dim', 'T', 'width'), (*setting, width)))
             known = [count_layer(kind, size) for kind in KINDS]
             timed = width in options.layer_widths
-            times = time_layers(size, options, machine) if timed else [{}] * len(KINDS)
+            times = time_layers(size, options, device) if timed else [{}] * len(KINDS)
             lines += [line | more for line, more in zip(known, times)]
             save_text(folder / 'attention.csv', pd.DataFrame(lines).to_csv(index=False))
         costs = pd.DataFrame(lines[first:]).pivot(index='attention', columns='width',

@@ -53,7 +53,7 @@ import config
 import train
 from config import UserError
 from finetune_sst2 import FinetuneOptions, read_sst2
-from model import Count, flat_options, make_config
+from model import Count, make_config
 from run import build, mean_and_interval, pyplot, save_figure, save_text
 
 # options that do not change the result of a run
@@ -133,7 +133,7 @@ def full_options(path, options):
     train.py would refuse."""
     recipe, model_options, _ = train.read_options([path, *flags(options)])
     model_config = build(recipe.arch, model_options, make_config)
-    return json.loads(json.dumps(dataclasses.asdict(recipe) | flat_options(model_config)))
+    return json.loads(json.dumps(dataclasses.asdict(recipe) | model_config.options()))
 
 
 def plan_runs(options, paths, grid):

@@ -11,8 +11,8 @@ import torch
 import bench
 from config import UserError
 from conftest import REPOSITORY, shell
-from model import make_model
-from run import Machine, MachineOptions
+from model import make_model, training_flops
+from run import Device, DeviceOptions
 from train import TrainOptions, compiled, read_options
 
 DECODER, ENCODER = REPOSITORY / 'config/decoder.py', REPOSITORY / 'config/mla_o.py'
@@ -29,7 +29,7 @@ def test_training_and_decoding_are_reported(workspace, script, capsys):
     for line, path, T, predicted in zip(lines, (DECODER, ENCODER), (200, 128), (1, 19 / 128)):
         recipe, options, _ = read_options([str(path), *small])
         model = make_model(recipe.arch, **options)
-        flops = line['train_tokens_per_s'] * model.flops_per_token(T, predicted)
+        flops = line['train_tokens_per_s'] * training_flops(model, T, predicted)
         share = flops / line['matmul_peak_flops_per_s']
         assert line['train_matmul_share'] == pytest.approx(share)
         assert line['params'] == model.n_params() and line['block_size'] == T
@@ -114,10 +114,10 @@ def test_the_clock_waits_for_every_kind_of_gpu(monkeypatch):
     ('NVIDIA H100 PCIe', 756e12), ('NVIDIA H100 NVL', 835e12), ('NVIDIA H200', 989e12),
     ('NVIDIA GeForce RTX 4090', None)])
 def test_the_peak_of_a_gpu(monkeypatch, name, peak):
-    machine = Machine(MachineOptions(device='cpu', dtype='bfloat16'))
+    device = Device(DeviceOptions(device='cpu', dtype='bfloat16'))
     assert not torch.backends.cuda.cudnn_sdp_enabled()
-    monkeypatch.setattr(machine, 'describe', lambda: name)
-    assert machine.mfu(1e12) == (peak and 1e12 / peak)
+    monkeypatch.setattr(device, 'describe', lambda: name)
+    assert device.mfu(1e12) == (peak and 1e12 / peak)
 
 
 def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
@@ -125,10 +125,10 @@ def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
     monkeypatch.setattr(torch, 'compile', functools.partial(compile, backend='eager'))
     monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda *_, **__: None)
     counters.clear()
-    machine, idx = Machine(MachineOptions(device='cpu')), torch.zeros(1, 8, dtype=torch.long)
+    device, idx = Device(DeviceOptions(device='cpu')), torch.zeros(1, 8, dtype=torch.long)
     models = [make_model('transformer', vocab_size=50, block_size=8, n_layer=1, n_head=2,
                          n_embd=16 + 2 * i) for i in range(10)]
-    runners = [compiled(TrainOptions(compile=True), model, machine) for model in models]
+    runners = [compiled(TrainOptions(compile=True), model, device) for model in models]
     for runner in runners * 2:  # the second time nothing is compiled
         runner(idx, idx)
     assert counters['stats']['unique_graphs'] == 10 and not counters['recompile_limit']

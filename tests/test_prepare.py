@@ -263,8 +263,8 @@ def test_large_vocabularies_take_four_bytes(workspace, script, monkeypatch):
     (['--dataset=text', '--source=a.txt', '--vocab_size=100'], 'must be from 259 to 1,048,576'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=1048577'], 'from 259 to 1,048,576'),
     ([*BYTES, '--source=a.txt', '--vocab_size=300'], 'has its own vocabulary'),
-    ([*BYTES, '--source=a.txt', '--vocab_size=0'], '--vocab_size=0: takes'),
-    ([*BYTES, '--source=a.txt', '--seed=-1'], '--seed=-1: takes'),
+    ([*BYTES, '--source=a.txt', '--vocab_size=0'], 'vocab_size=0: must be an integer >= 1 or None'),
+    ([*BYTES, '--source=a.txt', '--seed=-1'], 'seed=-1: must be an integer >= 0'),
     (['--dataset=wikitext103'], 'give local files with --source=PATH_OR_GLOB'),
 ])
 def test_refusals_leave_nothing_behind(workspace, script, arguments, message):

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
+import prepare
 import sample
 import svd
 from config import UserError
 from conftest import train_runs
 from model import Transformer
-from prepare import Tokenizer
 from run import load_run
 
 SMALL = ['--dataset=text', '--source=corpus.csv', '--tokenizer=byte', '--block_size=32',
@@ -75,7 +75,7 @@ def test_a_start_keeps_its_quotes(folder, script, capsys):
 
 
 def test_characters_are_shown_whole(capsys):
-    tokenizer = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
+    tokenizer = prepare.make_tokenizer('byte')
     assert sample.show(tokenizer, [*'é漢'.encode(), 0xe6, tokenizer.eot, 97]) == 6
     assert capsys.readouterr().out == 'é漢\ufffd\n'
 
@@ -137,5 +137,5 @@ def test_refusals(folder, script, arguments, message):
 
 def test_refuses_a_run_without_a_tokenizer(folder, script):
     Path('decoder/tokenizer.json').unlink()
-    with pytest.raises(UserError, match='decoder/tokenizer.json: there is no such tokenizer file'):
+    with pytest.raises(FileNotFoundError, match='decoder/tokenizer.json'):
         script(sample, '--out_dir=decoder')

@@ -29,7 +29,7 @@ from prepare import Tokenizer
 from run import DeviceOptions, bfloat16_is_faster, load_checkpoint, load_run, save_checkpoint
 from train import Loader, TrainOptions, learning_rate
 
-BYTES = Tokenizer('byte', [bytes([b]) for b in range(256)], r'[\s\S]')
+BYTES = prepare.make_tokenizer('byte')
 EXPERTS = ['--mlp=moe', '--n_routed_experts=8', '--expert_hidden=16', '--n_group=2',
            '--balance_rate=0.01', '--first_k_dense=1']
 PLAIN_ENCODER = [argument for argument in ENCODER if 'dropout' not in argument]
@@ -825,6 +825,8 @@ def test_token_ids_past_the_vocabulary_are_refused(runs, script):
     ids.tofile(path)
     meta = json.loads(path.with_name('meta.json').read_text())
     meta['train']['sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
+    del meta['checksum']
+    meta['checksum'] = prepare.digest(meta)
     path.with_name('meta.json').write_text(json.dumps(meta))
     with pytest.raises(UserError, match='token id 300 is past vocab_size=259'):
         script(train, *SMALL)
