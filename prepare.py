@@ -550,7 +550,7 @@ def temporary_folder(folder):
     holds a lock on its folder, so that folders of killed ones are recognised and deleted here."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     for leftover in folder.parent.glob(f'.{glob.escape(folder.name)}.partial-*'):
-        with contextlib.suppress(OSError), open(leftover / 'lock', 'r+') as lock:
+        with contextlib.suppress(OSError), open(leftover / 'lock', 'a') as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(leftover)
     path = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.partial-', dir=folder.parent))

@@ -141,8 +141,8 @@ def run_config_file(path, known):
 
 def print_help(doc, classes, values):
     """Prints options with the values that have been set, or their defaults: those that a class
-    declares itself, then those that it inherits. What one class has in `derived`, because it sets
-    these fields itself, is left out where another one declares it."""
+    declares itself, then those that it inherits. What a class has in `derived`, because it sets
+    these fields itself, is left out."""
     print(doc.strip())
     if values:
         print('\n* is set by the config file or the command line')
@@ -152,9 +152,9 @@ def print_help(doc, classes, values):
     for group in groups:
         source = inspect.getsource(group)
         comments = dict(re.findall(r'^ {4}(\w+): .*?(?:  # (.*))?$', source, re.MULTILINE))
-        hidden = printed if getattr(group, 'derived', ()) else printed | derived
         known = options_of(group)
-        options = {name: known[name] for name in comments if name in known.keys() - hidden}
+        new = known.keys() - printed - derived
+        options = {name: known[name] for name in comments if name in new}
         if options:
             print(f'\n{inspect.cleandoc(group.__doc__).splitlines()[0]}\n')
         for name, field in options.items():
@@ -180,7 +180,8 @@ def read_json(path, remedy):
 def read_json_lines(path):
     """The dicts of a jsonl file, one per line; [] if there is no such file. A kill may have cut off
     the last line, which is then left out. Raises UserError and OSError."""
-    texts, lines = path.read_text('utf-8').splitlines() if path.exists() else [], []
+    texts = path.read_text('utf-8', 'replace').splitlines() if path.exists() else []
+    lines = []
     for i, text in enumerate(texts, 1):
         try:
             lines.append({**json.loads(text)})

@@ -164,7 +164,8 @@ def test_help_prints_every_option_with_value_meaning_and_type(capsys):
     ]
 
 
-@pytest.mark.parametrize('name', ['train', 'prepare', 'finetune_sst2', 'sample', 'bench', 'svd', 'sweep'])
+@pytest.mark.parametrize(
+    'name', ['train', 'prepare', 'finetune_sst2', 'sample', 'bench', 'svd', 'sweep'])
 def test_every_option_of_the_scripts_has_its_line_of_help(name, script, capsys):
     with pytest.raises(SystemExit) as exit:
         script(importlib.import_module(name), '--help')

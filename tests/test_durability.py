@@ -244,7 +244,7 @@ def test_a_refusal_is_one_line_and_status_2(workspace, script):
     ('1 / 0', 'ZeroDivisionError'),
     ('n_embd = 30\nn_head = 4', 'not divisible'),
     ('attention = "mla"', 'needs kv_latent'),
-    ('o_norm = "sum"', 'belong to an output latent: set o_latent'),
+    ('o_norm = "sum"', 'belongs to o_latent: set that'),
     ('causal = False\nsubtract_next_position = True', 'subtract_next_position'),
     ('batch_size = 6\nmicro_batch_size = 4', 'does not divide'),
     ('from config.nowhere import *', 'ModuleNotFoundError'),

@@ -54,7 +54,7 @@ def in_process(monkeypatch, script):
 
     monkeypatch.setattr(sweep.Sweep, 'execute', execute)
     monkeypatch.setattr(train, 'catch_signals', list)  # which only a main thread can
-    monkeypatch.setattr('run.plot_losses', lambda folder: None)
+    monkeypatch.setattr('run.plot_losses', lambda folder, lines: None)
     return done
 
 

@@ -24,7 +24,7 @@ import run
 import train
 from config import UserError
 from conftest import ENCODER, REPOSITORY, SMALL, TIMES, corpus, metrics, same_state, shell, timeless
-from model import make_model
+from model import cache_bytes, make_model
 from prepare import Tokenizer
 from run import DeviceOptions, bfloat16_is_faster, load_checkpoint, load_run, save_checkpoint
 from train import Loader, TrainOptions, learning_rate
@@ -746,10 +746,10 @@ def test_help_shows_what_a_config_sets(script, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     (['--n_layr=2'], 'did you mean n_layer?'),
-    (['--batch_size=0'], '--batch_size=0: '),
-    (['--learning_rate=-1.0'], '--learning_rate=-1.0: '),
-    (['--max_seconds=1e999'], '--max_seconds=1e999: '),
-    (['--beta2=1.0'], '--beta2=1.0: '),
+    (['--batch_size=0'], 'batch_size=0: must be an integer >= 1'),
+    (['--learning_rate=-1.0'], 'learning_rate=-1.0: must be a number > 0'),
+    (['--max_seconds=1e999'], 'max_seconds=inf: must be a number > 0'),
+    (['--beta2=1.0'], 'beta2=1.0: must be a number >= 0 and < 1'),
     (['--gradient_accumulation_steps=4'], 'set micro_batch_size'),
     (['--wandb_log=True'], 'use --wandb=True'),
     (['--arch=rnn'], "arch='rnn'"),
@@ -758,9 +758,9 @@ def test_help_shows_what_a_config_sets(script, capsys):
     (['--vocab_size=100'], 'vocab_size=100: the tokenizer of data/text-byte needs 257'),
     (['--n_embd=33'], 'not divisible by n_head'),
     (['--rope_dims=3'], 'rope_dims=3'),
-    (['--kv_latent=3'], "attention='mha' has no kv_latent"),
+    (['--kv_latent=3'], 'kv_latent=3 belongs to attention=mla'),
     (['--source=decoder/metrics.jsonl'], 'was prepared from corpus.csv, not decoder/metrics.jsonl'),
-    (['--source=absent.csv'], '--source=absent.csv: there is no such file'),
+    (['--source=absent.csv'], '--source=absent.csv: no file to train on (there is no such file)'),
     (['--init_from=resume', '--out_dir=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
     (['--init_from=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
     (['--init_from=decoder', '--n_embd=64'],
@@ -775,10 +775,10 @@ def test_help_shows_what_a_config_sets(script, capsys):
     (['--device=tpu'], '--device=tpu'),
     (['--device=hpu'], '--device=hpu'),
     (['--device=meta'], '--device=meta: computes nothing'),
-    (['--out_dir=a\0b'], '--out_dir=a'),
-    (['--source=\udcff'], '--source='),
-    ([f'--seed={2 ** 64}'], f'--seed={2 ** 64}: '),
-    (['--learning_rate=1' + '0' * 400], '--learning_rate=1'),
+    (['--out_dir=a\0b'], "out_dir='a\\x00b': must be UTF-8 text"),
+    (['--source=\udcff'], "source='\\udcff': must be UTF-8 text"),
+    ([f'--seed={2 ** 64}'], f'seed={2 ** 64}: '),
+    (['--learning_rate=1' + '0' * 400], 'must be a number > 0'),
     ([f'--block_size={10 ** 12}'], 'longer than the data'),
 ])
 def test_refusals(runs, script, arguments, message):
@@ -868,7 +868,7 @@ def test_the_zoo_has_one_size_and_many_caches():
             with torch.device('meta'):
                 model = make_model('transformer', **train.split_options(values)[1])
             embedding = model.tok_emb.weight.numel()
-            sizes[name], caches[name] = model.n_params() - embedding, model.cache_bytes_per_token()
+            sizes[name], caches[name] = model.n_params() - embedding, cache_bytes(model)[0]
     assert len(sizes) == 15 and max(sizes.values()) < 1.001 * min(sizes.values())
     assert caches['zoo'] == 8 * caches['zoo_mqa'] == max(caches.values())
     alike = 'zoo_mla', 'zoo_mla_per_head', 'zoo_gta', 'zoo_gla', 'zoo_mlra'
