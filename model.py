@@ -7,12 +7,15 @@
     IV   initial weights, counting of FLOPs and cache, kernels that are faster than torch's, checks
          of options, and the tables in which you name an attention or an architecture of your own
 
+Names that Part I uses and does not define are in Part IV; MoE and index_losses are in Part II.
+
 Symbols in shape comments:
 
     B  sequences                T  new tokens (queries)      S  tokens attended to (keys and values)
     D  n_embd                   V  vocab_size                L  kv_latent, width of a latent
     H  n_head, Hkv n_kv_head    d  head_dim, dv of values    r  rope_dims
     R  rank of an output latent, or of another factorised matrix
+    N  rows that meet the vocabulary, M of them per sequence in masked-language modelling
 
 Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); grouped queries, Ainslie
 et al. 2023 (2305.13245); MLA, DeepSeek-V2 (2405.04434, section 2.1) and DeepSeek-V3 (2412.19437,
@@ -42,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with eps 1e-6, computed in the precision of the input.
+    """RMSNorm with eps 1e-6. The result has the precision of the input.
 
     latent_of: the width that a latent replaces, if this norm is for a latent (see init_weights).
     n_parts: the input is this many vectors of `width` side by side, each normed separately.
@@ -72,8 +75,7 @@ class Dropout(nn.Dropout):
 
 
 def identity(x):
-    """Stands where there is no norm or dropout. As a module it would cost a small model 3% of its
-    decoding time."""
+    """Stands where there is no norm or dropout; as a module it would slow decoding down."""
     return x
 
 
@@ -85,8 +87,8 @@ class Linear(nn.Linear):
     """A matrix that tells init_weights how to start it.
 
     residual_out: its output is added to the residual stream, so it starts smaller.
-    init_fan_in: this matrix and the one before it factorise a single matrix, with no norm in
-      between. With variance 1/init_fan_in their product starts as large as the first factor.
+    init_fan_in: it is the second of two factors of a matrix, with no norm in between. With
+      scale_latents it starts with variance 1/init_fan_in, so the product is as large as the first.
     n_groups: block-diagonal. Each group of inputs has its own outputs.
     """
 
@@ -108,23 +110,13 @@ def grouped_linear(x, weight, n_groups):
 
 def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None):
     """Cosine and sine, (2, length, rope_dims/2), of the angle position * theta^(-2i/rope_dims) of
-    each rotated pair i (RoFormer, section 3.2.2). None if rope_dims is 0.
-
-    factor: divides the angles, so that positions beyond those of training stay within range.
-    trained_length: YaRN (arXiv 2309.00071, section 3.2). Only the angles of slow pairs, which turn
-      less than once in this many positions, are divided; those of fast pairs, which turn 32 times
-      or more, are not; those in between are divided in part.
-    """
+    each rotated pair i (RoFormer, section 3.2.2). None if rope_dims is 0. factor divides the
+    angles, so that positions beyond those of training stay within range; with trained_length only
+    those of slow pairs, see yarn_share (Part IV)."""
     if not rope_dims:
         return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
-    share = 1.0  # of each angle that is divided
-    if trained_length:
-        first, last = (math.log(trained_length / (turns * 2 * math.pi)) * rope_dims
-                       / (2 * math.log(theta)) for turns in (32, 1))  # the pairs with so many turns
-        first, last = max(math.floor(first), 0), min(math.ceil(last), rope_dims - 1)
-        pair = torch.arange(rope_dims // 2, dtype=torch.float64)
-        share = ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
+    share = yarn_share(rope_dims, theta, trained_length) if trained_length else 1.0
     frequency = frequency * (1 - share + share / factor)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()
@@ -154,7 +146,7 @@ def attend(q, k, v, causal=False, mask=None, window=None, **options):
 
     causal: the T queries are the last T of the S positions, and see nothing later.
     window: a causal query sees only the last `window` keys, its own included; None = all.
-    mask: (B, S) bool, True = visible, or a mask that broadcasts to (B, H, T, S), bool or additive.
+    mask: (B, S) bool, True = visible; or 4-D, bool or additive, broadcast to (B, H, T, S).
     options: scale, dropout_p and sink of softmax_attention (Part IV), which is
       F.scaled_dot_product_attention, or what is faster on a CPU.
     """
@@ -165,12 +157,12 @@ def attend(q, k, v, causal=False, mask=None, window=None, **options):
     if mask is not None and mask.dim() == 2:
         mask = mask[:, None, None, :]  # (B, S) -> (B, 1, 1, S)
     windowed = window is not None and window < S
-    if causal and T > 1 and (T < S or windowed):
+    is_causal = causal and T > 1
+    if is_causal and (T < S or windowed or mask is not None):
         # is_causal would take the queries for the first T positions
-        mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-        if windowed:
-            mask = mask.triu(S - T - window + 1)
-    is_causal = causal and mask is None and T > 1
+        visible = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+        visible = visible.triu(S - T - window + 1) if windowed else visible
+        is_causal, mask = False, visible if mask is None else visible & mask
     return join_heads(softmax_attention(q, k, v, mask, is_causal, **options))
 
 
@@ -193,7 +185,7 @@ class Attention(nn.Module):
     groups, checkpoints. All attentions have these options:
 
     o_latent  an output latent (MLA-o), see OutputLatent
-    window    a causal query sees only the last `window` tokens
+    window    a causal query sees only the last `window` tokens; the cache still keeps all
     gate      what the heads read is multiplied by sigmoid(gate_proj(x)), element by element (arXiv
               2505.06708)
     sink      one learned logit per head in the denominator of the softmax (gpt-oss, 2508.10925)
@@ -310,9 +302,10 @@ class MHA(Attention):
 class MLA(Attention):
     """Multi-head latent attention (DeepSeek-V2, section 2.1). Keys and values of all heads come
     from one normed latent of kv_latent elements per token, queries from one of q_latent (None:
-    straight from x). With o_latent it is MLA-o.
+    straight from x). With o_latent it is MLA-o. DeepSeek-V3: head_dim=192, of which rope_dims=64,
+    v_head_dim=128, q_latent=1536, kv_latent=512, rope_key='shared'.
 
-        x -- q_a_proj -> norm -> q_b_proj ----------------> q of each head
+        x -- q_a_proj -> norm -> q_b_proj -> rotate ------> q of each head
         x -- kv_a_proj -> norm -> latent (cached) -+- k_b_proj -> k
                                                    +- v_b_proj -> v
         x -- k_rope_proj -> rotate (cached) ------> the rotated part of k, if rope_key='shared'
@@ -326,9 +319,9 @@ class MLA(Attention):
     the same query; their outputs are added and divided by sqrt(n). Combined, there are n*g latents,
     and a head reads n of them.
 
-    The cache holds the latents and the shared key, n g L + r elements per token, and nothing per
-    head. Decoding never makes keys and values from it, see `absorbed`; with 'per_head' it makes the
-    rotated key dimensions again for all cached tokens, S H r L multiply-adds per step.
+    The cache holds the latents and the shared key, n g L (+ r) elements per token, and nothing per
+    head. A decoding step of one token makes no keys or values from it, see `absorbed`; only with
+    'per_head' it makes the rotated key dimensions again for all S tokens, S H r L multiply-adds.
     """
 
     options = ('q_latent', 'kv_latent', 'kv_groups', 'kv_branches', 'rope_key', 'v_head_dim')
@@ -337,13 +330,14 @@ class MLA(Attention):
         super().__init__(config, kv_width)
         self.shared_key, self.kv_latent = config.rope_key == 'shared', config.kv_latent
         self.n_branches = config.kv_branches
-        self.n_latents = n = config.kv_groups * config.kv_branches
+        self.n_latents = config.kv_groups * config.kv_branches
         k_head_dim = self.head_dim - self.rope_dims if self.shared_key else self.head_dim
         self.make_queries(config)
-        self.kv_a_proj = Linear(self.kv_width, n * self.kv_latent)
-        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.kv_width, n_parts=n)
-        self.k_b_proj = Linear(n * self.kv_latent, self.n_softmax * k_head_dim, n_groups=n)
-        self.v_b_proj = Linear(n * self.kv_latent, self.n_softmax * self.v_head_dim, n_groups=n)
+        latents = self.n_latents * self.kv_latent  # side by side
+        self.kv_a_proj = Linear(self.kv_width, latents)
+        self.kv_a_norm = RMSNorm(self.kv_latent, latent_of=self.kv_width, n_parts=self.n_latents)
+        self.k_b_proj = Linear(latents, self.n_softmax * k_head_dim, n_groups=self.n_latents)
+        self.v_b_proj = Linear(latents, self.n_softmax * self.v_head_dim, n_groups=self.n_latents)
         if self.shared_key:
             self.k_rope_proj = Linear(self.kv_width, self.rope_dims)
         self.make_output(config)
@@ -353,7 +347,7 @@ class MLA(Attention):
         required(config, 'kv_latent', 'the width of its key-value latent')
         divisible(config, 'n_head', 'kv_groups')
         if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
-            raise ConfigError("rope_key='shared' needs rope_dims between 2 and "
+            raise ConfigError("rope_key='shared' needs an even rope_dims from 2 to "
                               f'head_dim - 1 = {config.head_dim - 1}: the other dimensions of a '
                               'key belong to its head')
 
@@ -390,8 +384,9 @@ class MLA(Attention):
         """One decoding step, in which W^UK is applied to the query instead of to S latents, and
         W^UV to what is read instead of to S latents (DeepSeek-V2, section 2.1.2).
 
-        What remains is multi-query attention: queries [q_rope | q W^UK], keys [k_rope | latent],
-        and values the keys once more, because of the result only the part from latents is used.
+        What remains is multi-query attention (grouped-query, if there are several latents) of
+        queries [q_rope | q W^UK] to keys [k_rope | latent]. The values are the keys once more: of
+        the result, only the part that comes from latents is used.
         q (B, n*H, 1, d), cached (B, S, r + n*g*L) = [k_rope | latent] -> (B, 1, n*H*dv).
         """
         w_uk = self.k_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, d or d-r, L)
@@ -422,8 +417,9 @@ class OutputLatent(nn.Module):
 
     n_groups=G (DeepSeek-V4, arXiv 2606.19348): G groups of heads with a latent each, and one matrix
     that leads out of all of them.
-    norm: 'none'; 'sum', RMSNorm of the latents; 'head', RMSNorm of each head's contribution to its
-    latent, with a gain per head, then their sum divided by the square root of their number.
+    norm: 'none'; 'sum', RMSNorm of all latents together; 'head', RMSNorm of each head's
+    contribution to its latent, with a gain per head, then their sum divided by the square root of
+    their number.
     """
 
     def __init__(self, n_head, n_in, rank, n_out, norm='none', bias=False, n_groups=1):
@@ -439,12 +435,13 @@ class OutputLatent(nn.Module):
     def forward(self, y):
         if self.norm != 'head':
             return self.o_b_proj(self.o_norm(self.o_a_proj(y)))
-        G, H = self.n_groups, self.n_head // self.n_groups
-        y = y.unflatten(-1, (G, H, -1))  # (B, T, G, H/G, dv)
-        per_head = self.o_a_proj.weight.unflatten(1, (H, -1)).unflatten(0, (G, -1))
-        latent = torch.einsum('btghd,grhd->btghr', y, per_head)
-        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * self.gain.unflatten(0, (G, H))
-        latent = latent.sum(dim=3) / math.sqrt(H)  # (B, T, G, H/G, R) -> (B, T, G, R)
+        G, per_group = self.n_groups, self.n_head // self.n_groups
+        y = y.unflatten(-1, (G, per_group, -1))  # (B, T, G, H/G, dv)
+        weight = self.o_a_proj.weight.unflatten(1, (per_group, -1)).unflatten(0, (G, -1))
+        latent = torch.einsum('btghd,grhd->btghr', y, weight)
+        gain = self.gain.unflatten(0, (G, per_group))  # (G, H/G, R)
+        latent = F.rms_norm(latent, latent.shape[-1:], eps=1e-6) * gain
+        latent = latent.sum(dim=3) / math.sqrt(per_group)  # (B, T, G, H/G, R) -> (B, T, G, R)
         return self.o_b_proj(latent.flatten(2))
 
 
@@ -556,7 +553,7 @@ class BlockConfig:
     q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
     kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
     window: Count | None = None  # causal: tokens that a query sees, its own included; None = all
-    layer_kinds: str = 'window'  # v4: kind of each layer, window, csa or hca; repeated in turn
+    layer_kinds: str = 'window'  # v4: of each layer in turn, as 'window csa hca'; see V4
     csa_group: Count = 4  # v4: tokens per entry in csa layers
     hca_group: Count = 128  # v4: tokens per entry in hca layers
     index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all
@@ -641,7 +638,7 @@ class ModelConfig(BlockConfig):
                               'tie_embeddings=True')
 
     def block(self, **changes):
-        """The options of a block as a BlockConfig, with changes."""
+        """A BlockConfig with the options of this config, and changes."""
         return BlockConfig(**{option.name: getattr(self, option.name)
                               for option in fields(BlockConfig)} | changes)
 
@@ -667,7 +664,8 @@ class TransformerConfig(ModelConfig):
             raise ConfigError('subtract_next_position subtracts the embedding of the next position '
                               'from the last hidden state: it needs learned_positions=True and '
                               'causal=True')
-        kinds = self.layer_kinds.split()[:self.n_layer]
+        n_blocks = max(self.n_layer, getattr(self, 'n_decoder_layer', None) or 0)
+        kinds = (self.layer_kinds.split() * n_blocks)[self.n_dense:n_blocks]
         for kind in {'csa', 'hca'} & {*kinds}:
             at_most(self, f'{kind}_group', 'block_size')
         if self.index_topk and 'csa' not in kinds:
@@ -688,10 +686,10 @@ class TransformerConfig(ModelConfig):
 
 
 def plain_cross_entropy(x, weight, targets):
-    """What linear_cross_entropy (Part IV) computes, but holding all N x V logits at once: x (N, D),
-    weight (V, D), targets (N,) -> {'loss': mean cross-entropy in nats}. Start from this for a loss
-    of your own, and call yours in LanguageModel.forward if self.training: validation losses compare
-    as long as evaluation keeps linear_cross_entropy."""
+    """What linear_cross_entropy (Part IV) computes in training, but holding all N x V logits at
+    once: x (N, D), weight (V, D), targets (N,) -> {'loss': mean cross-entropy in nats}. Start from
+    this for a loss of your own, and call yours in LanguageModel.forward if self.training:
+    validation losses compare as long as evaluation keeps linear_cross_entropy."""
     logits = F.linear(x, weight)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return {'loss': F.cross_entropy(logits, targets, ignore_index=-1)}
@@ -699,8 +697,8 @@ def plain_cross_entropy(x, weight, targets):
 
 class LanguageModel(nn.Module):
     """What every architecture shares: embedding, final norm, head, loss, and generation. A subclass
-    builds its blocks, runs them in `body`, and calls init_weights (Part IV), which holds all rules
-    for where weights start."""
+    builds its blocks, runs them in `body`, and calls init_weights (Part IV): matrices start as
+    N(0, init_std), projections into the residual stream divided by the root of their number."""
 
     def __init__(self, config):
         super().__init__()
@@ -802,8 +800,8 @@ class LanguageModel(nn.Module):
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, seed=None,
                stop=None, n_ids=None):
         """Yields the next token of each of the B sequences idx (B, T >= 1), as (B,) int64, until
-        there are max_new_tokens or each sequence has had the token `stop`, after which it repeats
-        it.
+        there are max_new_tokens, or until each sequence has had the token `stop`, which it then
+        repeats. Call model.eval() first.
 
         The model sees the last block_size tokens. When the text outgrows them, every position
         changes with every token, and the whole window is computed again.
@@ -816,7 +814,7 @@ class LanguageModel(nn.Module):
         u = uniform_numbers(B, max_new_tokens, seed).to(idx.device)  # (B, max_new_tokens)
         text = torch.cat((idx, idx.new_empty(B, max_new_tokens)), dim=1)
         done = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        cache = self.init_cache(B, min(size, end)) if T <= size else None
+        cache = self.init_cache(B, min(size, end))
         for t in range(T, end):
             cache = cache if t <= size else None
             new = text[:, max(0, t - size):t] if cache is None else text[:, cache.n_tokens:t]
@@ -858,8 +856,8 @@ class Transformer(LanguageModel):
 
 class Cache:
     """What decoding keeps of earlier tokens: for each layer, buffers of `length` rows, made when
-    the layer first stores something. n_tokens: the filled rows; set it back to forget the later
-    ones."""
+    the layer first stores something. n_tokens: the filled rows, which the model counts after each
+    call; set it back to forget the later ones."""
 
     def __init__(self, batch, length):
         self.batch, self.length, self.n_tokens = batch, length, 0
@@ -895,7 +893,7 @@ class Cache:
 
     def elements(self):
         """(elements per token, elements at any length) that the cache holds for each sequence."""
-        growing = sum(buffer[..., 0, :].numel() / self.every[layer]
+        growing = sum(buffer.shape[:-2].numel() * buffer.size(-1) / self.every[layer]
                       for layer, buffers in self.buffers.items() for buffer in buffers)
         fixed = sum(x.numel() for tensors in self.recent.values() for x in tensors)
         return growing / self.batch, fixed // self.batch
@@ -913,8 +911,8 @@ def check_cache(model, length):
 
 
 def uniform_numbers(n_rows, n, seed=None):
-    """Random numbers in (0, 1), (n_rows, n). With a seed, row i comes from a generator with seed +
-    i, the same on every device; without, from torch's own generator."""
+    """Random numbers from 0 to 1, (n_rows, n). With a seed, row i comes from a generator with
+    seed + i, the same on every device; without, from torch's own generator."""
     if seed is None:
         return torch.rand(n_rows, n)
     return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(seed + i))
@@ -929,8 +927,8 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
     temperature divides the logits; 0 takes the likeliest token. top_k: only the k likeliest tokens.
     top_p: only the likeliest tokens whose probabilities together reach p (nucleus, 1904.09751).
     """
-    if temperature < 0:
-        raise ValueError(f'temperature={temperature}: must be 0 (the likeliest token) or more')
+    if temperature < 0 or top_p is not None and top_p > 1:
+        raise ValueError(f'temperature={temperature}, top_p={top_p}: must be >= 0 and <= 1')
     if temperature < 1e-6:  # only the likeliest token is left, and float32 would overflow
         return logits.argmax(dim=-1)
     logits, order = logits.float() / temperature, None
@@ -1504,7 +1502,7 @@ class EncoderDecoder(LanguageModel):
             x = block(x, rope=rope, cache=cache, shared=shared)
         encoded, x = x, self.decoder_proj(x).type_as(x)  # the residual stream keeps its precision
         for block in self.decoder:
-            x = block(x, encoded, cross_rope, rope, cache=cache, shared=shared)
+            x = block(x, encoded, cross_rope=cross_rope, rope=rope, cache=cache, shared=shared)
         aux_losses = index_losses(self.config, shared)
         if self.training and self.config.embedding_loss != 'none':
             aux_losses |= self.embedding_losses(embedded, encoded.detach())
@@ -2002,6 +2000,18 @@ def init_weights(model):
             elif isinstance(module, RMSNorm) and module.latent_of and std and scaled:
                 L, = module.normalized_shape
                 nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
+
+
+def yarn_share(rope_dims, theta, trained_length):
+    """The share of each angle that YaRN (arXiv 2309.00071) divides, (rope_dims/2,): all for pairs
+    that turn less than once in trained_length positions, none for those that turn 32 times or more,
+    and in between linear in the number of the pair. YaRN's factor on the softmax is the option
+    softmax_factor."""
+    first, last = (math.log(trained_length / (turns * 2 * math.pi)) * rope_dims
+                   / (2 * math.log(theta)) for turns in (32, 1))  # the pairs with so many turns
+    first, last = max(math.floor(first), 0), min(math.ceil(last), rope_dims - 1)
+    pair = torch.arange(rope_dims // 2, dtype=torch.float64)
+    return ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
 
 
 # --------------------------------------------------------------------------------------------------
