@@ -322,7 +322,8 @@ def layer_options(width, head_dim, latents):
         'MFA': dict(n_kv_head=1, q_latent=q), 'TPA': dict(attention='tpa', q_rank=6, kv_rank=2),
         'MHA, gate': dict(gate=True), 'MLA, gate': mla | dict(gate=True),
         'MHA, sink': dict(sink=True), 'MLA, sink': mla | dict(sink=True),
-        'V4, window': v4, 'V4, CSA': v4 | dict(layer_kinds='csa'), 'V4, HCA': v4 | dict(layer_kinds='hca')}
+        'V4, window': v4, 'V4, CSA': v4 | dict(layer_kinds='csa'),
+        'V4, HCA': v4 | dict(layer_kinds='hca')}
     return {kind: dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2, **options)
             for kind, options in kinds.items()}
 

@@ -7,9 +7,9 @@ were trained without one.
     add_output_latent(model, rank=64)                   # one of ours, or one of transformers
     attention, gain = read_attention(Checkpoint(folder), 30)
 
-What their tensors are called and how their rows are ordered is written down once, in the tables
-below and in row_orders. Both directions read it, and so does read_attention, with which svd.py
-reads a checkpoint of any size layer by layer (DeepSeek-V3, Kimi-K2, Llama, Qwen3).
+The tables below have the names of their tensors, and row_orders has the order of their rows. Both
+directions use them, and so does read_attention, with which svd.py reads a checkpoint of any size
+layer by layer (DeepSeek-V3, Kimi-K2, Llama, Qwen3).
 """
 
 import contextlib
@@ -41,14 +41,14 @@ RENAMED = {
     'q_a_norm': 'q_a_layernorm', 'kv_a_norm': 'kv_a_layernorm',
     'kv_a_proj': 'kv_a_proj_with_mqa', 'k_rope_proj': 'kv_a_proj_with_mqa',  # one tensor there
     'k_b_proj': 'kv_b_proj', 'v_b_proj': 'kv_b_proj',
-    'in_proj': 'gate_proj', 'gate_proj': 'up_proj', 'out_proj': 'down_proj',
+    'in_proj': 'gate_proj', 'out_proj': 'down_proj',
     'router': 'gate', 'router_bias': 'gate.e_score_correction_bias', 'shared': 'shared_experts'}
 
 
 def layout_of(module, orders):
-    """{their name: ([our tensors], order)} for a module whose tensors have the names that they have
-    in a Transformer. Theirs is torch.cat(ours)[order], or torch.cat(ours) without an order. Ours
-    share memory with the module. orders: what row_orders returns, or {}."""
+    """{their name: ([our tensors], order)} for a module with the tensor names of a Transformer.
+    Their tensor is torch.cat(ours)[order], or torch.cat(ours) if order is None. Our tensors share
+    memory with the module. orders: what row_orders returns, or {}."""
     layout = {}
     for name, weight in module.state_dict().items():
         theirs = '.'.join(RENAMED.get(part, part) for part in name.split('.'))

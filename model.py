@@ -84,7 +84,7 @@ def make_dropout(p):
 
 
 class Linear(nn.Linear):
-    """A matrix that tells init_weights how to start it.
+    """nn.Linear, with what init_weights needs to know about it.
 
     residual_out: its output is added to the residual stream, so it starts smaller.
     init_fan_in: it is the second of two factors of a matrix, with no norm in between. With
@@ -171,23 +171,23 @@ def attend(q, k, v, causal=False, mask=None, window=None, **options):
 
 
 class Attention(nn.Module):
-    """What attentions share: queries, the softmax, the gate, and the output projection.
+    """Base class of all attentions: queries, the softmax, the gate and the output projection.
 
     To add an attention, subclass this class or one below it and name it in ATTENTIONS (Part IV):
 
-    options   names of the fields of BlockConfig that only this attention and its like have
+    options   names of the BlockConfig fields that not every attention has, but this one does
     check     raises ConfigError on options that contradict each other
     __init__  builds the projections; `make_queries` and `make_output` build the first and the last
     forward   computes q, k and v, stores in the cache what it needs of them, and returns
               self.output(self.attend(q, k, v), x)
 
-    Everything else follows: every architecture, FLOPs, cache bytes, initial weights, optimizer
+    Everything else then works: every architecture, FLOPs, cache bytes, initial weights, optimizer
     groups, checkpoints. All attentions have these options:
 
     o_latent  an output latent (MLA-o), see OutputLatent
     window    a causal query sees only the last `window` tokens; the cache still keeps all
-    gate      what the heads read is multiplied by sigmoid(gate_proj(x)), element by element (arXiv
-              2505.06708)
+    gate      the output of the heads is multiplied by sigmoid(gate_proj(x)), element by element
+              (arXiv 2505.06708)
     sink      one learned logit per head in the denominator of the softmax (gpt-oss, 2508.10925)
     """
 
@@ -227,7 +227,6 @@ class Attention(nn.Module):
         return split_heads(q, self.n_head)
 
     def make_output(self, config, bias=False):
-        """The output projection: one matrix, or the two of an output latent."""
         v_width = self.n_head * self.v_head_dim
         if config.o_latent:
             self.o_proj = OutputLatent(self.n_head, v_width, config.o_latent, config.n_embd,
@@ -236,7 +235,7 @@ class Attention(nn.Module):
             self.o_proj = Linear(v_width, config.n_embd, bias, residual_out=True)
 
     def output(self, y, x):
-        """y (B, T, H*dv), what the heads read, and x (B, T, D), the layer's input -> (B, T, D)."""
+        """y (B, T, H*dv), the heads' outputs, and x (B, T, D), the layer's input -> (B, T, D)."""
         if self.gate_proj is not None:
             y = y * torch.sigmoid(self.gate_proj(x))
         return self.o_proj(y)
@@ -247,16 +246,16 @@ class Attention(nn.Module):
                       dropout_p=self.dropout if self.training else 0.0)
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
-                shared=None):
+                scratch=None):
         """x (B, T, D), the queries' tokens -> (B, T, D).
 
         x_kv: the tokens of keys and values (B, S, kv_width), if they are not x.
         rope: the rotary table up to the last position of x, or None; rope_kv: that of x_kv, if its
           positions differ.
         key_mask: (B, S) bool, True = a real token.
-        cache: x and x_kv are the new tokens alone. cache.extend(self, ...) stores what they add and
-          returns it after what is there already.
-        shared: a dict that all layers of one forward pass share. A layer may leave something for
+        cache: if given, x and x_kv hold the new tokens alone. cache.extend(self, ...) appends
+          what is computed from them and returns that of all tokens so far.
+        scratch: a dict that all layers of one forward pass share. A layer may leave something for
           later layers there, or an auxiliary loss (see V4).
         """
         raise NotImplementedError
@@ -284,10 +283,10 @@ class MHA(Attention):
 
     @classmethod
     def check(cls, config):
-        divisible(config, 'n_head', 'n_kv_head')
+        require_divisible(config, 'n_head', 'n_kv_head')
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
-                shared=None):
+                scratch=None):
         x_kv = x if x_kv is None else x_kv
         q = self.q_norm(self.queries(x))  # (B, H, T, d)
         k = self.k_norm(split_heads(self.k_proj(x_kv), self.n_kv_head))  # (B, Hkv, S, d)
@@ -344,15 +343,15 @@ class MLA(Attention):
 
     @classmethod
     def check(cls, config):
-        required(config, 'kv_latent', 'the width of its key-value latent')
-        divisible(config, 'n_head', 'kv_groups')
+        require(config, 'kv_latent', 'the width of its key-value latent')
+        require_divisible(config, 'n_head', 'kv_groups')
         if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
             raise ConfigError("rope_key='shared' needs an even rope_dims from 2 to "
                               f'head_dim - 1 = {config.head_dim - 1}: the other dimensions of a '
                               'key belong to its head')
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
-                shared=None):
+                scratch=None):
         x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         q = self.queries(x)  # (B, H, T, d)
         q = q if rope is None else rotate(q, rope)
@@ -362,7 +361,7 @@ class MLA(Attention):
         k_rope = latent[..., :0]  # (B, S, r or 0)
         if self.shared_key:
             k_rope = rotate(self.k_rope_proj(x_kv), rope_kv)
-        if cache is not None:  # side by side, because absorbed keys are
+        if cache is not None:  # one tensor, which `absorbed` uses as its keys
             cached, = cache.extend(self, torch.cat((k_rope, latent), dim=-1))
             k_rope, latent = cached.split((k_rope.size(-1), latent.size(-1)), dim=-1)
         if cache is not None and x.size(1) == 1:
@@ -381,8 +380,8 @@ class MLA(Attention):
         return self.output(y, x)
 
     def absorbed(self, q, cached, k_rope, latent, rope_kv):
-        """One decoding step, in which W^UK is applied to the query instead of to S latents, and
-        W^UV to what is read instead of to S latents (DeepSeek-V2, section 2.1.2).
+        """One decoding step, in which W^UK is applied to the query and W^UV to the attention's
+        output, instead of both to S latents (DeepSeek-V2, section 2.1.2).
 
         What remains is multi-query attention (grouped-query, if there are several latents) of
         queries [q_rope | q W^UK] to keys [k_rope | latent]. The values are the keys once more: of
@@ -412,11 +411,11 @@ class MLA(Attention):
 
 
 class OutputLatent(nn.Module):
-    """The output projection of MLA-o, (B, T, H*dv) -> (B, T, D): each head has a matrix into a
-    latent of `rank` elements that all heads share, and one shared matrix leads out of it.
+    """The output projection of MLA-o, (B, T, H*dv) -> (B, T, D): W^O as a product of two matrices,
+    from all heads into one latent of `rank` elements, and from that to the residual stream.
 
-    n_groups=G (DeepSeek-V4, arXiv 2606.19348): G groups of heads with a latent each, and one matrix
-    that leads out of all of them.
+    n_groups=G (DeepSeek-V4, arXiv 2606.19348): G groups of heads, each with its own latent; the
+    second matrix reads the G latents together.
     norm: 'none'; 'sum', RMSNorm of all latents together; 'head', RMSNorm of each head's
     contribution to its latent, with a gain per head, then their sum divided by the square root of
     their number.
@@ -460,7 +459,7 @@ def make_linear(n_in, n_out, bias, rank=None, inner_norm=False, residual_out=Fal
 
 class MLP(nn.Module):
     """Feed-forward (B, T, D) -> (B, T, D). gelu: out(gelu(in x)); relu2: out(relu(in x)^2); swiglu:
-    out(silu(in x) * gate x). With mlp_rank each matrix is a product of two, and those that read x
+    out(silu(in x) * up x). With mlp_rank each matrix is a product of two, and those that read x
     have an RMSNorm in the middle."""
 
     def __init__(self, config):
@@ -469,7 +468,7 @@ class MLP(nn.Module):
         D, hidden, bias, rank = config.n_embd, config.mlp_hidden, config.mlp_bias, config.mlp_rank
         self.in_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
         if self.kind == 'swiglu':
-            self.gate_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
+            self.up_proj = make_linear(D, hidden, bias, rank, inner_norm=True)
         self.out_proj = make_linear(hidden, D, bias, rank, residual_out=True)
 
     def forward(self, x):
@@ -479,7 +478,7 @@ class MLP(nn.Module):
         elif self.kind == 'relu2':
             h = F.relu(h).square()
         else:
-            h = F.silu(h) * self.gate_proj(x)
+            h = F.silu(h) * self.up_proj(x)
         return self.out_proj(h)
 
 
@@ -495,7 +494,7 @@ class Block(nn.Module):
         self.dropout = make_dropout(config.dropout)
 
     def forward(self, x, **context):
-        """context: rope, key_mask, cache and shared, as in Attention.forward."""
+        """context: rope, key_mask, cache and scratch, as in Attention.forward."""
         x = x + self.dropout(self.attn(self.attn_norm(x), **context))
         return x + self.dropout(self.mlp(self.mlp_norm(x)))
 
@@ -549,7 +548,7 @@ class BlockConfig:
     kv_groups: Count = 1  # mla: latents, each for its own n_head / kv_groups heads (GLA)
     kv_branches: Count = 1  # mla: latents per head, each read by an attention of its own (MLRA)
     v_head_dim: Count | None = None  # mla: width of a value head; None = head_dim
-    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: which keys are rotated
+    rope_key: Literal['per_head', 'shared'] = 'per_head'  # mla: a rotated key per head, or for all
     q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
     kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
     window: Count | None = None  # causal: tokens that a query sees, its own included; None = all
@@ -557,15 +556,15 @@ class BlockConfig:
     csa_group: Count = 4  # v4: tokens per entry in csa layers
     hca_group: Count = 128  # v4: tokens per entry in hca layers
     index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all
-    index_n_head: Count = 4  # v4: heads of the indexer, which chooses them
-    index_head_dim: Count = 32  # v4: width of its heads
-    index_loss_coeff: Positive = 1.0  # v4: weight of its loss, added to the cross-entropy
-    gate: bool = False  # multiply what the heads read by a sigmoid of the layer's input
+    index_n_head: Count = 4  # v4: heads of the indexer, which chooses these entries
+    index_head_dim: Count = 32  # v4: width of a head of the indexer
+    index_loss_coeff: Positive = 1.0  # v4: weight of the indexer's loss
+    gate: bool = False  # multiply the heads' outputs by a sigmoid of the layer's input
     sink: bool = False  # a learned logit per head in the denominator of the softmax
     o_latent: Count | None = None  # width of the output latent (MLA-o); None = one output matrix
     o_norm: Literal['none', 'sum', 'head'] = 'none'  # norm of the output latent
     o_groups: Count = 1  # output latents, each for its own n_head / o_groups heads
-    softmax_factor: Positive = 1.0  # the softmax is of q.k / sqrt(head_dim) times this
+    softmax_factor: Positive = 1.0  # multiplies the attention scores q.k / sqrt(head_dim)
     rope_dims: CountOrZero = 0  # rotated dimensions per head, its first ones; 0 = none
     norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
     mlp: Literal['gelu', 'swiglu', 'relu2', 'moe'] = 'gelu'  # feed-forward; moe = experts
@@ -582,9 +581,9 @@ class BlockConfig:
     balance_rate: NotNegative = 0.001  # moe: step of an expert's bias after each optimizer step
 
     def __post_init__(self):
-        check_options(self)  # values, and what belongs to what: see Part IV
+        check_options(self)
         if self.head_dim is None:
-            divisible(self, 'n_embd', 'n_head', 'change one, or set head_dim')
+            require_divisible(self, 'n_embd', 'n_head', 'change one, or set head_dim')
             self.head_dim = self.n_embd // self.n_head
         if self.mlp_hidden is None:
             self.mlp_hidden = 4 * self.n_embd
@@ -596,7 +595,7 @@ class BlockConfig:
         if self.window and not self.causal:
             raise ConfigError(f'window={self.window}: only causal attention has a window; set '
                               'causal=True, or leave window out')
-        divisible(self, 'n_head', 'o_groups')
+        require_divisible(self, 'n_head', 'o_groups')
         if self.mlp == 'moe':
             MoE.check(self)
         ATTENTIONS[self.attention].check(self)
@@ -620,7 +619,7 @@ class ModelConfig(BlockConfig):
     n_layer: Count = 6  # number of blocks
     rope_theta: Positive = 10000.0  # rotary base
     rope_factor: Annotated[float, Range(least=1)] = 1.0  # rotary angles are divided by this
-    rope_trained_length: Count | None = None  # YaRN: only slow angles, as of so many tokens
+    rope_trained_length: Count | None = None  # YaRN: original block_size; only slow angles divided
     final_norm: bool = True  # a norm before the vocabulary
     vocab_rank: Count | None = None  # embedding and head of this rank; None = dense
     tie_embeddings: bool = True  # the head is the transposed embedding
@@ -629,7 +628,7 @@ class ModelConfig(BlockConfig):
     scale_latents: bool = False  # what goes through a latent starts as large as without it
 
     derived = ()  # options that an architecture sets itself
-    learned_positions = subtract_next_position = False  # only a Transformer has these
+    learned_positions = subtract_next_position = False  # options of TransformerConfig
 
     def __post_init__(self):
         super().__post_init__()
@@ -659,7 +658,7 @@ class TransformerConfig(ModelConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        at_most(self, 'n_dense', 'n_layer')
+        require_at_most(self, 'n_dense', 'n_layer')
         if self.subtract_next_position and not (self.learned_positions and self.causal):
             raise ConfigError('subtract_next_position subtracts the embedding of the next position '
                               'from the last hidden state: it needs learned_positions=True and '
@@ -667,13 +666,12 @@ class TransformerConfig(ModelConfig):
         n_blocks = max(self.n_layer, getattr(self, 'n_decoder_layer', None) or 0)
         kinds = (self.layer_kinds.split() * n_blocks)[self.n_dense:n_blocks]
         for kind in {'csa', 'hca'} & {*kinds}:
-            at_most(self, f'{kind}_group', 'block_size')
+            require_at_most(self, f'{kind}_group', 'block_size')
         if self.index_topk and 'csa' not in kinds:
             raise ConfigError('index_topk chooses entries in csa layers: '
                               f'layer_kinds={self.layer_kinds!r} has none')
 
     def block_of(self, layer):
-        """The BlockConfig of one layer."""
         if layer < self.n_dense:
             return self.block().dense()
         kinds = self.layer_kinds.split()
@@ -757,10 +755,10 @@ class LanguageModel(nn.Module):
         """idx (B, T) int64 -> logits (B, T, V); with targets, a dict of scalars in which `loss` is
         the one to minimise.
 
-        targets: (B, T), -1 = not scored. positions (B, M): only these rows meet the vocabulary, so
-        logits are (B, M, V) and targets (B, M). Without gradients the dict also has `accuracy`, the
-        share of the scored targets that rank first. With a cache, idx holds the tokens that follow
-        those in the cache, one or many.
+        targets: (B, T), -1 = not scored. positions (B, M): only these have logits, (B, M, V), and
+        targets, (B, M). Without gradients the dict also has `accuracy`, the share of the scored
+        targets that rank first. With a cache, idx holds the tokens that follow those in the cache,
+        one or many.
         """
         x, aux_losses = self.hidden(idx, key_mask, cache)
         if self.config.subtract_next_position:
@@ -818,8 +816,8 @@ class LanguageModel(nn.Module):
         for t in range(T, end):
             cache = cache if t <= size else None
             new = text[:, max(0, t - size):t] if cache is None else text[:, cache.n_tokens:t]
-            last = idx.new_full((B, 1), new.size(1) - 1)  # the only position to meet the vocabulary
-            with torch.inference_mode():  # `text` is made outside: it may be trained on
+            last = idx.new_full((B, 1), new.size(1) - 1)  # the only position that needs logits
+            with torch.inference_mode():  # `text`, made outside, can be used in training
                 logits = self(new, positions=last, cache=cache)[:, 0, :n_ids]  # (B, n_ids)
                 token = sample_token(logits, u[:, t - T], temperature, top_k, top_p)
                 if stop is not None:
@@ -844,10 +842,10 @@ class Transformer(LanguageModel):
         init_weights(self)
 
     def body(self, x, end, key_mask, cache):
-        rope, shared = None if self.rope is None else self.rope[:, :end], {}
+        rope, scratch = None if self.rope is None else self.rope[:, :end], {}
         for block in self.blocks:
-            x = block(x, rope=rope, key_mask=key_mask, cache=cache, shared=shared)
-        return x, index_losses(self.config, shared)
+            x = block(x, rope=rope, key_mask=key_mask, cache=cache, scratch=scratch)
+        return x, index_losses(self.config, scratch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -866,9 +864,9 @@ class Cache:
         self.recent, self.recent_end = {}, {}  # of layers that only need the last tokens
 
     def extend(self, layer, *new, every=1):
-        """Stores what a layer computed for new tokens, tensors (B, ..., T, width). Returns each
-        after what was stored before, (B, ..., S, width). every: tokens per row; `new` are the rows
-        of groups of tokens that are complete now."""
+        """Appends what a layer computed for new tokens, tensors (B, ..., T, width). Returns the
+        tensors of all tokens so far, (B, ..., S, width). every: tokens per row; `new` then holds a
+        row for each group of so many tokens that the new ones complete."""
         if layer not in self.buffers:
             self.every[layer] = every
             self.buffers[layer] = [x.new_empty(*x.shape[:-2], self.length // every, x.size(-1))
@@ -892,7 +890,7 @@ class Cache:
         return new
 
     def elements(self):
-        """(elements per token, elements at any length) that the cache holds for each sequence."""
+        """(elements per token, further elements that do not grow) of the cache of one sequence."""
         growing = sum(buffer.shape[:-2].numel() * buffer.size(-1) / self.every[layer]
                       for layer, buffers in self.buffers.items() for buffer in buffers)
         fixed = sum(x.numel() for tensors in self.recent.values() for x in tensors)
@@ -920,7 +918,7 @@ def uniform_numbers(n_rows, n, seed=None):
 
 
 def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
-    """logits (B, V), u (B,) in (0, 1) -> a token per row, (B,) int64: the one at which the
+    """logits (B, V), u (B,) in [0, 1) -> a token per row, (B,) int64: the one at which the
     cumulative probability passes u. (torch.multinomial would draw V random numbers per row, which
     costs a CPU more than a small model does.)
 
@@ -950,10 +948,10 @@ def sample_token(logits, u, temperature=1.0, top_k=None, top_p=None):
 
 
 class GTA(Attention):
-    """Grouped-tied attention (arXiv 2505.21487). A group of heads has one vector of d elements: it
-    is their value, and its first d - r elements are part of their key, after one rotated key of
-    rope_dims = r elements that all heads share. As published, r is d/2. Without rotary positions,
-    keys are values.
+    """Grouped-tied attention (arXiv 2505.21487). Each group of heads has one vector of d elements
+    as its value. Its key is r = rope_dims rotated elements, the same for all heads, followed by the
+    first d - r elements of that value. As published, r is d/2. Without rotary positions, keys are
+    values.
 
         x -- q_proj -> rotate ----------------> q of each head
         x -- k_rope_proj -> rotate (cached) --> the first r dimensions of k, the same in all groups
@@ -975,7 +973,7 @@ class GTA(Attention):
         self.make_output(config)
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
-                shared=None):
+                scratch=None):
         x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         q = self.queries(x)  # (B, H, T, d)
         v = split_heads(self.kv_proj(x_kv), self.n_kv_head)  # (B, Hkv, S, d)
@@ -1015,17 +1013,18 @@ class TPA(Attention):
         self.make_output(config)
 
     def factors(self, width, rank):
-        """The matrices for the vectors over heads and over dimensions. The first starts sqrt(rank)
-        larger, so that the mean of the products is as large as an ordinary projection."""
+        """The matrices for the vectors over heads and over dimensions. With scale_latents the first
+        has initial variance rank/width, which makes the mean of the products as large as an
+        ordinary projection."""
         return (Linear(width, rank * self.n_head, init_fan_in=width / rank),
                 Linear(width, rank * self.head_dim))
 
     @classmethod
     def check(cls, config):
-        required(config, 'kv_rank', 'the rank of its keys and values')
+        require(config, 'kv_rank', 'the rank of its keys and values')
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
-                shared=None):
+                scratch=None):
         x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         if self.q_rank:
             q_head = split_heads(self.q_head_proj(x), self.q_rank)  # (B, R, T, H)
@@ -1112,10 +1111,10 @@ class Indexer(nn.Module):
     """Chooses the entries that a query of DeepSeek-V4 reads, by the scores of a few narrow heads:
     sum over heads h of w_h relu(q_h . k). The keys k come from a Compressor of its own.
 
-    The choice has no gradient, so the model's loss does not train the indexer, and it takes its
-    inputs as constants. Its own loss is the Kullback-Leibler divergence of the softmax of its
-    scores from what the attention reads of all entries that a query may see, summed over heads and
-    divided by its sum (DeepSeek-V3.2, arXiv 2512.02556, section 2.1).
+    The choice has no gradient, so the model's loss does not train the indexer, whose inputs are
+    detached. It has a loss of its own, KL(p || softmax of its scores), where p is the attention
+    weights of all visible entries, summed over heads and normalised (DeepSeek-V3.2, arXiv
+    2512.02556, section 2.1).
     """
 
     def __init__(self, config, kv_width):
@@ -1146,7 +1145,7 @@ class Indexer(nn.Module):
         return scores.topk(min(self.topk, scores.size(-1)), dim=-1).indices
 
     def divergence(self, scores, read):
-        """scores (B, T, n), read (B, T, n), not yet divided by its sum -> the sum over queries."""
+        """scores and attention weights, both (B, T, n) -> the divergence, summed over queries."""
         read = read / read.sum(dim=-1, keepdim=True).clamp(min=1e-30)
         return F.kl_div(scores.log_softmax(dim=-1), read, reduction='sum')
 
@@ -1166,7 +1165,7 @@ class V4(Attention):
         x -- kv_proj -> norm -> rotate (the last W - 1 are cached) --------+---> k = v
         x -- Compressor (entries and the open group are cached) -----------+
 
-    Values are rotated as keys are, so what a head has read is rotated back by the query's position.
+    Values are rotated as keys are, so a head's output is rotated back by the query's position.
     The published layer has a sink and an output latent in groups (sink=True, o_latent, o_groups).
     Its rotary base is 10,000 in window layers and 160,000, stretched by YaRN, in the others; here
     all layers have rope_theta.
@@ -1176,7 +1175,7 @@ class V4(Attention):
 
     options = ('q_latent', 'layer_kinds', 'csa_group', 'hca_group', 'index_topk', 'index_n_head',
                'index_head_dim', 'index_loss_coeff')
-    chunk = 256  # queries that are read for at once, or as many as the window has
+    chunk = 256  # queries per chunk; the window, if that is larger
 
     def __init__(self, config, kv_width=None):
         """config.layer_kinds: the one word for this layer."""
@@ -1195,17 +1194,17 @@ class V4(Attention):
 
     @classmethod
     def check(cls, config):
-        required(config, 'q_latent', 'the width of its query latent')
-        required(config, 'window', 'the number of tokens that it reads exactly')
+        require(config, 'q_latent', 'the width of its query latent')
+        require(config, 'window', 'the number of tokens that it reads exactly')
         kinds = config.layer_kinds.split()
         if not kinds or not {*kinds} <= {'window', 'csa', 'hca'}:
             raise ConfigError(f'layer_kinds={config.layer_kinds!r}: must be words out of window, '
                               "csa and hca, such as 'window csa hca csa'")
         if config.index_topk:
-            at_most(config, 'rope_dims', 'index_head_dim')
+            require_at_most(config, 'rope_dims', 'index_head_dim')
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
-                shared=None):
+                scratch=None):
         x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
         end = x_kv.size(1) + (0 if cache is None else cache.n_tokens)
         q_latent = self.q_a_norm(self.q_a_proj(x))
@@ -1221,43 +1220,43 @@ class V4(Attention):
             entries = self.compressor(x_kv, rope_kv, cache)[:, None]
         if self.indexer is not None:
             index = self.indexer(x, q_latent, x_kv, rope, rope_kv, cache)
-        y = self.in_chunks(q, kv, entries, index, end, shared)
+        y = self.attend_in_chunks(q, kv, entries, index, end, scratch)
         if rope is not None:
             cos, sin = rope
             y = rotate(y, torch.stack((cos, -sin)))
         return self.output(join_heads(y), x)
 
-    def in_chunks(self, q, kv, entries, index, end, shared):
-        """What T queries read, the last at position end - 1: q (B, H, T, d), kv (B, 1, S, d) of the
-        last S positions, entries (B, 1, n, d) -> (B, H, T, d).
+    def attend_in_chunks(self, q, kv, entries, index, end, scratch):
+        """Attention of T queries, the last at position end - 1: q (B, H, T, d), kv (B, 1, S, d)
+        of the last S positions, entries (B, 1, n, d) -> (B, H, T, d).
 
         A chunk of queries meets the keys of its windows and the entries that exist by its end, so
         no mask or matrix is T x T. With an indexer and several chunks, backward computes each chunk
         again instead of keeping all scores.
         """
         T, size = q.size(2), max(self.window, self.chunk)
-        read, m = self.read_chunk, self.compressor.group_size if self.compressor else 1
+        attend_chunk, m = self.attend_chunk, self.compressor.group_size if self.compressor else 1
         if index is not None and T > size and torch.is_grad_enabled():
-            read = partial(checkpoint, read, use_reentrant=False)
+            attend_chunk = partial(checkpoint, attend_chunk, use_reentrant=False)
         oldest, parts, divergence = end - kv.size(2), [], 0.0  # oldest: the position of kv's first
         for t, q in zip(range(end - T, end, size), q.split(size, dim=2)):
             stop = t + q.size(2)  # q: (B, H, chunk, d), at positions t to stop - 1
             first, n = max(oldest, t - self.window + 1), min(entries.size(2), stop // m)
             keys = torch.cat((kv[:, :, first - oldest:stop - oldest], entries[:, :, :n]), dim=2)
-            here = None
+            chunk_index = None
             if index is not None and n:
                 q_index, w, k_index = index
                 rows = slice(t - end + T, stop - end + T)
-                here = q_index[:, :, rows], w[:, :, rows], k_index[:, :, :n]
-            y, apart = read(q, keys, n, t, first, here)
+                chunk_index = q_index[:, :, rows], w[:, :, rows], k_index[:, :, :n]
+            y, chunk_divergence = attend_chunk(q, keys, n, t, first, chunk_index)
             parts.append(y)
-            divergence = divergence + apart
-        if index is not None and self.training and shared is not None:
+            divergence = divergence + chunk_divergence
+        if index is not None and self.training and scratch is not None:
             n_queries = q.size(0) * max(1, T - m + 1)  # those that see an entry
-            shared.setdefault('index_losses', []).append(divergence / n_queries)
+            scratch.setdefault('index_losses', []).append(divergence / n_queries)
         return torch.cat(parts, dim=2)
 
-    def read_chunk(self, q, keys, n, t, first, index):
+    def attend_chunk(self, q, keys, n, t, first, index):
         """q (B, H, chunk, d), the first at position t; keys (B, 1, ., d): those of the positions
         from `first` on, then n entries -> (B, H, chunk, d), and the divergence of the Indexer."""
         stop, divergence = t + q.size(2), 0.0
@@ -1292,9 +1291,9 @@ class V4(Attention):
         return torch.cat((sink, scores), dim=-1).softmax(dim=-1)[..., 1:]
 
 
-def index_losses(config, shared):
+def index_losses(config, scratch):
     """The aux_losses of a model's indexers, as in LanguageModel.body."""
-    losses = shared.get('index_losses')
+    losses = scratch.get('index_losses')
     return {'index_loss': (sum(losses) / len(losses), config.index_loss_coeff)} if losses else {}
 
 
@@ -1329,7 +1328,7 @@ class MoE(nn.Module):
         self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens since `balance`
         self.register_buffer('last_load', torch.zeros(E), persistent=False)  # and before it
         self.in_proj = nn.Parameter(torch.empty(E, hidden, D))
-        self.gate_proj = nn.Parameter(torch.empty(E, hidden, D))
+        self.up_proj = nn.Parameter(torch.empty(E, hidden, D))
         self.out_proj = nn.Parameter(torch.empty(E, D, hidden))
         self.shared = None
         if c.n_shared_experts:
@@ -1337,8 +1336,8 @@ class MoE(nn.Module):
 
     @classmethod
     def check(cls, config):
-        required(config, 'n_routed_experts', 'the number of experts', 'mlp')
-        required(config, 'expert_hidden', 'the width of an expert', 'mlp')
+        require(config, 'n_routed_experts', 'the number of experts', 'mlp')
+        require(config, 'expert_hidden', 'the width of an expert', 'mlp')
         E, k, groups = config.n_routed_experts, config.n_experts_per_tok, config.n_group
         if config.mlp_bias or config.mlp_rank:
             raise ConfigError("mlp='moe' has no mlp_bias and no mlp_rank: leave them out")
@@ -1360,7 +1359,7 @@ class MoE(nn.Module):
             self.load += counts
         pairs = rows[:, None].expand(-1, k, -1).flatten(0, 1)  # (N*k, D)
         h, ends = pairs[order], counts.cumsum(0).int()
-        h = F.silu(expert_linear(h, self.in_proj, ends)) * expert_linear(h, self.gate_proj, ends)
+        h = F.silu(expert_linear(h, self.in_proj, ends)) * expert_linear(h, self.up_proj, ends)
         h = expert_linear(h, self.out_proj, ends)
         h = h[order.argsort()].unflatten(0, (-1, k))  # (N*k, D), row by row again -> (N, k, D)
         y = (h * weights[..., None]).sum(dim=1).type_as(h).view(x.shape)
@@ -1396,7 +1395,7 @@ def expert_linear(x, weight, ends):
     device = x.device.type
     if device != 'meta' and torch.is_autocast_enabled(device):
         x, weight = (y.to(torch.get_autocast_dtype(device)) for y in (x, weight))
-    # grouped_mm takes rows of 16 bytes, no float64, and compiled nothing but bfloat16
+    # grouped_mm needs rows of a multiple of 16 bytes, float32 or bfloat16; compiled, bfloat16
     takes = {torch.bfloat16} if torch.compiler.is_compiling() else {torch.bfloat16, torch.float32}
     if x.is_meta or x.dtype in takes and not any(width % 8 for width in weight.shape[1:]):
         return F.grouped_mm(x, weight.mT, offs=ends)
@@ -1416,9 +1415,9 @@ class EncoderDecoderConfig(TransformerConfig):
 
     n_decoder_layer: Count | None = None  # blocks of the decoder; None = n_layer
     cross_n_head: Count | None = None  # heads of the cross-attention; None = 2 n_head
-    embedding_loss: Literal['none', 'mse', 'cosine'] = 'none'  # embeddings to encoder output
-    embedding_loss_coeff: Positive = 1.0  # its weight, added to the cross-entropy
-    embedding_loss_affine: bool = True  # gains and biases in its two LayerNorms
+    embedding_loss: Literal['none', 'mse', 'cosine'] = 'none'  # of embeddings and encoder output
+    embedding_loss_coeff: Positive = 1.0  # weight of the embedding loss
+    embedding_loss_affine: bool = True  # embedding loss: gains and biases in its two LayerNorms
 
     derived = ('causal',)
 
@@ -1426,8 +1425,8 @@ class EncoderDecoderConfig(TransformerConfig):
         super().__post_init__()
         self.n_decoder_layer = self.n_decoder_layer or self.n_layer
         self.cross_n_head = self.cross_n_head or 2 * self.n_head
-        divisible(self, 'n_embd', 'cross_n_head')
-        at_most(self, 'n_dense', 'n_decoder_layer')
+        require_divisible(self, 'n_embd', 'cross_n_head')
+        require_at_most(self, 'n_dense', 'n_decoder_layer')
         self.cross_of(self.n_decoder_layer - 1)  # raises ConfigError now rather than later
 
     def cross_of(self, layer):
@@ -1469,9 +1468,6 @@ class EncoderDecoder(LanguageModel):
                                                     +--- keys and values of ---+
                                                          the cross-attentions
 
-    Decoding extends three caches by one token per step: of the encoder, of the decoder, and of the
-    cross-attention.
-
     The embedding loss (training only) pulls the running mean of the embeddings,
     A_t = mean over i <= t of LN_1(E)_i, towards the encoder's output LN_2(enc_t), which gets no
     gradient from it. E and enc are the raw residual streams. With embedding_loss_affine both norms
@@ -1495,15 +1491,15 @@ class EncoderDecoder(LanguageModel):
         init_weights(self)
 
     def body(self, x, end, key_mask, cache):
-        embedded, shared = x, {}
+        embedded, scratch = x, {}
         rope, cross_rope = (None if table is None else table[:, :end]
                             for table in (self.rope, self.cross_rope))
         for block in self.encoder:
-            x = block(x, rope=rope, cache=cache, shared=shared)
+            x = block(x, rope=rope, cache=cache, scratch=scratch)
         encoded, x = x, self.decoder_proj(x).type_as(x)  # the residual stream keeps its precision
         for block in self.decoder:
-            x = block(x, encoded, cross_rope=cross_rope, rope=rope, cache=cache, shared=shared)
-        aux_losses = index_losses(self.config, shared)
+            x = block(x, encoded, cross_rope=cross_rope, rope=rope, cache=cache, scratch=scratch)
+        aux_losses = index_losses(self.config, scratch)
         if self.training and self.config.embedding_loss != 'none':
             aux_losses |= self.embedding_losses(embedded, encoded.detach())
         return x, aux_losses
@@ -1547,7 +1543,7 @@ class GroupedLatentConfig(ModelConfig):
     latents: tuple[Count, ...] = (16, 2)  # latents per group, level by level
     widths: tuple[Count, ...] = (64, 128, 256)  # of the tokens and of each level of latents
     compress: Literal['transformer', 'perceiver'] = 'transformer'  # how latents read a group
-    n_compress: Count = 1  # transformer: blocks that do so
+    n_compress: Count = 1  # compress=transformer: blocks per compression
     n_mix: Count = 1  # pairs of a local and a global block, on each level and each way
     interleave: bool = True  # local and global blocks alternate; False = all local ones first
     upsample: Literal['repeat', 'attention'] = 'repeat'  # how slots read latents
@@ -1556,7 +1552,7 @@ class GroupedLatentConfig(ModelConfig):
     global_window: Count | None = None  # tokens that a global block of level 0 sees; None = all
     dense_former: bool = False  # a trunk block reads a learned sum of all outputs before it
     latent_loss: bool = False  # each trunk output predicts the next trunk input
-    latent_loss_coeff: Positive = 1.0  # its weight, added to the cross-entropy
+    latent_loss_coeff: Positive = 1.0  # weight of the latent loss
     n_channels: Annotated[int, Range(least=2)] | None = None  # parallel channels; None = none
     channels_every: Count = 1  # channels: 2 = in every second trunk block
     channel_mlp_mult: Positive = 1.0  # channels: hidden width, times 4 width / n_channels
@@ -1578,13 +1574,13 @@ class GroupedLatentConfig(ModelConfig):
                               f'head_dim={self.head_dim}')
         self.n_embd, self.n_head = self.widths[0], self.widths[0] // self.head_dim
         super().__post_init__()
-        at_most(self, 'group_size', 'block_size')
-        at_most(self, 'channels_every', 'n_layer')
+        require_at_most(self, 'group_size', 'block_size')
+        require_at_most(self, 'channels_every', 'n_layer')
         if self.attention == 'v4':
-            raise ConfigError("attention='v4' has groups of its own, which grouped latents have no "
-                              'place for: take another')
+            raise ConfigError("attention='v4' compresses tokens itself and does not work in "
+                              'grouped latents: choose another attention')
         if self.window:
-            raise ConfigError('grouped latents have no window: set global_window, or leave it out')
+            raise ConfigError('grouped latents have no window: set global_window instead')
         if self.n_channels and self.mlp == 'moe':
             raise ConfigError("n_channels have feed-forwards of their own: not with mlp='moe'")
 
@@ -1594,7 +1590,6 @@ class GroupedLatentConfig(ModelConfig):
         return (self.group_size, *self.latents)
 
     def block_at(self, level, **changes):
-        """The BlockConfig of a level."""
         width = self.widths[level]
         return self.block(n_embd=width, n_head=width // self.head_dim,
                           **{'mlp_hidden': 4 * width} | changes)
@@ -1673,10 +1668,10 @@ class GroupedLatent(LanguageModel):
         how many of the tokens are real."""
         c, B = self.config, x.size(0)
         n = min(x.size(1), c.group_size)  # tokens per group
-        levels, shared = [], {}
+        levels, scratch = [], {}
         for i, K in enumerate(c.sizes):
             k = max(0, n - (c.group_size - K))  # an open group may have no slots yet on level i
-            levels.append(self.level(i, k, x.size(1) // n, cache, shared))
+            levels.append(self.level(i, k, x.size(1) // n, cache, scratch))
         n_levels = sum(level.k > 0 for level in levels)
         x = fold(x, levels[0].n_groups) + self.slot_emb[0].weight[:n]
         skips, aux_losses = [x], {}
@@ -1691,15 +1686,15 @@ class GroupedLatent(LanguageModel):
             x = up(x, skips.pop(), self.slot_emb[i].weight, *levels[i:i + 2], cache)
         return unfold(x, levels[0].n_groups), aux_losses
 
-    def level(self, i, k, n_groups, cache, shared):
+    def level(self, i, k, n_groups, cache, scratch):
         """The Level of a call: k slots in each of n_groups groups, after those in the cache."""
         table, across = getattr(self, f'rope_{i}'), None if cache is None else cache.across[i]
         start = 0 if cache is None else across.n_tokens
         # attention sees differences of times alone, so inside each group they count from 0
         inside, until = (None if table is None else table[:, :end]
                          for end in (k, start + n_groups * k))
-        return Level(k, n_groups, dict(rope=inside, shared=shared),
-                     dict(rope=until, cache=across, shared=shared), table)
+        return Level(k, n_groups, dict(rope=inside, scratch=scratch),
+                     dict(rope=until, cache=across, scratch=scratch), table)
 
     def trunk(self, x, level, n_tokens):
         """x (B*G, k, D) -> (the same after n_layer blocks over all latents, aux_losses)."""
@@ -1747,7 +1742,6 @@ class GroupedCache:
             cache.n_tokens += n_groups * K
 
     def elements(self):
-        """As Cache.elements."""
         c = self.config
         growing = sum(cache.elements()[0] * K / c.group_size
                       for cache, K in zip(self.across, c.sizes))
@@ -1946,7 +1940,7 @@ class ChannelBlock(nn.Module):
 
 
 def init_weights(model):
-    """The one place where weights get their first values.
+    """Sets the initial weights. What is not listed here keeps the constant that it is built with.
 
     what                                     init_std=0.02, say      init_std=None
     ---------------------------------------  ----------------------  --------------------
@@ -1956,7 +1950,7 @@ def init_weights(model):
     embedding, untied head                   N(0, init_std)          N(0, 1/sqrt(width))
     embedding of a slot in its group         N(0, init_std)          half of that
     bias, sink                               0                       0
-    gain of a norm, skip or depth            as built: 1             as built: 1
+    gain of a norm or of a skip              as built: 1             as built: 1
 
     and with scale_latents, so that what goes through a latent of L elements instead of D starts as
     large as without it:
@@ -1964,10 +1958,11 @@ def init_weights(model):
     gain of the norm of a latent             sqrt(D/L)               1
     second of two factors (init_fan_in)      N(0, 1/sqrt(fan in))    as any other
 
-    n counts the projections into one stack of blocks, so that the variance at its end does not grow
-    with its depth (GPT-2). With zero_init_residual they are 0, and a block changes nothing at
-    first. None is for grouped latents: if everything starts small, they stay at the entropy of
-    token frequencies. A tenth lets the skip connections dominate at first.
+    n counts the residual projections of one stack of blocks, so that the variance at its end does
+    not grow with its depth (GPT-2). With zero_init_residual, which init_std=None ignores, they are
+    0, and a block changes nothing at first. init_std=None is for grouped latents: with small
+    weights they get stuck at the entropy of token frequencies. A tenth lets skip connections
+    dominate at first.
 
     A normed latent has unit variance, and a matrix of init_std sums over only L of its elements:
     without the gain, keys, values and queries start sqrt(D/L) too small. LongCat-Flash (arXiv
@@ -1978,7 +1973,7 @@ def init_weights(model):
     std, scaled = model.config.init_std, model.config.scale_latents
     zero = std and model.config.zero_init_residual
 
-    def start(weight, residual_out=False, fan_in=None):
+    def init(weight, residual_out=False, fan_in=None):
         scale = fan_in ** -0.5 if fan_in and std and scaled else std or weight.size(-1) ** -0.5
         if residual_out:
             scale *= 0.0 if zero else n_residual_out ** -0.5 if std else 0.1
@@ -1991,12 +1986,12 @@ def init_weights(model):
                 slot = 0.5 if name == 'slot_emb' else 1.0
                 nn.init.normal_(module.weight, std=std or slot * module.embedding_dim ** -0.5)
             elif isinstance(module, Linear):
-                start(module.weight, module.residual_out, module.init_fan_in)
+                init(module.weight, module.residual_out, module.init_fan_in)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
             elif isinstance(module, MoE):
-                start(module.in_proj), start(module.gate_proj)
-                start(module.out_proj, residual_out=True)
+                init(module.in_proj), init(module.up_proj)
+                init(module.out_proj, residual_out=True)
             elif isinstance(module, RMSNorm) and module.latent_of and std and scaled:
                 L, = module.normalized_shape
                 nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
@@ -2050,7 +2045,7 @@ class FusedFlops(TorchFunctionMode):
 
 def count_flops(function):
     """FLOPs of matrix products and attention in function(), all of whose tensors are on meta.
-    Norms, activations and softmax do not count; scores hidden by a mask do, except by causality."""
+    Norms, activations and softmax do not count; scores that a mask hides do, unless is_causal."""
     with torch.no_grad(), FlopCounterMode(display=False) as products, FusedFlops() as fused:
         function()
     return products.get_total_flops() + fused.flops
@@ -2069,7 +2064,7 @@ def cache_bytes(model, dtype=None):
     dtype or in the precision of the weights. Counted in a full cache."""
     size = model.config.block_size
     cache, idx = model.init_cache(1, size), torch.zeros(1, size, dtype=torch.int64, device='meta')
-    count_flops(lambda: on_meta(model, idx, cache=cache))  # which knows experts on meta
+    count_flops(lambda: on_meta(model, idx, cache=cache))  # which replaces grouped_mm, see above
     item = (dtype or model.tok_emb.weight.dtype).itemsize
     return tuple(elements * item for elements in cache.elements())
 
@@ -2078,7 +2073,7 @@ def n_active_params(model):
     """Number of parameters that one token uses: of the routed experts, only its own."""
     unused = sum((1 - layer.n_chosen / layer.n_experts) * weight.numel()
                  for layer in model.modules() if isinstance(layer, MoE)
-                 for weight in (layer.in_proj, layer.gate_proj, layer.out_proj))
+                 for weight in (layer.in_proj, layer.up_proj, layer.out_proj))
     return model.n_params() - round(unused)
 
 
@@ -2090,26 +2085,35 @@ def softmax_attention(q, k, v, mask=None, is_causal=False, *, scale, dropout_p=0
     """F.scaled_dot_product_attention of q (B, H, T, d), k (B, Hkv, S, d), v (B, Hkv, S, dv).
 
     sink (H,): a logit per head that counts in the denominator of the softmax and has no value. It
-    becomes a key before all others, whose value is zero: in one more dimension, that key is 1 and
-    queries are the logit. Thus the fused kernels do it, which have no sink of their own.
+    is computed as one more key, before all others, with value zero. In an extra dimension that key
+    holds 1, the other keys 0, and every query logit / scale, so fused kernels need no sink of their
+    own.
     """
-    d, dv = q.size(-1), v.size(-1)
+    d, dv, Hkv = q.size(-1), v.size(-1), k.size(1)
+    if q.size(2) == 1 and q.size(1) != Hkv:
+        # a decoding step: the heads of a group become queries of one head, which reads keys once
+        if mask is not None and mask.size(1) != 1:
+            mask = mask.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, H, 1, S) -> (B, Hkv, H/Hkv, S)
+        q = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, H, 1, d) -> (B, Hkv, H/Hkv, d)
+        y = softmax_attention(q, k, v, mask, scale=scale, dropout_p=dropout_p, sink=sink)
+        return y.flatten(1, 2)[:, :, None]
     if q.is_meta:  # padding and sinks are no useful arithmetic, see count_flops
         sink = None
     elif d != dv:  # flash kernels want equal widths; zeros change no product and cost less
         q, k, v = (F.pad(x, (0, max(d, dv) - x.size(-1))) for x in (q, k, v))
     if sink is not None:
-        logit = (sink / scale).to(q.dtype)[:, None, None].expand(*q.shape[:1], -1, q.size(2), 1)
-        # is_causal lets query i see key i and those before: a query in front keeps the two in step
+        logit = (sink / scale).to(q.dtype).view(q.size(1), -1, 1)  # (H, 1, 1), or heads as queries
+        logit = logit.expand(q.size(0), -1, q.size(2), 1)
+        # is_causal aligns query i with key i: an extra first key needs an extra first query
         q = F.pad(torch.cat((q, logit), dim=-1), (0, 0, int(is_causal), 0))
         k, v = F.pad(k, (0, 1, 1, 0)), F.pad(v, (0, 1, 1, 0))
         k[:, :, 0, -1].fill_(1.0)
         if mask is not None:
             mask = F.pad(mask, (1, 0), value=mask.dtype == torch.bool)  # True, or nothing to add
     # a CPU has no kernel with dropout, and the backward pass of the one for bfloat16 is slow
-    few = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
-    if (dropout_p or few) and q.device.type == 'cpu' and not torch.compiler.is_compiling():
-        y = attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p)
+    slow_fused = q.dtype == torch.bfloat16 and k.size(2) <= 512 and torch.is_grad_enabled()
+    if (dropout_p or slow_fused) and q.device.type == 'cpu' and not torch.compiler.is_compiling():
+        y = eager_attention(q, k, v, mask, is_causal, scale, dropout_p)
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p,
                                            is_causal=is_causal, scale=scale,
@@ -2117,7 +2121,7 @@ def softmax_attention(q, k, v, mask=None, is_causal=False, *, scale, dropout_p=0
     return (y if sink is None else y[:, :, int(is_causal):])[..., :dv]
 
 
-def attention_in_steps(q, k, v, mask, is_causal, scale, dropout_p):
+def eager_attention(q, k, v, mask, is_causal, scale, dropout_p):
     """F.scaled_dot_product_attention, where that is slower on a CPU."""
     if q.size(1) != k.size(1):
         k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
@@ -2147,7 +2151,7 @@ def linear_cross_entropy(x, weight, targets):
     """Mean cross-entropy (nats) of the logits x @ weight.T as {'loss': scalar}, never holding more
     than a chunk of them: x (N, D), weight (V, D), targets (N,), -1 = not scored; 0 if there is no
     target. Without gradients also `accuracy`, the share of the targets that rank first."""
-    chunk = 2 ** 27 if x.is_cuda else 2 ** 24  # logits: 512 MB in float32, 64 MB on a CPU
+    chunk = 2 ** 27 if x.is_cuda else 2 ** 24  # logits, up to twice as many: 512 MB, CPU 64 MB
     n_chunks = max(1, x.size(0) * weight.size(0) // chunk)
     if torch.compiler.is_compiling():  # the loop unrolls
         n_chunks = min(8, n_chunks)
@@ -2160,7 +2164,7 @@ def linear_cross_entropy(x, weight, targets):
         z, index = z.to(torch.promote_types(z.dtype, torch.float32)), target.clamp(min=0)[:, None]
         own, (best, first) = z.gather(1, index), z.max(dim=-1, keepdim=True)
         z = torch.softmax(z, dim=-1, out=z)
-        # the log of the sum of all exp(logits), from the likeliest, which is never too small for it
+        # -log p(target) = (best - own) - log p(best), because p(target) may underflow, p(best) not
         losses = best - z.gather(1, first).log() - own
         loss = loss + (losses[:, 0] * (target >= 0)).sum()
         correct = correct + (first[:, 0] == target).sum()
@@ -2172,8 +2176,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     """linear_cross_entropy in training: the gradients of a chunk are formed while its logits are at
     hand, d loss / d logits = softmax - one-hot. All chunks use one buffer: fresh memory of this
     size costs a CPU more than the arithmetic. Sums are in float32 or better; matrix products have
-    autocast's precision. Gradients are divided by the number of targets in backward, because 1/N
-    would underflow in bfloat16."""
+    autocast's precision. Gradients are divided by the number of targets once, in backward."""
 
     @staticmethod
     def forward(ctx, x, weight, targets, size):
@@ -2198,7 +2201,7 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p = (p - (torch.arange(p.size(1), device=p.device) == i).to(high)).to(low)
             else:
                 p = z.copy_(p.scatter_add_(1, i, -torch.ones_like(s)))
-            row, s = row * s.to(low), s.to(low)  # instead of a pass over p for what is not scored
+            row, s = row * s.to(low), s.to(low)  # zeroes unscored rows without a pass over p
             dx[start:start + size] = p @ matrix * s
             if low == high:
                 torch.addmm(dweight, p.t(), row, out=dweight)
@@ -2284,18 +2287,18 @@ def check_options(config):
                               f'leave {name} out')
 
 
-def required(config, name, meaning, owner='attention'):
+def require(config, name, meaning, owner='attention'):
     if getattr(config, name) is None:
         raise ConfigError(f'{owner}={getattr(config, owner)!r} needs {name}, {meaning}')
 
 
-def divisible(config, name, by, remedy='change one'):
+def require_divisible(config, name, by, remedy='change one'):
     n, divisor = getattr(config, name), getattr(config, by)
     if divisor and n % divisor:
         raise ConfigError(f'{name}={n} is not divisible by {by}={divisor}: {remedy}')
 
 
-def at_most(config, name, limit):
+def require_at_most(config, name, limit):
     if getattr(config, name) > getattr(config, limit):
         raise ConfigError(f'{name}={getattr(config, name)} is more than '
                           f'{limit}={getattr(config, limit)}: change one')
@@ -2337,16 +2340,14 @@ BELONGS_TO = {
 
 
 def make_attention(config, kv_width=None):
-    """The attention that a BlockConfig names."""
     attention = ATTENTIONS[config.attention](config, kv_width)
     if not any(getattr(module, 'residual_out', False) for module in attention.modules()):
-        raise TypeError(f'{type(attention).__name__}: no Linear has residual_out=True. The last '
-                        'one, o_proj or a part of it, must, or it would start too large')
+        raise TypeError(f'{type(attention).__name__}: its last Linear (o_proj, or a part of it) '
+                        'needs residual_out=True, so that init_weights starts it small')
     return attention
 
 
 def option_names(arch):
-    """Names of all options of an architecture."""
     _, config_class = ARCHITECTURES[arch]
     return {option.name for option in fields(config_class)} - {*config_class.derived}
 

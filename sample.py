@@ -97,7 +97,7 @@ def main():
                 idx, options.max_new_tokens, temperature=options.temperature, top_k=options.top_k,
                 top_p=options.top_p, seed=options.seed + first, stop=tokenizer.eot,
                 n_ids=tokenizer.ids_needed(causal=True))
-            # the first sample is shown while all are drawn, the others have been kept meanwhile
+            # the first sample is printed while all are drawn; tee keeps the others for later
             for i, copy in enumerate(itertools.tee((step.tolist() for step in steps), n)):
                 print(f'\n---\n{start}' if lengths else start, end='', flush=True)
                 lengths.append(show(tokenizer, (step[i] for step in copy)))

@@ -22,15 +22,15 @@ from model import ConfigError, allows, check_value, describe
 
 
 class UserError(Exception):
-    """Something that the user can mend: `run` prints it as one line on stderr, exit status 2."""
+    """An error that the user can fix: `run` prints it as one line on stderr, exit status 2."""
 
 
 def run(main):
-    """Calls main() as a script: what the user can mend is one line and status 2, Ctrl-C is 130."""
-    # a stream that the caller has closed is None, and the next file to be opened takes its number
+    """Calls main() as a script: a UserError is one line and exit status 2, Ctrl-C is 130."""
+    # a stream that the caller closed is None, and the next file opened would get its descriptor
     sys.stdout = sys.stdout or open(os.devnull, 'w')
     sys.stderr = sys.stderr or open(os.devnull, 'w')
-    # a ? for what the terminal cannot show; lines at once, so that an error comes after them
+    # print ? for characters that the terminal lacks; flush each line, so that errors come after it
     sys.stdout.reconfigure(errors='replace', line_buffering=True)
     status = 2
     try:
@@ -58,8 +58,8 @@ def run(main):
 
 
 def convert(value, kind, typed):
-    """The value as its option has it: 1.0 for a 1 if that is a float, (1,) if it is a tuple.
-    typed: it is text from the command line: a python literal, unless the option takes text."""
+    """The value converted to the type of its option, `kind`: 1 to 1.0 for a float, to (1,) for a
+    tuple. typed: the value is text from the command line, a python literal unless kind is str."""
     if typed and (not allows(kind, value) or value == 'None' and allows(kind, None)):
         with contextlib.suppress(Exception):  # what is no literal will not pass check_value
             value = ast.literal_eval(value)
@@ -84,7 +84,7 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
 
     classes: the dataclasses whose fields are the options. refused: {name: what to use instead}.
     Raises UserError. --help prints the options with the values that they have so far, and exits.
-    shown: says for these values which of the classes it prints; None = all.
+    shown: function of the values that returns the classes to print; None = all.
     """
     known, values = options_of(*classes), {}
     arguments = [argument for argument in argv if argument not in ('--help', '-h')]

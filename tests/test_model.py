@@ -123,7 +123,7 @@ OUR_NAMES = [
     ('ln1', 'attn_norm'), ('ln2', 'mlp_norm'),
     ('attn.o_a_proj', 'attn.o_proj.o_a_proj'), ('attn.o_b_proj', 'attn.o_proj.o_b_proj'),
     ('W_in_shared_norm', 'in_proj.1'), ('W_in_shared', 'in_proj.0'),
-    ('W_gate_shared_norm', 'gate_proj.1'), ('W_gate_shared', 'gate_proj.0'),
+    ('W_gate_shared_norm', 'up_proj.1'), ('W_gate_shared', 'up_proj.0'),
     ('W_out_shared', 'out_proj.1'),
 ]
 
@@ -133,11 +133,11 @@ def our_name(name, parameters):
         name = name.replace(theirs, ours)
     if name.startswith('ln.'):
         name = name.replace('ln.', 'norm.')
-    for part in ('in', 'gate', 'out'):
+    for theirs, part in (('in', 'in'), ('gate', 'up'), ('out', 'out')):
         # in a decomposed matrix their W_in is the second factor, their W_out the first
         factor = f'{part}_proj.{0 if part == "out" else 2}'
-        plain = name.replace(f'W_{part}.', f'{part}_proj.')
-        name = plain if plain in parameters else name.replace(f'W_{part}.', f'{factor}.')
+        plain = name.replace(f'W_{theirs}.', f'{part}_proj.')
+        name = plain if plain in parameters else name.replace(f'W_{theirs}.', f'{factor}.')
     return name
 
 
@@ -450,7 +450,7 @@ def test_feed_forward_is_its_formula(kind, rank):
     elif kind == 'relu2':
         h = h.clamp(min=0) ** 2
     else:
-        h = h * torch.sigmoid(h) * inner(mlp.gate_proj)
+        h = h * torch.sigmoid(h) * inner(mlp.up_proj)
     out = h @ mlp.out_proj.weight.T + mlp.out_proj.bias if rank is None else \
         h @ mlp.out_proj[0].weight.T @ mlp.out_proj[1].weight.T + mlp.out_proj[1].bias
     assert torch.allclose(mlp(x), out, rtol=1e-12)
@@ -539,7 +539,7 @@ def test_dropout_keeps_the_share_and_the_mean(p):
 
 
 @pytest.mark.parametrize('kind', ['none', 'causal', 'keys', 'grouped', 'window', 'longer'])
-def test_attention_in_steps_is_the_fused_one(kind):
+def test_eager_attention_is_the_fused_one(kind):
     """With a dropout that drops nothing, which takes the steps, and in bfloat16."""
     q, k, v = (torch.randn(2, 4, 9, 6, dtype=torch.double, requires_grad=True) for _ in range(3))
     if kind == 'grouped':
@@ -772,7 +772,7 @@ def test_initialisation(scaled, zero):
     torch.manual_seed(0)
     options = {**TINY, **VARIANTS['subspaces'], 'n_embd': 256, 'n_layer': 8}
     model = make_model('transformer', **options, scale_latents=scaled, zero_init_residual=zero)
-    latent_norms = 'q_a_norm.weight', 'kv_a_norm.weight', 'in_proj.1.weight', 'gate_proj.1.weight'
+    latent_norms = 'q_a_norm.weight', 'kv_a_norm.weight', 'in_proj.1.weight', 'up_proj.1.weight'
     seconds = 'o_b_proj.weight', 'out_proj.1.weight', 'vocab_proj.weight'
     for name, p in model.named_parameters():
         if p.dim() == 1:

@@ -37,7 +37,7 @@ def plain(moe, x, n_group=1, topk_group=1, scaling=1.0):
     chosen = sorted(allowed, key=lambda e: choice[e], reverse=True)[:moe.n_chosen]
     y = 0.0
     for e in chosen:
-        h = F.silu(moe.in_proj[e] @ x) * (moe.gate_proj[e] @ x)
+        h = F.silu(moe.in_proj[e] @ x) * (moe.up_proj[e] @ x)
         y = y + scaling * scores[e] / sum(scores[e] for e in chosen) * (moe.out_proj[e] @ h)
     return y if moe.shared is None else y + moe.shared(x[None, None])[0, 0]
 
