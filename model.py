@@ -346,7 +346,7 @@ class MLA(Attention):
         require(config, 'kv_latent', 'the width of its key-value latent')
         require_divisible(config, 'n_head', 'kv_groups')
         if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
-            raise ConfigError("rope_key='shared' needs an even rope_dims from 2 to "
+            raise ConfigError("rope_key='shared' needs rope_dims from 2 to "
                               f'head_dim - 1 = {config.head_dim - 1}: the other dimensions of a '
                               'key belong to its head')
 
@@ -398,7 +398,8 @@ class MLA(Attention):
             k = grouped_linear(latent, w_rope.flatten(0, 1), self.n_latents)
             k = rotate(split_heads(k, self.n_softmax), rope_kv)  # (B, n*H, S, r)
             mask, q_rope = q_rope @ k.mT * self.scale, q_rope[..., :0]  # (B, n*H, 1, S)
-        q = torch.einsum('bhtd,hdl->bhtl', q, w_uk)
+        # heads first: a head's matrix is read once for all sequences, (n*H, B, d) @ (n*H, d, L)
+        q = (q[:, :, 0].transpose(0, 1) @ w_uk).transpose(0, 1)[:, :, None]  # (B, n*H, 1, L)
         if self.n_latents == 1:
             keys = cached[:, None]  # (B, 1, S, r + L)
         else:
@@ -406,8 +407,9 @@ class MLA(Attention):
             k_rope = k_rope[:, None].expand(-1, self.n_latents, -1, -1)
             keys = torch.cat((k_rope, keys), dim=-1)
         y = self.attend(torch.cat((q_rope, q), dim=-1), keys, keys, mask)
-        y = y.unflatten(-1, (self.n_softmax, -1))[..., -self.kv_latent:]  # (B, 1, n*H, L)
-        return torch.einsum('bthl,hvl->bthv', y, w_uv).flatten(2)
+        y = y.unflatten(-1, (self.n_softmax, -1))[:, 0, :, -self.kv_latent:]  # (B, n*H, L)
+        y = y.transpose(0, 1) @ w_uv.mT  # (n*H, B, dv)
+        return y.transpose(0, 1).flatten(1)[:, None]
 
 
 class OutputLatent(nn.Module):
@@ -2092,7 +2094,7 @@ def softmax_attention(q, k, v, mask=None, is_causal=False, *, scale, dropout_p=0
     d, dv, Hkv = q.size(-1), v.size(-1), k.size(1)
     if q.size(2) == 1 and q.size(1) != Hkv:
         # a decoding step: the heads of a group become queries of one head, which reads keys once
-        if mask is not None and mask.size(1) != 1:
+        if mask is not None and mask.dim() == 4 and mask.size(1) > 1:
             mask = mask.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, H, 1, S) -> (B, Hkv, H/Hkv, S)
         q = q.unflatten(1, (Hkv, -1)).flatten(2, 3)  # (B, H, 1, d) -> (B, Hkv, H/Hkv, d)
         y = softmax_attention(q, k, v, mask, scale=scale, dropout_p=dropout_p, sink=sink)

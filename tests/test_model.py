@@ -73,7 +73,6 @@ ENCDEC_VARIANTS = {
 }
 V4 = dict(ROPE, attention='v4', q_latent=12, window=3, head_dim=10)
 CAUSAL_VARIANTS = {
-    'gated': dict(attention='gated'),
     'subtract': dict(subtract_next_position=True),
     'window': dict(ROPE, window=5, n_kv_head=2, sink=True),
     'window_mla': dict(MLA, window=5, rope_key='shared', kv_groups=2),
@@ -90,7 +89,7 @@ CAUSAL_VARIANTS |= {  # attentions of your own
 ENCDEC_VARIANTS['encdec_window'] = dict(ROPE, window=5)
 ENCDEC_VARIANTS['encdec_experts'] = dict(VARIANTS['experts'], n_layer=1, rope_dims=2)
 ENCDEC_VARIANTS['encdec_v4'] = dict(
-    V4, layer_kinds='csa hca', csa_group=2, hca_group=5, index_topk=3, index_head_dim=6, sink=True,
+    V4, layer_kinds='hca csa', csa_group=2, hca_group=5, index_topk=3, index_head_dim=6, sink=True,
     n_layer=2, n_dense=1)
 EVERY = {name: dict(options, arch='encoder_decoder' if name in ENCDEC_VARIANTS else 'transformer')
          for name, options in (VARIANTS | CAUSAL_VARIANTS | ENCDEC_VARIANTS).items()}

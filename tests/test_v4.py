@@ -217,7 +217,7 @@ def test_contradictions(options, message):
 
 
 def test_grouped_latents_have_groups_of_their_own():
-    with pytest.raises(ConfigError, match='groups of its own'):
+    with pytest.raises(ConfigError, match='does not work in grouped latents'):
         make_model('grouped_latent', attention='v4', q_latent=8, window=4)
 
 
