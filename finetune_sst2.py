@@ -6,7 +6,8 @@
 
 Writes into the run folder: sst2.json (accuracies of all seeds, and of a bag of words),
 sst2_predictions.tsv (text, label, probability that it is positive), sst2_metrics.jsonl and sst2.pt.
-With from_scratch their names begin with sst2_from_scratch.
+With from_scratch their names begin with sst2_from_scratch. Earlier ones are replaced when the first
+seed is done.
 
 SST-2's training split gives training and validation, 90/10 at random. It consists of sentences and
 of phrases from them, so the held-out tenth is easier than the test. The labels of SST-2's own test
@@ -15,7 +16,6 @@ are not public: its validation split ('dev') is the test here.
 
 import copy
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -23,7 +23,6 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +34,9 @@ import config
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
-from run import (Device, DeviceOptions, Seed, build, date_of, load_checkpoint, load_run,
-                 load_tokenizer, load_weights, log_line, mean_and_interval, model_options_of,
-                 open_wandb, save_checkpoint, save_text)
+from run import (Device, DeviceOptions, Seed, build, load_checkpoint, load_run, load_tokenizer,
+                 load_weights, mean_and_interval, model_options_of, open_wandb, save_checkpoint,
+                 save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
@@ -76,14 +75,13 @@ class FinetuneOptions(DeviceOptions):
 
 
 # --------------------------------------------------------------------------------------------------
-# data
+# data and baseline
 
 
 def read_split(file, split):
     """[(sentence, label)] of a tsv file, or if that is None of a split of SST-2 on the hub."""
     examples = []
-    rows = prepare.rows('sst2', file and str(file), split, '--data_dir=FOLDER')
-    for i, row in enumerate(rows, 1):
+    for i, row in enumerate(prepare.rows('sst2', file, split, '--data_dir=FOLDER'), 1):
         sentence, label = row.get('sentence'), row.get('label')
         # a byte order mark is no word
         text = ' '.join(str(sentence or '').replace('\ufeff', ' ').split())
@@ -141,10 +139,6 @@ def take(data, chosen):
     return idx[:, :lengths.max()], lengths, labels
 
 
-# --------------------------------------------------------------------------------------------------
-# baseline
-
-
 def features(text):
     """What a bag of words holds: each word, each pair of neighbours, and '', whose weight is the
     bias. None is there twice."""
@@ -158,14 +152,13 @@ def bag_of_words(texts):
     chooses the penalty."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # operations this small only wait for each other
-    column_of, bags, labels, results = {}, {}, {}, []
-    for text, _ in texts['train']:  # what occurs in no training phrase has no weight
-        for name in features(text):
-            column_of.setdefault(name, len(column_of))
+    # what occurs in no training phrase has no weight
+    known = dict.fromkeys(name for text, _ in texts['train'] for name in features(text))
+    column_of, bags, labels, results = {name: i for i, name in enumerate(known)}, {}, {}, []
     for split, examples in texts.items():
-        ones = [(row, column_of[name]) for row, (text, _) in enumerate(examples)
-                for name in features(text) if name in column_of]
-        bags[split] = torch.tensor(ones).T
+        bags[split] = torch.tensor([
+            (row, column_of[name]) for row, (text, _) in enumerate(examples)
+            for name in features(text) if name in column_of]).T
         labels[split] = torch.tensor([float(label) for _, label in examples])
     weights = torch.zeros(len(column_of), requires_grad=True)
 
@@ -202,9 +195,8 @@ class Classifier(nn.Module):
         super().__init__()
         self.model, self.config = model, model.config
         self.causal, width = model.config.causal, model.config.n_embd
-        self.pooler = nn.Sequential()
-        if not self.causal:
-            self.pooler = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+        pooler = [] if self.causal else [nn.Linear(width, width), nn.Tanh()]
+        self.pooler = nn.Sequential(*pooler)
         self.dropout, self.classifier = nn.Dropout(dropout), nn.Linear(width, 2)
         for layer in (self.classifier, *self.pooler[:1]):
             nn.init.normal_(layer.weight, std=0.02)
@@ -263,37 +255,34 @@ def train_step(classifier, optimizer, batch, device):
 def finetune(options, seed, run, data, device, record):
     """Trains once. Returns a dict: epoch, validation_accuracy and weights of the best epoch on the
     held-out tenth, and its test_accuracy and probabilities on the test. run: what load_run
-    returned. data: {split: what `tokenize` returned}. record: takes a dict of metrics."""
+    returned. data: {split: what `tokenize` returned}. record: takes metrics by name."""
     classifier = make_classifier(run, options, seed).to(device.torch_device).train()
     _, lengths, _ = data['train']
     n_steps = options.epochs * math.ceil(len(lengths) / options.batch_size)
     optimizer, = make_optimizers(classifier, TrainOptions(
         learning_rate=options.learning_rate, weight_decay=options.weight_decay, beta2=0.999))
-    step, seconds, best = 0, 0.0, dict(validation_accuracy=-1.0)
+    step, best, start = 0, dict(validation_accuracy=-1.0), time.perf_counter()
     for epoch in range(options.epochs):
         rng = np.random.default_rng((seed, epoch))
         for chosen in batches_by_length(lengths, options.batch_size, rng):
-            start = time.perf_counter()
             lr = (1 - step / n_steps) * options.learning_rate
             for group in optimizer.param_groups:
                 group['lr'] = lr
             loss, norm = train_step(classifier, optimizer, take(data['train'], chosen), device)
             step += 1
-            due = step % options.log_interval == 0
-            if due or step == n_steps:
-                stop_if_not_finite(step, loss.item(), norm.item())
-            seconds += time.perf_counter() - start
-            if due:
+            if step % options.log_interval == 0 or step == n_steps:
+                loss, norm = loss.item(), norm.item()  # which wait for the device
+                stop_if_not_finite(step, loss, norm)
+                seconds = time.perf_counter() - start
                 rate = step * options.batch_size / seconds
-                record(dict(seed=seed, step=step, seconds=seconds, train_loss=loss.item(),
-                            grad_norm=norm.item(), lr=lr, sentences_per_second=rate))
-                left = timedelta(seconds=round(seconds / step * (n_steps - step)))
-                print(f'seed {seed}, step {step}/{n_steps}: loss {loss.item():.4f}, '
-                      f'{rate:,.0f} sentences/s, {left} left', flush=True)
+                record(seed=seed, step=step, seconds=seconds, train_loss=loss, grad_norm=norm,
+                       lr=lr, sentences_per_second=rate)
+                print(f'seed {seed}, step {step}/{n_steps}: loss {loss:.4f}, {rate:,.0f} '
+                      'sentences/s', flush=True)
         val_loss, val_accuracy, _ = score(classifier, data['validation'], device)
         stop_if_not_finite(step, val_loss)
-        record(dict(seed=seed, step=step, seconds=seconds, val_loss=val_loss,
-                    val_accuracy=val_accuracy))
+        record(seed=seed, step=step, seconds=time.perf_counter() - start, val_loss=val_loss,
+               val_accuracy=val_accuracy)
         print(f'seed {seed}, epoch {epoch + 1}: loss {val_loss:.4f}, accuracy {val_accuracy:.4f} '
               'on the held-out tenth', flush=True)
         if val_accuracy > best['validation_accuracy']:
@@ -309,31 +298,20 @@ def finetune(options, seed, run, data, device, record):
 # results
 
 
-def set_aside(options):
-    """Renames earlier results of the same kind, with their date."""
-    endings = '.json', '_predictions.tsv', '_metrics.jsonl', '.pt'
-    files = [options.file(ending) for ending in endings if options.file(ending).exists()]
-    if files:
-        folder = Path(options.out_dir)
-        date = date_of(files[0], lambda date: any(folder.glob(f'sst2-{date}[._]*')))
-        for file in files:
-            file.rename(file.with_name(file.name.replace('sst2', f'sst2-{date}', 1)))
-        print(f'{files[0]} is of an earlier run: renamed to sst2-{date}..., and what belongs to it')
-
-
-def save_results(options, results, run, test, baseline):
-    """Writes sst2.json of the seeds that are done, and predictions and weights of the one that is
-    best on the held-out tenth. Returns what sst2.json holds, and the result of that seed. results:
-    what `finetune` returned, from which the weights are removed. baseline: of bag_of_words."""
+def save_results(options, results, lines, run, test, baseline):
+    """Writes the results of the seeds that are done; predictions and weights are those of the seed
+    that is best on the held-out tenth. Returns what sst2.json holds. results: what `finetune`
+    returned, from which the weights are removed. lines: metrics. baseline: of bag_of_words."""
     best = max(results, key=lambda result: result['validation_accuracy'])
     if best is results[-1]:
         rows = zip(test, best['probabilities'])
-        lines = [f'{text}\t{label}\t{p:.9g}\n' for (text, label), p in rows]
-        save_text(options.file('_predictions.tsv'), 'text\tlabel\tprobability\n' + ''.join(lines))
+        table = [f'{text}\t{label}\t{p:.9g}\n' for (text, label), p in rows]
+        save_text(options.file('_predictions.tsv'), 'text\tlabel\tprobability\n' + ''.join(table))
         save_checkpoint(options.file('.pt'),
                         dict(model=best['weights'], options=run[2], step=best['epoch'],
                              provenance=dict(tokenizer=run[1].digest())))
     del results[-1]['weights']
+    save_text(options.file('_metrics.jsonl'), ''.join(json.dumps(line) + '\n' for line in lines))
     accuracies = [result['test_accuracy'] for result in results]
     mean, interval = mean_and_interval(accuracies)
     summary = dict(
@@ -345,27 +323,11 @@ def save_results(options, results, run, test, baseline):
         epochs=[result['epoch'] for result in results], bag_of_words=baseline,
         options=dataclasses.asdict(options))
     save_text(options.file('.json'), json.dumps(summary, indent=2) + '\n')
-    return summary, best
-
-
-def show_results(options, summary, best, test):
-    """Prints the sentences of which the classifier is surest, and wrong; and all accuracies."""
-    wrong = [(abs(p - label), p, label, text)
-             for (text, label), p in zip(test, best['probabilities']) if (p > 0.5) != label]
-    print('\nsurest mistakes: probability of a positive sentence, its label, the sentence\n')
-    for _, p, label, text in sorted(wrong, reverse=True)[:3]:
-        print(f'  {p:.2f}  {("negative", "positive")[label]}  {text}')
-    interval = f' +- {summary["ci95"]:.2%}' if options.seeds > 1 else ''
-    print(f'\ntest accuracy {summary["mean"]:.2%}{interval} (seeds: {options.seeds}), validation '
-          f'{statistics.mean(summary["validation_accuracy"]):.2%}\na bag of words scores '
-          f'{summary["bag_of_words"]["test_accuracy"]:.2%} on the same test; the binomial standard '
-          f'error of {len(test)} sentences is {summary["binomial_se"]:.2%}\n'
-          f'{options.file(".json")}')
+    return summary
 
 
 def predict(options, device):
-    """Prints the probability that a sentence is positive, by the model of an earlier fine-tuning.
-    """
+    """Prints the probability that a sentence is positive, by an earlier fine-tuning."""
     text, path = ' '.join(options.predict.split()), options.file('.pt')
     if not text:
         raise UserError('--predict: the sentence is empty')
@@ -389,31 +351,35 @@ def main():
     if options.predict is not None:
         return predict(options, device)
     run, texts = load_run(options.out_dir), read_sst2(options)
-    # until a seed is done, earlier results stay where they are
-    metrics = options.file('_metrics.jsonl.partial')
-    save_text(metrics, '')
     print(f'{options.out_dir}{", with new weights" if options.from_scratch else ""}: '
           f'{len(texts["train"]):,} phrases to train on, {len(texts["validation"]):,} held out to '
           f'choose the epoch by, {len(texts["test"]):,} sentences to test on')
     data = {split: tokenize(part, run[1], run[0].config.block_size)
             for split, part in texts.items()}
-    folder, baseline, results = Path(options.out_dir), bag_of_words(texts), []
+    folder, baseline, results, lines = Path(options.out_dir), bag_of_words(texts), [], []
+    wandb_run = None
+
+    def record(**line):
+        lines.append(line)
+        if wandb_run:
+            wandb_run.log(line, step=line['step'])
+
     for seed in range(options.seed, options.seed + options.seeds):
-        wandb_run = None
         if options.wandb:
-            about = dataclasses.asdict(options)
-            about['pretraining'] = config.read_json(folder / 'run.json', 'restore it')
-            wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder, about)
-        record = functools.partial(log_line, metrics, wandb_run)
+            pretraining = config.read_json(folder / 'run.json', 'restore it')
+            wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder,
+                                   dataclasses.asdict(options) | dict(pretraining=pretraining))
         results.append(finetune(options, seed, run, data, device, record))
-        if len(results) == 1:
-            set_aside(options)
-            metrics = metrics.rename(options.file('_metrics.jsonl'))
-        summary, best = save_results(options, results, run, texts['test'], baseline)
         if wandb_run:
             wandb_run.log(dict(test_accuracy=results[-1]['test_accuracy']))
             wandb_run.finish()
-    show_results(options, summary, best, texts['test'])
+        summary = save_results(options, results, lines, run, texts['test'], baseline)
+    interval = f' +- {summary["ci95"]:.2%}' if options.seeds > 1 else ''
+    print(f'\ntest accuracy {summary["mean"]:.2%}{interval} (seeds: {options.seeds}), validation '
+          f'{statistics.mean(summary["validation_accuracy"]):.2%}\na bag of words scores '
+          f'{baseline["test_accuracy"]:.2%} on the same test; the binomial standard error of '
+          f'{len(texts["test"])} sentences is {summary["binomial_se"]:.2%}\n'
+          f'{options.file(".json")}')
 
 
 if __name__ == '__main__':

