@@ -11,7 +11,8 @@ effective rank is the smallest k for which the singular values after the first k
 0.1%, of the energy, the sum of squares. Next to it is that of Gaussian noise of the same shapes.
 
 Writes svd.json with all singular values, layers.png, heads.png, and with --plot_heads=True a plot
-per layer.
+per layer. svd.jsonl keeps each layer when it is finished: after a kill, or with other layers,
+shares or plots, the same command computes only what is missing.
 """
 
 import collections
@@ -19,10 +20,12 @@ import itertools
 import json
 import statistics
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -135,37 +138,53 @@ def whole(heads, basis=None):
 
 
 # --------------------------------------------------------------------------------------------------
-# layers: what an attention does, with the gains of the norms before it, or noise
+# layers: an attention with the gains of the norms before it, or noise
+
+
+class Layer(NamedTuple):
+    name: str
+    read: Callable  # returns its parts, as `matrices` does
+    files: list = []  # paths of the files with its weights
+
+    def load(self, device):
+        return {name: [matrix.to(device) for matrix in part] for name, part in self.read().items()}
 
 
 def layers_of_run(folder):
-    """[(name, function that returns its parts)] of the attentions of a run."""
-    found, (model, _, _) = [], load_run(folder)
+    """A Layer per attention of a run."""
+    layers, (model, _, _) = [], load_run(folder)
+
+    def add(name, attention, norm, kv_norm):
+        read = partial(matrices, attention, norm.weight, kv_norm.weight)
+        layers.append(Layer(name, read, [best_checkpoint(folder)]))
+
     for name, block in model.requires_grad_(False).named_modules():
         if isinstance(block, ChannelBlock):
-            found += [(f'{name}.{i}', attention, block.attn_norm, block.attn_norm)
-                      for i, attention in enumerate(block.attn)]
+            for i, attention in enumerate(block.attn):
+                add(f'{name}.{i}', attention, block.attn_norm, block.attn_norm)
         if isinstance(block, Block):
             kv_norm = isinstance(block, PoolBlock) and block.kv_norm or block.attn_norm
-            found.append((name, block.attn, block.attn_norm, kv_norm))
+            add(name, block.attn, block.attn_norm, kv_norm)
         if isinstance(block, CrossBlock):
-            found.append((f'{name}.cross', block.cross, block.cross_norm, block.kv_norm))
+            add(f'{name}.cross', block.cross, block.cross_norm, block.kv_norm)
         if isinstance(block, Up) and block.upsample == 'attention':
-            found.append((f'{name}.up', block.up, block.query_norm, block.latent_norm))
-    return [(name, partial(matrices, attention, norm.weight, kv_norm.weight))
-            for name, attention, norm, kv_norm in found]
+            add(f'{name}.up', block.up, block.query_norm, block.latent_norm)
+    return layers
 
 
 def layers_of_checkpoint(folder):
-    """[(name, function that returns its parts)] of the layers of a checkpoint in transformers'
-    layout."""
-    checkpoint = Checkpoint(folder)
+    """A Layer per layer of a checkpoint in transformers' layout."""
+    layers, checkpoint = [], Checkpoint(folder)
     n_layer, n_tensors = checkpoint.config.get('num_hidden_layers'), len(checkpoint.files)
     if type(n_layer) is not int or not 0 < n_layer <= n_tensors:
         raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40} must be the '
                         f'number of layers that its {n_tensors} tensors belong to')
-    return [(f'layer {i}', lambda i=i: matrices(*read_attention(checkpoint, i)))
-            for i in range(n_layer)]
+    for i in range(n_layer):
+        names = f'model.layers.{i}.self_attn.', f'model.layers.{i}.input_layernorm.'
+        files = {path for name, path in checkpoint.files.items() if name.startswith(names)}
+        layers.append(Layer(f'layer {i}', lambda i=i: matrices(*read_attention(checkpoint, i)),
+                            [Path(folder) / 'config.json', *sorted(files)]))
+    return layers
 
 
 def noise_like(shapes, seed):
@@ -291,40 +310,63 @@ def alignment(parts, next_parts):
 # the analysis, layer by layer
 
 
-def analyse(name, read, read_next, options):
-    """What is found in a layer: its name, the shapes of its parts, its kinds (see spectra) with
-    effective ranks, and its alignment. read, read_next: return its parts and the next layer's."""
-    def load(read):
-        return {name: [matrix.to(options.device) for matrix in part]
-                for name, part in read().items()}
+class Analysis:
+    """Analyses layers, and keeps what it finds in svd.jsonl: a line per layer, with a state that is
+    all that the results depend on. Lines of other states stay there, for they may have taken hours.
+    """
 
-    parts = load(read)
-    shapes = {name: [list(matrix.shape) for matrix in part] for name, part in parts.items()}
-    found = dict(layer=name, shapes=json.dumps(shapes), kinds=spectra(parts, options.stacked))
-    if options.align:
-        found['alignment'] = alignment(parts, load(read_next))
-    for values in found['kinds'].values():
-        values['effective_rank'] = {
-            str(share): {name: effective_rank(spectrum, share) for name, spectrum in values.items()}
-            for share in (*PUBLISHED, *options.discarded)}
-    return found
+    def __init__(self, path, options):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.options, lines = path, options, config.read_json_lines(path)
+        # a kill may have cut off the last line, and the next one must not be appended to its rest
+        save_text(path, ''.join(json.dumps(line) + '\n' for line in lines))
+        self.lines = {json.dumps(line['state']): line for line in lines
+                      if line.keys() >= {'state', 'layer', 'shapes', 'kinds'}}
+
+    def of(self, layer, following=None, **state):
+        """(what is found in a Layer, how long it took). A dict: its name, the shapes of its parts,
+        its kinds (see spectra) with effective ranks, and its alignment. following: the next Layer,
+        to be aligned with."""
+        options, start, took = self.options, time.perf_counter(), 'kept'
+        # the device is no part of the state: it changes no more than the rounding
+        state |= dict(stacked=options.stacked, align=options.align, seed=options.seed)
+        line = self.lines.get(json.dumps(state))
+        if line is None:
+            parts = layer.load(options.device)
+            shapes = {name: [list(matrix.shape) for matrix in part] for name, part in parts.items()}
+            line = dict(state=state, layer=layer.name, shapes=json.dumps(shapes),
+                        kinds=spectra(parts, options.stacked))
+            if options.align:
+                next_parts = following.load(options.device) if following else {}
+                line['alignment'] = alignment(parts, next_parts)
+            with open(self.path, 'a') as file:
+                file.write(json.dumps(line) + '\n')
+            took = f'{time.perf_counter() - start:.1f} s'
+        for values in line['kinds'].values():
+            values['effective_rank'] = {
+                str(share): {name: effective_rank(found, share) for name, found in values.items()}
+                for share in (*PUBLISHED, *options.discarded)}
+        return line, took
 
 
-def analyse_layers(layers, numbers, options):
+def analyse_layers(layers, numbers, path, options):
     """(found, noise): what is found in the layers of these numbers, a list, and in noise of their
-    shapes, {shapes: found}. Prints it."""
-    found, noise = [], {}
+    shapes, {shapes: found}. Prints it. path: of svd.jsonl."""
+    analysis, found, noise = Analysis(path, options), [], {}
     for number in numbers:
-        read_next = layers[number + 1][1] if number + 1 in numbers else dict
-        layer = dict(number=number) | analyse(*layers[number], read_next, options)
-        shapes = layer['shapes']
+        with_next = options.align and number + 1 in numbers
+        pair = layers[number:number + 1 + with_next]
+        files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
+                 for layer in pair for file in layer.files}
+        line, took = analysis.of(*pair, number=number, with_next=with_next, files=files)
+        found.append(dict(number=number) | line)
+        shapes = line['shapes']
         if shapes not in noise:
-            pair = (partial(noise_like, shapes, options.seed + i) for i in (0, 1))
-            noise[shapes] = analyse('noise', *pair, options)
-            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in layer['kinds']))
+            pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
+            noise[shapes], _ = analysis.of(*pair, shapes=shapes)
+            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
             print(table_rows(noise[shapes], options.discarded))
-        print(table_rows(layer, options.discarded), flush=True)
-        found.append(layer)
+        print(table_rows(line, options.discarded, took), flush=True)
     return found, noise
 
 
@@ -342,7 +384,7 @@ def ranks_of(values, share):
     return [*ranks.get('stacked', []), statistics.mean(ranks['heads'])]
 
 
-def table_rows(layer, shares):
+def table_rows(layer, shares, took=''):
     """A row per share, rank of the stacked heads / mean rank of the heads of each kind, and one of
     the alignment."""
     rows, name = [], layer['layer']
@@ -351,8 +393,8 @@ def table_rows(layer, shares):
         for values in layer['kinds'].values():
             *stacked, mean = ranks_of(values, share)
             row += f'{"".join(f"{rank:,} / " for rank in stacked)}{mean:.1f}'.rjust(15)
-        rows.append(row)
-        name = ''
+        rows.append(f'{row}{took:>10}'.rstrip())
+        name = took = ''
     if found := layer.get('alignment'):
         cells = ', '.join(f'{what} {values["cos2"]:.3f}' for what, values in found.items())
         rows.append(f'{"aligned":>28}   {cells}')
@@ -438,6 +480,15 @@ def report(folder, title, found, noise, middle, options):
 # the command
 
 
+def check_device(name):
+    try:
+        torch.zeros(1, dtype=torch.float64, device=name).item()
+    except (RuntimeError, AssertionError, TypeError, ImportError) as error:
+        reason = str(error).splitlines()[0].split('. ')[0]
+        raise UserError(f'--device={name}: no device here that computes in float64 ({reason}): '
+                        'use cpu, or cuda where torch has it') from None
+
+
 def main():
     paths = [argument for argument in sys.argv[1:] if not argument.startswith('-')]
     arguments = [argument for argument in sys.argv[1:] if argument not in paths]
@@ -445,11 +496,7 @@ def main():
     options = SvdOptions(**values)
     if len(paths) != 1:
         raise UserError('which weights? python svd.py RUN_OR_CHECKPOINT, one folder')
-    try:
-        torch.zeros(1, dtype=torch.float64, device=options.device).item()
-    except (RuntimeError, AssertionError, TypeError, ImportError):
-        raise UserError(f'--device={options.device}: no device here that computes in float64: use '
-                        'cpu, or cuda where torch has it') from None
+    check_device(options.device)
     source = Path(paths[0])
     is_run, title = best_checkpoint(source).is_file(), source.resolve().name
     layers = layers_of_run(source) if is_run else layers_of_checkpoint(source)
@@ -464,8 +511,7 @@ def main():
     if options.align:
         print('aligned: mean squared cosine of the principal angles (1: the same subspace) between '
               'what a head writes\nand what other heads write, its layer reads or the next reads')
-    folder.mkdir(parents=True, exist_ok=True)
-    found, noise = analyse_layers(layers, numbers, options)
+    found, noise = analyse_layers(layers, numbers, folder / 'svd.jsonl', options)
     report(folder, title, found, noise, middle, options)
 
 

@@ -222,8 +222,8 @@ def test_groups_of_heads_have_the_rank_of_their_latent():
 
 def test_everything_is_computed_on_the_device(checkpoint):
     """On a device without numbers, anything left on the CPU would be refused."""
-    _, read = svd.layers_of_checkpoint(checkpoint[0])[0]
-    parts = {name: [matrix.to('meta') for matrix in part] for name, part in read().items()}
+    layer = svd.layers_of_checkpoint(checkpoint[0])[0]
+    parts = layer.load('meta')
     thin = {name: svd.thinned(*part) for name, part in parts.items()}
     for x in (*thin.values(), svd.fused(thin['q'], thin['k']), svd.fused(thin['o'], thin['v'])):
         values = torch.linalg.svdvals(x.double())
@@ -377,7 +377,7 @@ def rows_of(out):
 
 
 def test_shares_of_the_energy(checkpoint, script, capsys):
-    """Both published ones without asking."""
+    """Both published ones without asking; another one from what has been kept."""
     script(svd, checkpoint[0], '--stacked=False')
     out = capsys.readouterr().out
     assert 'effective rank with 1% or 0.1% of the energy left out: mean over heads' in out
@@ -425,17 +425,53 @@ def test_plots_are_drawn(checkpoint, script, monkeypatch):
         assert Path('out/svd-deepseek', name).stat().st_size > 10_000
 
 
-def test_the_seed_draws_the_noise_and_the_layers_are_what_they_were(checkpoint, script):
-    results = []
-    for arguments in ([], ['--seed=2'], ['--layers=0']):
-        script(svd, checkpoint[0], '--align=True', '--stacked=False', *arguments)
-        results.append(read_result('out/svd-deepseek'))
-    first, other, alone = results
-    assert first['layers'] == other['layers'] and first['noise'] != other['noise']
-    assert alone['layers'][0]['kinds'] == first['layers'][0]['kinds']
-    assert alone['layers'][0]['alignment'].keys() == {
+def kept(out):
+    """The layers of which a call says that it has kept them."""
+    return [layer for (layer, _), cells in rows_of(out).items() if cells[-1] == 'kept']
+
+
+def test_a_killed_call_goes_on(checkpoint, script, capsys, monkeypatch):
+    folder, lines = checkpoint[0], Path('out/svd-deepseek/svd.jsonl')
+    script(svd, folder, '--align=True', '--out_dir=whole')
+    assert kept(capsys.readouterr().out) == []
+    spectra, calls = svd.spectra, []
+
+    def killed_in_layer_1(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return spectra(*args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(svd, 'spectra', killed_in_layer_1)
+        script(svd, folder, '--align=True')
+    assert len(lines.read_text().splitlines()) == 2  # layer 0, and the noise
+    with open(lines, 'a') as file:
+        file.write('{"state": {"stacked": true, "al')  # a kill in the middle of a line
+    capsys.readouterr()
+    script(svd, folder, '--align=True')
+    assert kept(capsys.readouterr().out) == ['layer 0']
+    for name in ('svd.json', 'svd.jsonl'):
+        assert Path('whole', name).read_bytes() == Path('out/svd-deepseek', name).read_bytes()
+    script(svd, folder, '--align=True', '--discarded=0.2')  # nothing is left to do
+    assert kept(capsys.readouterr().out) == ['layer 0', 'layer 1']
+
+
+def test_results_of_other_options_and_files_are_kept_apart(checkpoint, script, capsys):
+    folder, result = checkpoint[0], Path('out/svd-deepseek/svd.json')
+    script(svd, folder, '--align=True', '--stacked=False')
+    aligned = result.read_bytes()
+    script(svd, folder, '--align=True', '--stacked=False', '--seed=2')
+    assert kept(capsys.readouterr().out) == [] and result.read_bytes() != aligned
+    script(svd, folder, '--align=True', '--stacked=False')
+    assert kept(capsys.readouterr().out) == ['layer 0', 'layer 1']
+    assert result.read_bytes() == aligned
+    os.utime(folder / 'model-1.safetensors', (0, 0))
+    script(svd, folder, '--align=True', '--stacked=False')  # layer 0 was compared with layer 1
+    assert kept(capsys.readouterr().out) == []
+    script(svd, folder, '--align=True', '--stacked=False', '--layers=0')
+    assert read_result('out/svd-deepseek')['layers'][0]['alignment'].keys() == {
         'between heads', 'own queries', 'own keys'}
-    assert 'next keys' in first['layers'][0]['alignment']
 
 
 # --------------------------------------------------------------------------------------------------
@@ -451,8 +487,8 @@ def test_the_seed_draws_the_noise_and_the_layers_are_what_they_were(checkpoint, 
     (['deepseek', '--out_dir=deepseek/config.json'], 'deepseek/config.json'),
     (['deepseek', '--out_dir=deepseek/config.json/below'], 'deepseek/config.json'),
     (['deepseek', '-align=True'], '-align=True: options are written --key=value'),
-    (['deepseek', '--layers=(0,x)'], 'layers='),
-    (['deepseek', '--discarded=1.0'], 'discarded=1.0'),
+    (['deepseek', '--layers=(0,x)'], '--layers='),
+    (['deepseek', '--discarded=1.0'], '--discarded=1.0'),
     (['deepseek', '--device=meta'], '--device=meta: no device here'),
     (['deepseek', '--device=gpu'], '--device=gpu: no device here that computes in float64'),
     (['deepseek', '--device=hpu'], '--device=hpu: no device here'),
