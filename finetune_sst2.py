@@ -34,14 +34,14 @@ import config
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
-from run import (Device, DeviceOptions, Seed, build, load_checkpoint, load_run, load_tokenizer,
-                 load_weights, mean_and_interval, model_options_of, open_wandb, save_checkpoint,
-                 save_text)
+from run import (Device, DeviceOptions, Seed, build, date_of, load_checkpoint, load_run,
+                 load_tokenizer, load_weights, mean_and_interval, model_options_of, open_wandb,
+                 save_checkpoint, save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
 EVAL_BATCH = 64
-PENALTIES = 10.0, 1.0, 0.1  # on half the squared weights of a bag of words, over all its phrases
+PENALTIES = 10.0, 1.0, 0.1  # L2 penalties that are tried for the bag of words
 
 
 @dataclass
@@ -61,7 +61,7 @@ class FinetuneOptions(DeviceOptions):
     weight_decay: NotNegative = 0.0  # on matrices and embeddings
     log_interval: Count = 100  # steps between lines
     wandb: bool = False  # log to Weights & Biases too, project encoder-pretrain-sst2
-    predict: str | None = None  # classify this sentence with the fine-tuned run, and end
+    predict: str | None = None  # classify this sentence with the fine-tuned run, then exit
 
     def __post_init__(self):
         if self.out_dir is None:
@@ -298,6 +298,18 @@ def finetune(options, seed, run, data, device, record):
 # results
 
 
+def set_aside(options):
+    """Renames earlier results of the same kind, with their date."""
+    endings = '.json', '_predictions.tsv', '_metrics.jsonl', '.pt'
+    files = [options.file(ending) for ending in endings if options.file(ending).exists()]
+    if files:
+        folder = Path(options.out_dir)
+        date = date_of(files[0], lambda date: any(folder.glob(f'sst2-{date}[._]*')))
+        for file in files:
+            file.rename(file.with_name(file.name.replace('sst2', f'sst2-{date}', 1)))
+        print(f'{files[0]} is of an earlier run: renamed to sst2-{date}..., and what belongs to it')
+
+
 def save_results(options, results, lines, run, test, baseline):
     """Writes the results of the seeds that are done; predictions and weights are those of the seed
     that is best on the held-out tenth. Returns what sst2.json holds. results: what `finetune`
@@ -373,6 +385,8 @@ def main():
         if wandb_run:
             wandb_run.log(dict(test_accuracy=results[-1]['test_accuracy']))
             wandb_run.finish()
+        if len(results) == 1:
+            set_aside(options)
         summary = save_results(options, results, lines, run, texts['test'], baseline)
     interval = f' +- {summary["ci95"]:.2%}' if options.seeds > 1 else ''
     print(f'\ntest accuracy {summary["mean"]:.2%}{interval} (seeds: {options.seeds}), validation '

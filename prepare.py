@@ -59,8 +59,8 @@ GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/
 BPE_TRAINING_CHARACTERS = 2 ** 29  # a BPE is trained on the first documents, of this total length
 LARGEST_BPE = 2 ** 20  # ids; the library that trains a BPE reserves memory for all of them at once
 
-# {character: byte}: vocabularies spell a printable byte as its own character, and the n-th of the
-# others as character 256 + n
+# {character: byte}, the inverse of GPT-2's bytes_to_unicode: a printable byte is its own character,
+# the n-th of the others is character 256 + n
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 BYTES = {character: ord(character) for character in ALPHABET if ord(character) < 256}
 BYTES |= zip(ALPHABET[len(BYTES):], sorted({*range(256)} - {*BYTES.values()}))

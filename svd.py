@@ -52,7 +52,7 @@ class SvdOptions:
     layers: tuple[CountOrZero, ...] | None = None  # only these, such as 0,30,60; None = all
     heads_of: CountOrZero | None = None  # the layer in heads.png; None = the middle one
     stacked: bool = True  # also stack the heads: minutes per layer at DeepSeek-V3's width
-    align: bool = False  # also angles between what heads write, and between that and what is read
+    align: bool = False  # also the overlap of the subspaces that heads write to and read from
     discarded: tuple[Share, ...] = PUBLISHED  # shares of the energy to leave out
     plot_heads: bool = False  # also spectra-0.png and so on: per layer a curve for each head
     device: str = 'cpu'  # torch device for the linear algebra, which is in float64
@@ -311,8 +311,8 @@ def alignment(parts, next_parts):
 
 
 class Analysis:
-    """Analyses layers, and keeps what it finds in svd.jsonl: a line per layer, with a state that is
-    all that the results depend on. Lines of other states stay there, for they may have taken hours.
+    """Analyses layers and caches the results in svd.jsonl: a line per layer, whose `state` holds
+    everything that they depend on. Lines with another state are kept: they may have taken hours.
     """
 
     def __init__(self, path, options):
