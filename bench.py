@@ -246,8 +246,8 @@ def layer_options(head_dim, width):
         'MHA, gate': dict(gate=True), 'MLA, gate': mla | dict(gate=True),
         'MHA, sink': dict(sink=True), 'MLA, sink': mla | dict(sink=True), 'V4, window': v4,
         'V4, CSA': v4 | dict(layer_kinds='csa'), 'V4, HCA': v4 | dict(layer_kinds='hca')}
-    return {kind: dict(n_embd=width, n_head=n_head, rope_dims=head_dim // 2) | options
-            for kind, options in kinds.items()}
+    shared = dict(n_embd=width, n_head=n_head, head_dim=head_dim, rope_dims=head_dim // 2)
+    return {kind: shared | options for kind, options in kinds.items()}
 
 
 class Layer:

@@ -11,9 +11,9 @@ by side (--jobs) slow each other down: compare their losses at equal tokens, not
 --finetune also tests each run on SST-2: it takes options of finetune_sst2.py, in quotes.
 
 compare: runs that differ only in their seed form a group. The table shows the mean over the seeds
-and half its 95% interval, or the values if there are fewer than three. For two groups with three
-seeds in common there is also the difference between runs with the same seed. compare.csv has all
-figures, compare.png the curves.
+and half its 95% interval, or the values if there are fewer than three; the losses at equal tokens
+are those at the end of the shortest run. For two groups with three seeds in common there is also
+the difference between runs with the same seed. Writes compare.csv, and compare.png with the curves.
 
 frontier: loss against the size of the cache and the speed, for causal configs. It takes what sweep
 takes. The first seed chooses between several learning rates, separately for each config; the other
@@ -160,7 +160,7 @@ def train_runs(runs, options, tolerant=False):
     """Trains, and fine-tunes if asked, what is left of SweepRuns, `jobs` at a time. Returns the
     folders of those that failed, for which it raises UserError unless it is tolerant."""
     waiting, failed = iter(enumerate(runs, 1)), set()
-    caught = train.catch_signals()
+    caught = train.catch_signals()  # a KeyboardInterrupt could lose a process while it starts
     jobs = {job: next(job, None) for job in [work(waiting, len(runs), options, environment, failed)
                                              for environment in environments(options.jobs)]}
     while any(jobs.values()) and not caught:
@@ -169,9 +169,9 @@ def train_runs(runs, options, tolerant=False):
                 jobs[job] = next(job, None)
         time.sleep(0.02)
     running = [process for process in jobs.values() if process]
-    for process in running:
+    for process in running:  # after a signal
         process.terminate()
-    for process in running:  # it finishes a step and saves
+    for process in running:
         process.wait()
     for kind in (signal.SIGINT, signal.SIGTERM):
         signal.signal(kind, signal.default_int_handler)
@@ -327,7 +327,7 @@ def compare_groups(groups):
     return table
 
 
-def publish(name, table, groups, figure, options):
+def publish(name, table, figure, options):
     """Writes a csv and a picture. Prints the table, with a row per measure and a column per group,
     and differences in loss, seed by seed, between groups with enough seeds in common."""
     folder = Path(options.results)
@@ -337,12 +337,11 @@ def publish(name, table, groups, figure, options):
     if options.json:
         return print(json.dumps(table, indent=2))
     print(f'mean +- half the 95% interval, or the values of fewer than {FEWEST} runs\n')
-    frame = pd.DataFrame(table).set_index('name').drop(columns='seeds')
-    cells = frame.map(shown).T
+    cells = pd.DataFrame(table).set_index('name').drop(columns='seeds').map(shown).T
     print_table(cells[(cells != '').any(axis=1)])
     print()
-    losses = pd.DataFrame({name: {run.seed: run.loss for run in group}
-                           for name, group in groups.items()})
+    losses = pd.DataFrame({line['name']: dict(zip(line['seeds'], line['val_loss']['values']))
+                           for line in table})
     for a, b in itertools.combinations(losses, 2):
         differences = (losses[b] - losses[a]).dropna()
         if len(differences) >= FEWEST:
@@ -377,7 +376,7 @@ def compare(arguments):
     if others:
         raise UserError(f'{others[0]}: compare has no such option')
     groups = group_runs(read_runs(dict.fromkeys(folders)))
-    publish('compare', compare_groups(groups), groups, plot_groups(groups), options)
+    publish('compare', compare_groups(groups), plot_groups(groups), options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,8 +406,7 @@ def frontier(arguments):
     fixed = {name: values[0] for name, values in grid.items()
              if name not in ('learning_rate', 'seed')}
     if any(len(grid[name]) > 1 for name in fixed):
-        raise UserError('frontier takes several values only of learning_rate and seed; sweep takes '
-                        'them of all options')
+        raise UserError('frontier takes several values only of learning_rate and seed')
     if not all(full_options(path, fixed).get('causal', True) for path in paths):
         raise UserError('frontier is for causal configs: an encoder has no cache')
     chosen = tuned_runs(options, paths, grid)
@@ -417,10 +415,10 @@ def frontier(arguments):
     groups = {Path(path).stem: [TrainedRun(run.folder) for run in runs]
               for path, runs in chosen.items()}
     timing = bench.BenchOptions(context=10 ** 9)  # all of block_size
+    speeds = bench.measure_configs(paths, flags(fixed), timing)
     table = [line | dict(learning_rate=groups[line['name']][0].options['learning_rate']) | speed
-             for line, speed in zip(compare_groups(groups),
-                                    bench.measure_configs(paths, flags(fixed), timing))]
-    publish('frontier', table, groups, plot_frontier(table), options)
+             for line, speed in zip(compare_groups(groups), speeds)]
+    publish('frontier', table, plot_frontier(table), options)
 
 
 def plot_frontier(table):
@@ -429,11 +427,12 @@ def plot_frontier(table):
     xlabels = dict(cache_bytes_per_token='cache, bytes per token',
                    train_tokens_per_s='training, tokens/s')
     for axes, (key, xlabel) in zip(panels, xlabels.items()):
-        points = [(line['name'], (line[key], line['val_loss']['mean']), f'C{i % 10}')
-                  for i, line in enumerate(table)]
-        for line, (_, at, color) in zip(table, points):
+        points = []
+        for i, line in enumerate(table):
+            at, color = (line[key], line['val_loss']['mean']), f'C{i % 10}'
             axes.errorbar(*at, yerr=line['val_loss']['interval'], color=color, marker='o',
                           capsize=2, alpha=0.8)
+            points.append((line['name'], at, color))
         axes.margins(x=0.2, y=0.1)
         axes.set(xlabel=xlabel, ylabel='validation loss (nats), 95% interval')
         if key.startswith('cache'):
