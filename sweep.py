@@ -243,9 +243,9 @@ class TrainedRun:
         self.curve = metrics.dropna(subset='val_loss')
         end, max_seconds = self.curve.iloc[-1:], options['max_seconds'] or math.inf
         self.is_finished = any((end.step >= options['max_iters']) | (end.seconds >= max_seconds))
-        path, sst2, self.folder = folder.resolve(), folder / 'sst2.json', folder
-        grid = path.parent.name.startswith('sweep-')  # and the config's name
-        self.name = path.parent.name.removeprefix('sweep-') if grid else path.name
+        self.folder, sst2, path = folder, folder / 'sst2.json', folder.resolve()
+        in_grid = path.parent.name.startswith('sweep-')  # and the config's name
+        self.name = path.parent.name.removeprefix('sweep-') if in_grid else path.name
         self.seed, self.parameters = options['seed'], stats['parameters']
         self.loss = float(end.val_loss.max())
         self.measured = end[SCORES].max().to_dict() | dict(
@@ -342,11 +342,9 @@ def publish(name, table, figure, options):
     print()
     losses = pd.DataFrame({line['name']: dict(zip(line['seeds'], line['val_loss']['values']))
                            for line in table})
-    for a, b in itertools.combinations(losses, 2):
+    for a, b in itertools.permutations(losses, 2):
         differences = (losses[b] - losses[a]).dropna()
-        if len(differences) >= FEWEST:
-            if differences.sum() < 0:  # the groups are ordered by all of their seeds
-                a, b, differences = b, a, -differences
+        if len(differences) >= FEWEST and differences.sum() > 0:
             print(f"{a}'s loss is {shown(summarize(differences))} lower than {b}'s "
                   f'({len(differences)} seeds)')
     print(f'\n{folder}: {name}.csv, {name}.png')
