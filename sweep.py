@@ -10,10 +10,10 @@ folder is out/sweep-CONFIG/OPTIONS. Finished runs are skipped, and interrupted o
 by side (--jobs) slow each other down: compare their losses at equal tokens, not at equal seconds.
 --finetune also tests each run on SST-2: it takes options of finetune_sst2.py, in quotes.
 
-compare: runs that differ only in their seed form a group. The tables show the mean over the seeds
-and half its 95% interval, or the values if there are fewer than three. For two groups with three
-seeds in common there is also the difference between runs with the same seed. compare.csv has all
-figures, compare.png the curves.
+compare: runs that differ only in their seed form a group. The table shows the mean over the seeds
+and half its 95% interval, or the values if there are fewer than three; the losses at equal tokens
+are those at the end of the shortest run. For two groups with three seeds in common there is also
+the difference between runs with the same seed. Writes compare.csv, and compare.png with the curves.
 
 frontier: loss against the size of the cache and the speed, for causal configs. It takes what sweep
 takes. The first seed chooses between several learning rates, separately for each config; the other
@@ -21,26 +21,19 @@ seeds use its choice. When all runs are trained, the configs are timed in turns,
 Writes frontier.csv and frontier.png.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
-import difflib
-import hashlib
 import itertools
 import json
 import math
 import os
-import queue
 import re
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
-import threading
 import time
-from dataclasses import dataclass, fields
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,10 +44,11 @@ import torch
 import bench
 import config
 import train
+from bench import print_table, split_arguments, subplots, text
 from config import UserError
-from finetune_sst2 import FinetuneOptions, read_sst2
+from finetune_sst2 import FinetuneOptions
 from model import Count, make_config
-from run import build, mean_and_interval, pyplot, save_figure, save_text
+from run import build, check_format, mean_and_interval, save_figure, save_text
 
 # options that do not change the result of a run
 INCIDENTAL = ('out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'export',
@@ -64,23 +58,12 @@ FEWEST = 3  # values that make an interval: that of two is 13 times their standa
 
 @dataclass
 class SweepOptions:
-    """Options of sweep and frontier, which also take those of train.py"""
+    """Options; sweep and frontier also take those of train.py"""
 
     jobs: Count = 1  # runs at a time; they share the CPU cores, and each takes one of several GPUs
     finetune: str | None = None  # fine-tune each run, with these options of finetune_sst2.py
-
-
-@dataclass
-class TableOptions:
-    """Options of compare and frontier"""
-
-    results: str = 'out/bench'  # folder for the csv file and the picture
-    json: bool = False  # print a list of dicts instead of the tables
-
-
-@dataclass
-class FrontierOptions(SweepOptions, TableOptions):
-    pass
+    results: str = 'out/bench'  # compare, frontier: folder for the csv file and the picture
+    json: bool = False  # compare, frontier: print a list of dicts instead of the table
 
 
 # --------------------------------------------------------------------------------------------------
@@ -93,25 +76,19 @@ class SweepRun(NamedTuple):
     folder: Path
 
 
-def read_grid(command, arguments, cls):
-    """(an object of cls, paths of configs, {option: its values}) of a command line."""
-    own = [argument for argument in arguments
-           if argument.partition('=')[0] in [f'--{option.name}' for option in fields(cls)]]
-    paths = [argument for argument in arguments if not argument.startswith('--')]
+def read_grid(command, arguments):
+    """(SweepOptions, paths of configs, {option: its values}) of a command line."""
+    options, paths, others = split_arguments(arguments, SweepOptions)
     if not paths:
         raise UserError(f'which config? python sweep.py {command} CONFIG --key=a,b,c')
     if len({Path(path).stem for path in paths}) < len(paths):
         raise UserError(f'{" ".join(paths)}: two configs with the same name would share folders')
-    grid = {}
-    for argument in arguments:
-        name, _, text = argument.removeprefix('--').partition('=')
-        if name in ('out_dir', 'init_from', 'dry_run', 'eval_only', 'export'):
-            raise UserError(f'{name} is not for {command}, which trains each run in a folder of '
-                            'its own: leave it out')
-        if argument not in own + paths:  # commas inside brackets belong to a value
-            grid[name] = list(dict.fromkeys(re.split(r',(?![^([]*[)\]])', text)))
-    values, _ = config.load(own, cls, takes_config=False)
-    return cls(**values), paths, grid
+    # commas inside brackets belong to a value
+    grid = {name: list(dict.fromkeys(re.split(r',(?![^([]*[)\]])', text)))
+            for name, _, text in (argument[2:].partition('=') for argument in others)}
+    for name in {'out_dir', 'init_from'} & {*grid}:
+        raise UserError(f'{name}: {command} chooses it for each run: leave it out')
+    return options, paths, grid
 
 
 def flags(options):
@@ -123,67 +100,46 @@ def folder_of(path, options):
     order, so that any command that asks for the same run finds it."""
     name = ','.join(f'{key}={value}' for key, value in sorted(options.items())
                     if key not in INCIDENTAL).replace('/', '%2F')
-    if len(name.encode()) > 200:  # file systems allow 255 bytes
-        name = f'{name[:60]},{hashlib.sha256(name.encode()).hexdigest()[:8]}'
     return Path('out') / f'sweep-{Path(path).stem}' / (name or 'run')
 
 
 def full_options(path, options):
-    """All options of a run, as its config.json will hold them. Raises UserError on options that
-    train.py would refuse."""
+    """All options of a run, as its config.json will hold them."""
     recipe, model_options, _ = train.read_options([path, *flags(options)])
     model_config = build(recipe.arch, model_options, make_config)
     return json.loads(json.dumps(dataclasses.asdict(recipe) | model_config.options()))
 
 
-def plan_runs(options, paths, grid):
+def plan_runs(paths, grid):
     """The SweepRuns of a grid. All are checked before the first one starts."""
-    runs = {}
+    runs = []
     for path, values in itertools.product(paths, itertools.product(*grid.values())):
         chosen = dict(zip(grid, values))
         folder = folder_of(path, chosen)
-        try:
-            asked = full_options(path, chosen)
-        except UserError as error:
-            raise UserError(f'{folder}: {error}') from None
-        if (folder / 'config.json').exists():
-            saved = config.read_json(folder / 'config.json', 'remove that folder')
-            for name, value in asked.items():
-                if name not in INCIDENTAL and saved.get(name, value) != value:
-                    raise UserError(f'{folder}: holds a run with {name}={saved[name]}, and the '
-                                    f'config now says {value}: rename that folder or the config')
-        runs[folder] = SweepRun(path, chosen, folder)
-    if options.finetune is not None:
-        read_sst2(finetune_options(options.finetune, folder))
-    return list(runs.values())
-
-
-def finetune_options(text, folder):
-    """The FinetuneOptions of a run. text: the value of --finetune."""
-    try:
-        values, _ = config.load(shlex.split(text), FinetuneOptions, takes_config=False)
-        for name in {'out_dir', 'predict'} & set(values):
-            raise UserError(f'{name} is not for sweep: leave it out')
-        return FinetuneOptions(**values | dict(out_dir=str(folder)))
-    except (UserError, ValueError) as error:
-        raise UserError(f'--finetune={text}: {error}') from None
+        asked, file = full_options(path, chosen), folder / 'config.json'
+        saved = config.read_json(file, 'remove that folder') if file.exists() else asked
+        for name, value in asked.items():
+            if name not in INCIDENTAL and saved.get(name) != value:
+                raise UserError(f'{folder}: holds a run with {name}={saved.get(name)}, and the '
+                                f'config now says {value}: rename that folder or the config')
+        runs.append(SweepRun(path, chosen, folder))
+    return runs
 
 
 def remaining(run, finetune):
     """[(what is left to do for a SweepRun, the command that does it)]"""
-    here, stages = Path(__file__).parent, []
+    stages, here = [], f'--out_dir={run.folder}'
     if not (run.folder / 'ckpt.pt').exists() or not TrainedRun(run.folder).is_finished:
-        stages.append(('training', [str(here / 'train.py'), run.path, '--init_from=auto',
-                                    f'--out_dir={run.folder}', *flags(run.options)]))
+        stages.append(('training', ['train.py', run.path, *flags(run.options), '--init_from=auto',
+                                    here]))
     if finetune is not None:
-        asked = finetune_options(finetune, run.folder)
+        arguments = [*shlex.split(finetune), here]
+        values, _ = config.load(arguments, FinetuneOptions, takes_config=False)
+        asked = FinetuneOptions(**values)
         path = asked.file('.json')
-        done = config.read_json(path, 'remove it') if path.exists() else dict(options={}, seeds=[])
-        if len(done['seeds']) < asked.seeds or any(
-                done['options'].get(name) != value for name, value in vars(asked).items()
-                if name not in INCIDENTAL):
-            stages.append(('fine-tuning', [str(here / 'finetune_sst2.py'),
-                                           f'--out_dir={run.folder}', *shlex.split(finetune)]))
+        done = config.read_json(path, 'remove it') if path.exists() else {}
+        if done.get('options') != vars(asked) or len(done['seeds']) < asked.seeds:
+            stages.append(('fine-tuning', ['finetune_sst2.py', *arguments]))
     return stages
 
 
@@ -195,207 +151,131 @@ def environments(jobs):
     # unbuffered: else errors would stand in the log before what was printed earlier
     shared = dict(OMP_NUM_THREADS=str(max(1, os.cpu_count() // jobs)), PYTHONUNBUFFERED='1')
     visible = os.environ.get('CUDA_VISIBLE_DEVICES')
-    gpus = visible.split(',') if visible else list(map(str, range(torch.cuda.device_count())))
-    if len(gpus) < 2:
-        return [shared] * jobs
-    return [shared | dict(CUDA_VISIBLE_DEVICES=gpus[i % len(gpus)]) for i in range(jobs)]
+    gpus = visible.split(',') if visible else map(str, range(torch.cuda.device_count()))
+    gpu = itertools.cycle([dict(CUDA_VISIBLE_DEVICES=name) for name in gpus] or [{}])
+    return [shared | next(gpu) for _ in range(jobs)]
 
 
-class Sweep:
-    """Carries out what is left of SweepRuns, several at a time, in processes of their own."""
-
-    def __init__(self, runs, options):
-        self.runs, self.options, self.lock = runs, options, threading.Lock()
-        self.processes, self.stopped, self.free = set(), False, queue.SimpleQueue()
-        for environment in environments(options.jobs):
-            self.free.put(environment)
-
-    def run_all(self):
-        """Returns {folder: why its run failed}."""
-        with concurrent.futures.ThreadPoolExecutor(self.options.jobs) as pool:
-            results = {run.folder: pool.submit(self.perform, number, run)
-                       for number, run in enumerate(self.runs, 1)}
-            try:
-                concurrent.futures.wait(results.values())
-            except KeyboardInterrupt:  # no run starts any more; the others finish a step and save
-                with self.lock:
-                    self.stopped = True
-                    for process in self.processes:
-                        process.terminate()
-                raise
-        return {folder: result.result() for folder, result in results.items() if result.result()}
-
-    def perform(self, number, run):
-        """Carries out what is left of a run. Returns why it failed, or ''."""
-        if self.stopped:
-            return ''
-        environment, start = self.free.get(), time.perf_counter()
-        try:
-            stages = remaining(run, self.options.finetune)
-            for stage, command in stages:
-                where = ', log in its sweep.log' if self.options.jobs > 1 else ''
-                self.log(number, run, f'{stage}{where}')
-                self.execute(run.folder, command, environment)
-            if remaining(run, self.options.finetune):
-                raise UserError('it ended before it was done')
-        except (OSError, UserError) as error:
-            self.log(number, run, 'is stopped' if self.stopped else f'failed: {error}')
-            return str(error)
-        finally:
-            self.free.put(environment)
-        duration = timedelta(seconds=round(time.perf_counter() - start))
-        self.log(number, run, f'finished after {duration}' if stages else 'is done')
-        return ''
-
-    def execute(self, folder, command, environment):
-        """Runs a script to its end. Raises UserError if it fails."""
-        log = None  # it prints where this process prints
-        if self.options.jobs > 1:
-            folder.mkdir(parents=True, exist_ok=True)
-            log = open(folder / 'sweep.log', 'a+')
-        with log or contextlib.nullcontext():
-            with self.lock:
-                if self.stopped:
-                    raise UserError('stopped')
-                process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log,
-                                           env=os.environ | environment)
-                self.processes.add(process)
-            status = process.wait()
-            self.processes.remove(process)
-            if status < 0:
-                raise UserError(f'killed by signal {-status}')
-            if status and log:  # the last line says why
-                log.seek(0)
-                raise UserError(log.read().rstrip().rpartition('\n')[2])
-        if status:
-            raise UserError(f'status {status}, see above')
-
-    def log(self, number, run, text):
-        print(f'{number} of {len(self.runs)}: {run.folder} {text}', flush=True)
-
-
-def train_runs(runs, options):
-    """Trains, and fine-tunes if asked, what is left of SweepRuns. Returns the folders of those that
-    failed; the reasons are on stderr."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # does what Ctrl-C does
-    failures = Sweep(runs, options).run_all()
-    for folder, reason in failures.items():
-        print(f'{folder} failed: {reason}', file=sys.stderr)
-    return set(failures)
-
-
-def stop_at_failures(failures, runs):
-    if failures:
-        raise UserError(f'{len(failures)} of {len(runs)} runs failed; the same command goes on '
+def train_runs(runs, options, tolerant=False):
+    """Trains, and fine-tunes if asked, what is left of SweepRuns, `jobs` at a time. Returns the
+    folders of those that failed, for which it raises UserError unless it is tolerant."""
+    waiting, failed = iter(enumerate(runs, 1)), set()
+    caught = train.catch_signals()  # a KeyboardInterrupt could lose a process while it starts
+    jobs = {job: next(job, None) for job in [work(waiting, len(runs), options, environment, failed)
+                                             for environment in environments(options.jobs)]}
+    while any(jobs.values()) and not caught:
+        for job, process in jobs.items():
+            if process and process.poll() is not None:
+                jobs[job] = next(job, None)
+        time.sleep(0.02)
+    running = [process for process in jobs.values() if process]
+    for process in running:  # after a signal
+        process.terminate()
+    for process in running:
+        process.wait()
+    for kind in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(kind, signal.default_int_handler)
+    if caught:
+        raise KeyboardInterrupt
+    if failed and not tolerant:
+        raise UserError(f'{len(failed)} of {len(runs)} runs failed; the same command goes on '
                         'from here')
+    return failed
+
+
+def work(waiting, n_runs, options, environment, failed):
+    """Takes one SweepRun after another from the iterator `waiting`. Yields each process that it
+    starts, and goes on when that has ended."""
+    for number, run in waiting:
+        title, before = f'{number} of {n_runs}: {run.folder}', None
+        log = run.folder / 'sweep.log' if options.jobs > 1 else None
+        try:
+            while stages := remaining(run, options.finetune):
+                if stages == before:
+                    raise UserError('it ended before it was done')
+                (stage, command), before = stages[0], stages
+                print(f'{title} {stage}')
+                yield (process := start(command, environment, log))
+                if process.returncode:  # the last line says why
+                    reason = log.read_text().rstrip().rpartition('\n')[2] if log else 'see above'
+                    raise UserError(f'status {process.returncode}, {reason}')
+            print(f'{title} is done')
+        except (UserError, OSError, ValueError) as error:  # a ValueError is of shlex
+            print(f'{title} failed: {error}', file=sys.stderr)
+            failed.add(run.folder)
+
+
+def start(command, environment, log):
+    """A script in a process of its own, which prints into the file `log`, or here if it is None."""
+    script, *arguments = command
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, 'a') if log else contextlib.nullcontext() as file:
+        return subprocess.Popen([sys.executable, Path(__file__).with_name(script), *arguments],
+                                stdout=file, stderr=file, env=os.environ | environment)
 
 
 def sweep(arguments):
     """Trains one run per config and combination of values."""
-    options, paths, grid = read_grid('sweep', arguments, SweepOptions)
-    runs = plan_runs(options, paths, grid)
-    failures = train_runs(runs, options)
-    done = [str(run.folder) for run in runs if run.folder not in failures]
-    if len(done) > 1:
-        print('\n' + shlex.join(['python', 'sweep.py', 'compare', *done]))
-    stop_at_failures(failures, runs)
+    options, paths, grid = read_grid('sweep', arguments)
+    runs = plan_runs(paths, grid)
+    train_runs(runs, options)
+    print('\n' + shlex.join(['python', 'sweep.py', 'compare', *(str(run.folder) for run in runs)]))
 
 
 # --------------------------------------------------------------------------------------------------
 # compare: groups of runs
 
 
-# {measure: (title of its column, format)}, of the two tables
-SCORES = dict(
-    train_eval_loss=('training loss', '.4f'), val_loss=('validation loss', '.4f'),
-    val_masked_accuracy=('masked accuracy', '.4f'), val_bits_per_byte=('bits per byte', '.4f'),
-    sst2_accuracy=('SST-2', '.2%'))
-SPENT = dict(
-    val_loss_at_equal_tokens=('at equal tokens', '.4f'),
-    val_loss_at_equal_seconds=('at equal seconds', '.4f'),
-    tokens_to_common_loss=('tokens', ',.0f'), seconds_to_common_loss=('seconds', ',.0f'),
-    tokens_per_second=('tokens/s', ',.0f'), memory_gb=('memory, GB', '.2f'))
-# what is read of metrics.jsonl
-NUMBERS = ('step', 'tokens', 'seconds', 'val_loss', 'train_eval_loss', 'val_masked_accuracy',
-           'val_bits_per_byte', 'tokens_per_second', 'memory_gb', 'train_embedding_loss')
+# of metrics.jsonl: what is compared, and what else is read
+SCORES = ['train_eval_loss', 'val_loss', 'val_masked_accuracy', 'val_bits_per_byte']
+NUMBERS = ['step', 'tokens', 'seconds', 'tokens_per_second', 'memory_gb', *SCORES]
 
 
 class TrainedRun:
     """What compare reads of the folder of a run. Raises UserError or OSError if it cannot."""
 
     def __init__(self, folder):
-        options = config.read_json(folder / 'config.json', 'restore it')
         stats = config.read_json(folder / 'run.json', 'restore it')
-        lines = pd.DataFrame(config.read_json_lines(folder / 'metrics.jsonl'))
-        self.metrics = lines.reindex(columns=NUMBERS).apply(pd.to_numeric, errors='coerce')
-        self.evaluations = self.metrics.dropna(subset='val_loss')
-        if not len(lines) or np.isinf(self.metrics).any(axis=None) or (
-                self.metrics[['step', 'tokens', 'seconds']].isna().any(axis=None)):
-            raise UserError(f'{folder}: metrics.jsonl is empty or damaged')
-        if not len(self.evaluations):
-            raise UserError(f'{folder}: metrics.jsonl has no validation loss')
-        path, sst2, self.folder = folder.resolve(), folder / 'sst2.json', folder
-        grid = path.parent.name.startswith('sweep-')  # and the config's name
-        self.name = path.parent.name.removeprefix('sweep-') if grid else path.name
-        try:
-            # the mean if it was fine-tuned with several seeds
-            self.sst2 = config.read_json(sst2, 'remove it')['mean'] if sst2.exists() else None
-            self.seed, self.parameters = options['seed'], stats['parameters']
-            # losses compare only between runs for which this is the same
-            self.scored_on = stats['data_sha256'], stats['tokenizer'], options.get('causal', True)
-            self.is_finished = (
-                self.evaluations.step.iloc[-1] >= options['max_iters']
-                or self.evaluations.seconds.iloc[-1] >= (options['max_seconds'] or math.inf))
-            # other initial weights are no other seed
-            self.options = {name: value for name, value in options.items()
-                            if name not in (*INCIDENTAL, 'seed')}
-            self.options['init_from'] = stats['started_from']
-        except KeyError as error:
-            raise UserError(f'{folder}: its files lack {error}, which train.py writes') from None
-
-    @property
-    def loss(self):
-        return float(self.evaluations.val_loss.iloc[-1])
-
-    def spent_until(self, loss, key):
-        """Tokens or seconds until this validation loss was first reached, on the straight line
-        between two evaluations."""
-        first = int(np.argmax(self.evaluations.val_loss <= loss))
-        line = self.evaluations.iloc[[max(first - 1, 0), first]]
-        return np.interp(-loss, -line.val_loss, line[key])  # np.interp wants rising numbers
-
-    def measure(self, tokens, seconds, loss):
-        """{measure: value, nan or None}. tokens, seconds, loss: what all runs reached."""
-        losses = self.evaluations
-        return losses.iloc[-1].reindex(SCORES).to_dict() | dict(
-            sst2_accuracy=self.sst2,
-            val_loss_at_equal_tokens=np.interp(tokens, losses.tokens, losses.val_loss),
-            val_loss_at_equal_seconds=np.interp(seconds, losses.seconds, losses.val_loss),
-            tokens_to_common_loss=self.spent_until(loss, 'tokens'),
-            seconds_to_common_loss=self.spent_until(loss, 'seconds'),
-            tokens_per_second=self.metrics.tokens_per_second.median(),
-            memory_gb=self.metrics.memory_gb.max())
+        check_format(stats, folder / 'run.json')
+        options = config.read_json(folder / 'config.json', 'restore it')
+        metrics = pd.DataFrame(config.read_json_lines(folder / 'metrics.jsonl'), columns=NUMBERS)
+        self.curve = metrics.dropna(subset='val_loss')
+        end, max_seconds = self.curve.iloc[-1:], options['max_seconds'] or math.inf
+        self.is_finished = any((end.step >= options['max_iters']) | (end.seconds >= max_seconds))
+        self.folder, sst2, path = folder, folder / 'sst2.json', folder.resolve()
+        in_grid = path.parent.name.startswith('sweep-')  # and the config's name
+        self.name = path.parent.name.removeprefix('sweep-') if in_grid else path.name
+        self.seed, self.parameters = options['seed'], stats['parameters']
+        self.loss = float(end.val_loss.max())
+        self.measured = end[SCORES].max().to_dict() | dict(
+            sst2_accuracy=config.read_json(sst2, 'remove it')['mean'] if sst2.exists() else None,
+            tokens_per_second=metrics.tokens_per_second.median(),
+            memory_gb=metrics.memory_gb.max())
+        # losses compare only between runs for which this is the same
+        self.scored_on = stats['data_sha256'], stats['tokenizer'], options.get('causal', True)
+        # other initial weights are no other seed
+        self.options = {name: value for name, value in options.items()
+                        if name not in (*INCIDENTAL, 'seed')} | dict(start=stats['started_from'])
 
 
 def read_runs(folders):
-    """The TrainedRuns that can be compared; what is wrong with others is said on stderr."""
+    """The TrainedRuns that can be compared, by seed; the others are named on stderr."""
     runs = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise UserError(f'{folder}: there is no such folder')
+    for folder in folders:
         try:
-            runs.append(TrainedRun(folder))
+            runs.append(TrainedRun(Path(folder)))
+            if not runs[-1].is_finished:
+                print(f'{folder} is not finished', file=sys.stderr)
         except (UserError, OSError) as error:
             print(f'{folder} is left out: {error}', file=sys.stderr)
+    runs = sorted((run for run in runs if len(run.curve)), key=lambda run: run.seed)
     if len(runs) < 2:
-        raise UserError('fewer than two of these runs can be compared')
+        raise UserError('compares two runs or more: python sweep.py compare RUN RUN ...')
     for run in runs:
         if run.scored_on != runs[0].scored_on:
             raise UserError(f'{run.folder} and {runs[0].folder} differ in their data or tokenizer, '
                             'or are an encoder and a causal model: their losses do not compare')
-        if not run.is_finished:
-            print(f'{run.folder} is not finished: it was last evaluated at step '
-                  f'{run.evaluations.step.iloc[-1]:,}', file=sys.stderr)
     return runs
 
 
@@ -403,21 +283,16 @@ def group_runs(runs):
     """{name: runs that differ only in their seed}, the lowest loss first. A name is that of the
     config, or what the names of the folders begin with, followed by the options in which groups
     with that name differ."""
-    named = {}
-    options = pd.DataFrame([run.options for run in runs], dtype=object).map(str)
-    for numbers in options.groupby(list(options)).indices.values():
-        group = sorted((runs[i] for i in numbers), key=lambda run: run.seed)
-        name = os.path.commonprefix([run.name for run in group])
-        name = name if name == group[0].name else name.rstrip('-_.') or group[0].name
-        named.setdefault(name, []).append((options.iloc[numbers[0]], group))
-    groups = {}
-    for name, alike in named.items():
-        table = pd.DataFrame([row for row, _ in alike])
-        differ = sorted(table.columns[table.nunique() > 1])
-        groups |= {' '.join([name, *(f'{key}={row[key]}' for key in differ)]): group
-                   for row, group in alike}
-    return dict(sorted(groups.items(), key=lambda item: statistics.mean(
-        run.loss for run in item[1])))
+    options, groups = pd.DataFrame([run.options for run in runs], dtype=object).map(str), {}
+    alike = options.groupby(list(options)).ngroup()
+    names = pd.Series([run.name for run in runs]).groupby(alike).transform(
+        lambda names: os.path.commonprefix(list(names)).rstrip('-_.') or names.iloc[0])
+    for name, rows in options.groupby(names):
+        differ = sorted(rows.columns[rows.nunique() > 1])
+        for i, row in rows[differ].iterrows():
+            label = ' '.join([name, *(f'{key}={value}' for key, value in row.items())])
+            groups.setdefault(label, []).append(runs[i])
+    return dict(sorted(groups.items(), key=lambda item: np.mean([run.loss for run in item[1]])))
 
 
 def summarize(values):
@@ -428,119 +303,78 @@ def summarize(values):
                 values=values)
 
 
-def shown(summary, form):
-    """A cell of a table."""
-    if summary['interval'] is None:
-        return ', '.join(format(value, form) for value in summary['values'])
-    return f'{format(summary["mean"], form)} +- {format(summary["interval"], form)}'
+def shown(value):
+    """A number, or what `summarize` returned, as a cell of a table."""
+    if not isinstance(value, dict):
+        return text(value)
+    if value['interval'] is None:
+        return ', '.join(map(text, value['values']))
+    return f'{text(value["mean"])} +- {text(value["interval"])}'
 
 
 def compare_groups(groups):
     """What --json=True prints: a dict per group."""
-    runs, table = [run for group in groups.values() for run in group], []
-    ends = pd.DataFrame([run.evaluations.iloc[-1] for run in runs])
-    common = dict(tokens=float(ends.tokens.min()), seconds=float(ends.seconds.min()),
-                  loss=float(max(run.evaluations.val_loss.min() for run in runs)))
+    tokens = float(min(run.curve.tokens.iloc[-1] for group in groups.values() for run in group))
+    table = []
     for name, group in groups.items():
-        measured = pd.DataFrame([run.measure(**common) for run in group])
+        measured = pd.DataFrame([run.measured for run in group])
+        measured['val_loss_at_equal_tokens'] = [
+            np.interp(tokens, run.curve.tokens, run.curve.val_loss) for run in group]
         table.append(dict(
             name=name, runs=len(group), seeds=[run.seed for run in group],
-            parameters=group[0].parameters, equal_tokens=common['tokens'],
-            equal_seconds=common['seconds'], common_loss=common['loss'],
+            parameters=group[0].parameters, equal_tokens=tokens,
             **{measure: summarize(measured[measure]) for measure in measured}))
     return table
 
 
-def print_table(heading, rows):
-    """Prints a heading, and rows {name: {title: text}} without columns that are empty."""
-    frame = pd.DataFrame.from_dict(rows, orient='index')
-    print(f'\n{heading}\n\n{frame.loc[:, (frame != "").any()].to_string()}')
-
-
-def cells(line, measures):
-    return {title: shown(line[name], form) for name, (title, form) in measures.items()}
-
-
-def show_groups(table):
-    print_table(f'mean +- half the 95% interval, or the values of fewer than {FEWEST} runs; losses '
-                'in nats',
-                {line['name']: dict(runs=str(line['runs']), parameters=f'{line["parameters"]:,}')
-                 | cells(line, SCORES) for line in table})
-    print_table('loss at {equal_tokens:,.0f} tokens and {equal_seconds:,.0f} seconds; tokens and '
-                'seconds to the loss that all runs reached, {common_loss:.4f}'.format(**table[0]),
-                {line['name']: cells(line, SPENT) for line in table})
-
-
-def show_pairs(groups):
-    """Prints differences in loss, seed by seed, between groups with enough seeds in common."""
+def publish(name, table, figure, options):
+    """Writes a csv and a picture. Prints the table, with a row per measure and a column per group,
+    and differences in loss, seed by seed, between groups with enough seeds in common."""
+    folder = Path(options.results)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_text(folder / f'{name}.csv', pd.json_normalize(table, sep='_').to_csv(index=False))
+    save_figure(figure, folder / f'{name}.png')
+    if options.json:
+        return print(json.dumps(table, indent=2))
+    print(f'mean +- half the 95% interval, or the values of fewer than {FEWEST} runs\n')
+    cells = pd.DataFrame(table).set_index('name').drop(columns='seeds').map(shown).T
+    print_table(cells[(cells != '').any(axis=1)])
     print()
-    losses = {name: {run.seed: run.loss for run in group} for name, group in groups.items()}
-    for a, b in itertools.combinations(losses, 2):
-        differences = [losses[b][seed] - losses[a][seed] for seed in losses[a].keys() & losses[b]]
-        if len(differences) >= FEWEST:
-            if sum(differences) < 0:  # the groups are ordered by all of their seeds
-                a, b, differences = b, a, [-difference for difference in differences]
-            print(f"{a}'s loss is {shown(summarize(differences), '.4f')} lower than {b}'s "
+    losses = pd.DataFrame({line['name']: dict(zip(line['seeds'], line['val_loss']['values']))
+                           for line in table})
+    for a, b in itertools.permutations(losses, 2):
+        differences = (losses[b] - losses[a]).dropna()
+        if len(differences) >= FEWEST and differences.sum() > 0:
+            print(f"{a}'s loss is {shown(summarize(differences))} lower than {b}'s "
                   f'({len(differences)} seeds)')
+    print(f'\n{folder}: {name}.csv, {name}.png')
 
 
-def plot_groups(path, groups):
-    """Validation loss over tokens and over seconds, and the embedding loss if there is one: a
-    group's mean, and a band from its lowest to its highest run. The first quarter, where losses are
-    much higher, is left out."""
-    label = 'validation loss (nats)'
-    panels = [('tokens', 'val_loss', label), ('seconds', 'val_loss', label)]
-    if any(run.metrics.train_embedding_loss.any() for runs in groups.values() for run in runs):
-        panels.append(('tokens', 'train_embedding_loss', 'embedding loss in training'))
-    figure, axes_of_panels = pyplot().subplots(1, len(panels), figsize=(6 * len(panels), 5),
-                                               layout='constrained')
-    for axes, (x, y, label) in zip(axes_of_panels, panels):
+def plot_groups(groups):
+    """Validation loss over tokens and over seconds: a group's mean, and a band from its lowest to
+    its highest run. The first quarter, where losses are much higher, is left out."""
+    figure, panels = subplots(1, 2, sharey=True)
+    for axes, x in zip(panels, ('tokens', 'seconds')):
         for i, (name, group) in enumerate(groups.items()):
-            curves = [run.metrics.dropna(subset=y)[[x, y]].to_numpy().T for run in group]
-            curves = [curve for curve in curves if curve.size]
-            if curves:
-                end = min(curve[0, -1] for curve in curves)
-                points = np.unique(np.hstack(curves)[0])
-                points = points[(points >= end / 4) & (points <= end)]
-                losses = np.array([np.interp(points, *curve) for curve in curves])
-                axes.plot(points, losses.mean(axis=0), '.-', color=f'C{i % 10}', label=name)
-                axes.fill_between(points, losses.min(axis=0), losses.max(axis=0), alpha=0.2,
-                                  color=f'C{i % 10}', linewidth=0)
-        axes.set(xlabel=x, ylabel=label)
-        axes.grid(alpha=0.3)
-    figure.legend(*axes_of_panels[0].get_legend_handles_labels(), ncols=3,
-                  loc='outside lower center')
+            curves = pd.concat([run.curve.set_index(x).val_loss for run in group], axis=1)
+            curves = curves.sort_index().interpolate('index', limit_area='inside').dropna()
+            curves = curves[curves.index >= curves.index.max() / 4]
+            axes.plot(curves.mean(axis=1), '.-', color=f'C{i % 10}', label=name)
+            axes.fill_between(curves.index, curves.min(axis=1), curves.max(axis=1), alpha=0.2,
+                              color=f'C{i % 10}', linewidth=0)
+        axes.set(xlabel=x, ylabel='validation loss (nats)')
+    figure.legend(*axes.get_legend_handles_labels(), ncols=3, loc='outside lower center')
     figure.suptitle('mean over seeds; band: from the lowest to the highest', fontsize=10)
-    save_figure(figure, path)
-
-
-def write_table(folder, name, table):
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_text(Path(folder) / name, pd.json_normalize(table, sep='_').to_csv(index=False))
+    return figure
 
 
 def compare(arguments):
-    """Prints tables of groups of runs, and writes them and a plot."""
-    folders = [argument for argument in arguments if not argument.startswith('--')]
-    values, _ = config.load([argument for argument in arguments if argument not in folders],
-                            TableOptions, takes_config=False)
-    options = TableOptions(**values)
-    if len(set(folders)) < max(len(folders), 2):
-        raise UserError('compares two runs or more, each named once: '
-                        'python sweep.py compare RUN RUN ...')
-    runs = read_runs(folders)
-    groups = group_runs(runs)
-    table = compare_groups(groups)
-    write_table(options.results, 'compare.csv', table)
-    plot_groups(Path(options.results) / 'compare.png', groups)
-    if options.json:
-        return print(json.dumps(table, indent=2))
-    show_groups(table)
-    show_pairs(groups)
-    if len({run.options['eval_iters'] * run.options['batch_size'] for run in runs}) > 1:
-        print('these runs were evaluated on different numbers of sequences '
-              '(eval_iters x batch_size)')
-    print(f'\n{options.results}: compare.csv, compare.png')
+    """Compares groups of runs."""
+    options, folders, others = split_arguments(arguments, SweepOptions)
+    if others:
+        raise UserError(f'{others[0]}: compare has no such option')
+    groups = group_runs(read_runs(dict.fromkeys(folders)))
+    publish('compare', compare_groups(groups), plot_groups(groups), options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -549,12 +383,12 @@ def compare(arguments):
 
 def tuned_runs(options, paths, grid):
     """{path: SweepRuns with all seeds, at the learning rate that the first seed prefers}."""
-    runs = plan_runs(options, paths, grid)
+    runs = plan_runs(paths, grid)
     trials = [run for run in runs if run.options.get('seed') == grid.get('seed', [None])[0]]
-    failures, chosen = train_runs(trials, options), {}
+    failed, chosen = train_runs(trials, options, tolerant=True), {}
     for path in paths:
         losses = {run.options.get('learning_rate'): TrainedRun(run.folder).loss
-                  for run in trials if run.path == path and run.folder not in failures}
+                  for run in trials if run.path == path and run.folder not in failed}
         if not losses:
             raise UserError(f'{path}: failed at every learning rate, see above')
         rate = min(losses, key=losses.get)
@@ -566,68 +400,45 @@ def tuned_runs(options, paths, grid):
 def frontier(arguments):
     """Trains configs at the learning rates that suit them, times them, and plots loss against cache
     and speed."""
-    options, paths, grid = read_grid('frontier', arguments, FrontierOptions)
+    options, paths, grid = read_grid('frontier', arguments)
     fixed = {name: values[0] for name, values in grid.items()
              if name not in ('learning_rate', 'seed')}
-    for name in fixed:
-        if len(grid[name]) > 1:
-            raise UserError(f'{name}={",".join(grid[name])}: frontier takes several values only of '
-                            'learning_rate and seed; sweep takes them of all options')
-    asked = [full_options(path, fixed) for path in paths]
-    for path, own in zip(paths, asked):
-        if not own.get('causal', True):
-            raise UserError(f'{path}: an encoder, which has no cache')
+    if any(len(grid[name]) > 1 for name in fixed):
+        raise UserError('frontier takes several values only of learning_rate and seed')
+    if not all(full_options(path, fixed).get('causal', True) for path in paths):
+        raise UserError('frontier is for causal configs: an encoder has no cache')
     chosen = tuned_runs(options, paths, grid)
     runs = [run for runs in chosen.values() for run in runs]
-    stop_at_failures(train_runs(runs, options), runs)
-    timing = bench.read_options(flags(fixed), *bench.KNOWN)
-    timing.context = max(own['block_size'] for own in asked)
-    table, reference = bench.measure_configs(paths, flags(fixed), timing), None
-    for line, runs in zip(table, chosen.values()):
-        group = [TrainedRun(run.folder) for run in runs]
-        losses = {run.seed: run.loss for run in group}
-        reference = reference or losses
-        line |= dict(
-            learning_rate=group[0].options['learning_rate'], seeds=list(losses),
-            val_loss=summarize(losses.values()),
-            difference=summarize([losses[seed] - reference[seed] for seed in losses]))
-    write_table(options.results, 'frontier.csv', table)
-    plot_frontier(Path(options.results) / 'frontier.png', table)
-    if options.json:
-        return print(json.dumps(table, indent=2))
-    print_table(f'mean +- half the 95% interval, or the values of fewer than {FEWEST} runs; seeds '
-                f'{", ".join(map(str, reference))}; losses in nats', {line['config']: {
-                    'learning rate': f'{line["learning_rate"]:g}',
-                    'validation loss': shown(line['val_loss'], '.4f'),
-                    'minus the first': shown(line['difference'], '.4f'),
-                    'cache bytes per token': f'{line["cache_bytes_per_token"]:,.0f}',
-                    'training tokens/s': f'{line["train_tokens_per_s"]:,.0f}',
-                    'decoding ms per token': f'{line["decode_ms_per_token"]:.2f}',
-                    'parameters': f'{line["params"]:,}'} for line in table})
-    print(f'\n{options.results}: frontier.csv, frontier.png')
+    train_runs(runs, options)
+    groups = {Path(path).stem: [TrainedRun(run.folder) for run in runs]
+              for path, runs in chosen.items()}
+    timing = bench.BenchOptions(context=10 ** 9)  # all of block_size
+    speeds = bench.measure_configs(paths, flags(fixed), timing)
+    table = [line | dict(learning_rate=groups[line['name']][0].options['learning_rate']) | speed
+             for line, speed in zip(compare_groups(groups), speeds)]
+    publish('frontier', table, plot_frontier(table), options)
 
 
-def plot_frontier(path, table):
+def plot_frontier(table):
     """Losses with their intervals, over the bytes of the cache and over the speed of training."""
-    figure, panels = pyplot().subplots(1, 2, figsize=(13, 6), layout='constrained', sharey=True)
-    xlabels = dict(cache_bytes_per_token=f'bytes per token of a cache of {table[0]["context"]:,} '
-                                         'tokens', train_tokens_per_s='training, tokens/s')
+    figure, panels = subplots(1, 2, sharey=True)
+    xlabels = dict(cache_bytes_per_token='cache, bytes per token',
+                   train_tokens_per_s='training, tokens/s')
     for axes, (key, xlabel) in zip(panels, xlabels.items()):
+        points = []
         for i, line in enumerate(table):
-            axes.errorbar(line[key], line['val_loss']['mean'], yerr=line['val_loss']['interval'],
-                          color=f'C{i % 10}', marker='o', capsize=2, alpha=0.8)
-        axes.set(xlabel=xlabel)
+            at, color = (line[key], line['val_loss']['mean']), f'C{i % 10}'
+            axes.errorbar(*at, yerr=line['val_loss']['interval'], color=color, marker='o',
+                          capsize=2, alpha=0.8)
+            points.append((line['name'], at, color))
         axes.margins(x=0.2, y=0.1)
-        axes.grid(alpha=0.3)
-    panels[0].set_xscale('log', base=2)
-    for axes in panels:
+        axes.set(xlabel=xlabel, ylabel='validation loss (nats), 95% interval')
+        if key.startswith('cache'):
+            axes.set_xscale('log', base=2)
         axes.xaxis.set_major_formatter('{x:,.0f}')
-    panels[0].set_ylabel('validation loss (nats), 95% interval')
-    figure.draw_without_rendering()  # places the axes
-    for axes, key in zip(panels, xlabels):
-        name_points(axes, [(line['config'], (line[key], line['val_loss']['mean']), f'C{i % 10}')
-                           for i, line in enumerate(table)])
-    save_figure(figure, path)
+        figure.draw_without_rendering()  # places the axes
+        name_points(axes, points)
+    return figure
 
 
 def name_points(axes, points):
@@ -645,13 +456,10 @@ def name_points(axes, points):
 def main():
     commands, arguments = dict(sweep=sweep, compare=compare, frontier=frontier), sys.argv[1:]
     if {'--help', '-h'} & set(arguments):
-        config.load(['--help'], SweepOptions, TableOptions, doc=__doc__)
-    command = arguments[0] if arguments else ''
-    if command not in commands:
-        near = difflib.get_close_matches(command, commands, 1)
-        raise UserError(f'{command}: there is no such command; did you mean {near[0]}?' if near else
-                        'which command? python sweep.py sweep, compare or frontier')
-    commands[command](arguments[1:])
+        config.load(['--help'], SweepOptions, doc=__doc__)
+    if not arguments or arguments[0] not in commands:
+        raise UserError('which command? python sweep.py sweep, compare or frontier')
+    commands[arguments[0]](arguments[1:])
 
 
 if __name__ == '__main__':

@@ -37,37 +37,38 @@ def test_training_and_decoding_are_reported(workspace, script, capsys):
         assert 50e6 < line['peak_memory_bytes'] < 2e9 and line['matmul_peak_flops_per_s'] > 1e9
     assert decoder['cache_bytes_per_token'] == 2 * 64 * 4  # keys and values of one layer
     assert decoder['context'] == 40 and 'context' not in encoder
-    assert 0 < decoder['decode_ms_per_token'] <= decoder['decode_ms_per_token_worst'] < 1000
+    assert 0 < decoder['decode_ms_per_token'] < 1000
     assert decoder['decode_tokens_per_s'] == pytest.approx(1e3 / decoder['decode_ms_per_token'])
-    assert decoder['decode_together'] == 16 and decoder['decode_tokens_per_s_together'] > 0
-    assert 0 < decoder['weights_read_ms'] and 0 < decoder['decode_ms_per_token_uncached']
+    assert decoder['decode_tokens_per_s_together'] > 0
     events = json.loads(Path('trace.json').read_text())['traceEvents']
     assert any(event.get('name') == 'aten::mm' for event in events)
-    bench.show(lines)
-    training, decoding = capsys.readouterr().out.split('decoding: ')
-    assert f'{encoder["params"]:,}' in training and 'mla_o' not in decoding
-    assert f'{decoder["decode_ms_per_token"]:.2f}' in decoding
-    bench.show([encoder])
-    assert 'decoding' not in capsys.readouterr().out
+    bench.print_table(pd.DataFrame(lines).set_index('config').T)
+    out = capsys.readouterr().out
+    assert f'{encoder["params"]:,}' in out and f'{decoder["decode_ms_per_token"]:.4f}' in out
 
 
-def test_attention_layers(workspace, script, capsys, monkeypatch):
+@pytest.fixture
+def few_kinds(monkeypatch):
+    """Only these kinds of attention are measured: a list, to which a test can add."""
+    every, kinds = bench.layer_options, ['MHA', 'GQA', 'MLA', 'MLA-o']
+    monkeypatch.setattr(bench, 'layer_options', lambda *size: {
+        kind: options for kind, options in every(*size).items() if kind in kinds})
+    return kinds
+
+
+def test_attention_layers(workspace, script, capsys, monkeypatch, few_kinds):
+    few_kinds += ['V4, CSA', 'V4, HCA']
     written, save_text = [], bench.save_text
     monkeypatch.setattr(bench, 'save_text', lambda path, text: (
         written.append(text.count('\n') - 1), save_text(path, text)))
-    monkeypatch.setattr(bench, 'KINDS', bench.KINDS[:4] + bench.KINDS[-2:])
     script(bench, 'attention', '--rounds=1', '--results=here', '--layer_widths=64,128',
-           '--more_widths=256', '--lengths=16,32', '--head_dims=32', '--tokens=64')
-    n_kinds, n_sizes = 6, 2 * 2 * 3  # latents, lengths, widths
-    every_size = [n_kinds * (i + 1) for i in range(n_sizes)]
-    assert written == every_size  # each size as soon as it is measured
+           '--lengths=16,32', '--head_dims=32', '--tokens=64')
+    assert written == [6, 12, 18, 24]  # kinds of each size, as soon as it is measured
     out, frame = capsys.readouterr().out, pd.read_csv('here/attention.csv')
     assert Path('here/attention.png').stat().st_size > 10_000
-    for cost in bench.MEASURED:
-        assert (frame[cost].isna() == (frame.width == 256)).all() and not (frame[cost] <= 0).any()
-    assert 'latents of DeepSeek-V3, heads of 32, 16 tokens: costs by width, MHA = 1' in out
-    assert 'MLA-o than MLA' in out.split('cheaper from width')[1]
-    size = frame[(frame.latents == 'DeepSeek-V3') & (frame.width == 128) & (frame['T'] == 16)]
+    assert (frame[list(bench.TIMES)] > 0).all(axis=None)
+    assert 'heads of 32, 16 tokens: costs by width, MHA = 1' in out
+    size = frame[(frame.width == 128) & (frame['T'] == 16)]
     mflop, cached = (size.set_index('attention')[name] for name in (
         'mflop_per_token', 'cache_elements_per_token'))
     assert mflop['MHA'] == pytest.approx(3 * (2 * 4 * 128 ** 2 + 4 * 128 * 8.5) / 1e6)
@@ -77,27 +78,21 @@ def test_attention_layers(workspace, script, capsys, monkeypatch):
     assert cached['MHA'] == 2 * 128 and cached['MLA'] == kv + r
 
 
-def test_from_which_width_on_one_is_cheaper():
-    assert bench.crossover(pd.Series({64: 0.9, 128: 1.1, 256: 0.9, 512: 0.8})) == '256'
-    assert bench.crossover(pd.Series({64: 0.9, 1024: 0.8})) == '64'
-    assert bench.crossover(pd.Series({64: 0.9, 128: 1.0})) == 'never'
-
-
 def test_grouped_query_attention_caches_no_less_than_mla():
+    device, options = Device(DeviceOptions(device='cpu')), bench.AttentionOptions(tokens=1)
     for width in (128, 512, 1024, 2048):
-        size = dict(latents='DeepSeek-V3', head_dim=64, T=128, width=width)
-        mla, gqa, mha = (bench.count_layer(kind, size)['cache_elements_per_token']
-                         for kind in ('MLA', 'GQA', 'MHA'))
+        kinds = bench.layer_options(64, width)
+        mla, gqa, mha = (bench.Layer(kinds[name], 128, options, device).count()[
+            'cache_elements_per_token'] for name in ('MLA', 'GQA', 'MHA'))
         assert mla <= gqa <= mha
 
 
 @pytest.mark.slow
-def test_attention_layers_are_compiled(workspace, script, monkeypatch):
-    monkeypatch.setattr(bench, 'KINDS', bench.KINDS[:4])
+def test_attention_layers_are_compiled(workspace, script, few_kinds):
     torch._dynamo.utils.counters.clear()
-    script(bench, 'attention', '--rounds=1', '--layer_widths=64', '--more_widths=128',
-           '--lengths=16', '--head_dims=32', '--tokens=16', '--compile=True', '--device=cpu')
-    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 2 * 4  # latents, kinds
+    script(bench, 'attention', '--rounds=1', '--layer_widths=64', '--lengths=16',
+           '--head_dims=32', '--tokens=16', '--compile=True', '--device=cpu')
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 4
     assert not torch._dynamo.utils.counters['graph_break']
 
 
@@ -134,8 +129,8 @@ def test_more_than_eight_models_are_compiled_in_one_process(monkeypatch):
     assert counters['stats']['unique_graphs'] == 10 and not counters['recompile_limit']
 
 
-@pytest.mark.parametrize('command, options', [([], ('context', 'rounds', 'dtype')),
-                                              (['attention'], ('layer_widths', 'rounds'))])
+@pytest.mark.parametrize('command, options', [([], ('context', 'rounds')),
+                                              (['attention'], ('layer_widths', 'dtype'))])
 def test_help_is_one_screen_of_its_own_options(script, capsys, command, options):
     with pytest.raises(SystemExit):
         script(bench, *command, '--help')
@@ -146,14 +141,13 @@ def test_help_is_one_screen_of_its_own_options(script, capsys, command, options)
 
 @pytest.mark.parametrize('arguments, message', [
     (['attention', '--n_layer=3'], 'n_layer: there is no such option'),
-    (['attention', '--layer_widths=128,100'], 'not 100 into heads of 32'),
-    (['attention', '--head_dims=6'], 'multiples of 4'),
+    (['attention', '--layer_widths=100', '--head_dims=32'], 'n_head=3 is not divisible'),
+    (['attention', '--head_dims=6'], 'rope_dims=3'),
     ([DECODER, '--jobs=2'], 'jobs: there is no such option'),
-    ([DECODER, '--block_size=1'], 'block_size=1: must be at least 2'),
     (['--context=1'], 'context=1'),
     (['--rounds=0'], 'rounds=0'),
     (['nowhere.py'], 'nowhere.py: there is no such config file'),
-    (['--contxt=10'], 'did you mean context'),
+    (['--contxt=10'], 'contxt: there is no such option'),
 ])
 def test_refusals(workspace, script, arguments, message):
     with pytest.raises(UserError) as error:

@@ -12,11 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import config
-from bench import KNOWN
 from conftest import REPOSITORY
 from model import Block, ChannelBlock, make_model
-from train import split_options
+from train import read_options
 
 CONFIGS = sorted(path.stem for path in (REPOSITORY / 'config').glob('[!_]*.py'))
 SHRUNK = ['--vocab_size=300', '--n_layer=2', '--block_size=96']
@@ -81,14 +79,13 @@ def watch_streams(model):
     *((name, []) for name in CONFIGS),
     ('decoder', ['--vocab_rank=8']),
     ('grouped', ['--compress=perceiver']),
-    ('decoder_v4', ['--layers=csa hca', '--window=16', '--hca_group=16', '--index_topk=4']),
+    ('decoder_v4', ['--layer_kinds=csa hca', '--window=16', '--hca_group=16', '--index_topk=4']),
 ])
 def test_every_config_on_cuda(fake_gpu, name, more):
     """Training, evaluation, and for causal models generation: nothing is computed on the CPU,
     residual streams, losses and the sums over rows of the gradient are in float32, logits in
     bfloat16."""
-    flat, _ = config.load([f'{REPOSITORY}/config/{name}.py', *SHRUNK, *more], *KNOWN)
-    recipe, options = split_options(flat)
+    recipe, options, _ = read_options([f'{REPOSITORY}/config/{name}.py', *SHRUNK, *more])
     with FakeTensorMode():
         with torch.device('cuda'):  # only to build it: what `forward` makes has to say where
             model = make_model(recipe.arch, **options)

@@ -290,7 +290,7 @@ def test_the_commands_of_speed(here, monkeypatch):
     assert 'decoder_mla_o' in here(command, '--n_layer=1', '--vocab_size=300', '--block_size=64',
                                    '--context=32', '--micro_batch_size=2', '--rounds=1')
     # tests/test_sweep.py runs a grid
-    for command, cls in (('sweep', sweep.SweepOptions), ('frontier', sweep.FrontierOptions)):
+    for command in ('sweep', 'frontier'):
         line, = commands_with(f'sweep.py {command}')
-        _, paths, grid = sweep.read_grid(command, shlex.split(line)[3:], cls)
+        _, paths, grid = sweep.read_grid(command, shlex.split(line)[3:])
         assert grid.keys() == {'learning_rate', 'seed'} and all(map(glob.glob, paths))

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import matplotlib.image
 import numpy as np
 import pandas as pd
 import pytest
@@ -24,7 +23,7 @@ import sweep
 import train
 from config import UserError
 from conftest import REPOSITORY, train_runs, write_corpus
-from run import load_checkpoint
+from run import FORMAT, load_checkpoint
 
 QUICK, DECODER = REPOSITORY / 'config/quick.py', REPOSITORY / 'config/decoder.py'
 SMALL = dict(dataset='text', source='corpus.csv', tokenizer='byte', vocab_size=None, block_size=32,
@@ -47,13 +46,13 @@ def in_process(monkeypatch, script):
     """Runs are trained in this process, which need not start python anew: a list of the runs."""
     done, scripts = [], {'train.py': train, 'finetune_sst2.py': finetune_sst2}
 
-    def execute(self, folder, command, environment):
-        path, *arguments = command
-        done.append((Path(path).name, str(folder)))
-        script(scripts[Path(path).name], *arguments)
+    def start(command, environment, log):
+        name, *arguments = command
+        done.append((name, arguments[-1].removeprefix('--out_dir=')))
+        script(scripts[name], *arguments)
+        return SimpleNamespace(poll=lambda: 0, returncode=0)
 
-    monkeypatch.setattr(sweep.Sweep, 'execute', execute)
-    monkeypatch.setattr(train, 'catch_signals', list)  # which only a main thread can
+    monkeypatch.setattr(sweep, 'start', start)
     monkeypatch.setattr('run.plot_losses', lambda folder, lines: None)
     return done
 
@@ -76,13 +75,13 @@ def test_sweep_and_compare(two_configs, in_process, script, capfd):
     assert in_process == [('train.py', folder) for folder in folders]
     out = capfd.readouterr().out
     assert f'\npython sweep.py compare {" ".join(folders)}\n' in out
-    assert f'4 of 4: {folders[3]} finished after 0:00:' in out
+    assert f'4 of 4: {folders[3]} is done' in out
 
     # a second time only the missing run is trained
     shutil.rmtree(folders[3])
     script(sweep, *grid)
     assert in_process[4:] == [('train.py', folders[3])]
-    assert capfd.readouterr().out.count('is done') == 3
+    assert capfd.readouterr().out.count(' training\n') == 1
 
     table = groups(script, capfd, *folders)
     assert {name: line['seeds'] for name, line in table.items()} == {
@@ -93,9 +92,6 @@ def test_sweep_and_compare(two_configs, in_process, script, capfd):
     first = table['a learning_rate=0.001']
     assert first['val_loss']['values'] == losses
     assert first['val_loss_at_equal_tokens']['mean'] == pytest.approx(np.mean(losses))
-    for line in table.values():
-        assert 0 < line['tokens_to_common_loss']['mean'] <= 4 * 4 * 32
-        assert 0 < line['seconds_to_common_loss']['mean']
     assert Path('out/bench/compare.png').stat().st_size > 10_000
 
     # a config that was changed is another experiment
@@ -122,10 +118,9 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(two_configs, script, 
     out, err = capfd.readouterr()
     good, bad = Path('out/sweep-a/max_iters=2'), Path('out/sweep-b/max_iters=2')
     reason = r'train.py: block_size=100000: longer than the data \([\d,]+ tokens\)'
-    assert re.search(f'^2 of 2: {bad} failed: {reason}', out, re.MULTILINE)
-    assert re.fullmatch(f'{bad} failed: {reason}\n', err)  # the rest went to the log
-    assert re.search(f'^1 of 2: {good} training, log in its sweep.log$', out, re.MULTILINE)
-    assert re.search(f'^1 of 2: {good} finished after 0:00:', out, re.MULTILINE)
+    # the rest went to the log
+    assert re.fullmatch(f'2 of 2: {bad} failed: status 2, {reason}.*\n', err)
+    assert f'1 of 2: {good} training\n' in out and f'1 of 2: {good} is done\n' in out
     assert 'step 2: loss' in (good / 'sweep.log').read_text() and 'step 2' not in out
     assert re.search(reason, (bad / 'sweep.log').read_text())
 
@@ -148,7 +143,7 @@ def test_ctrl_c_stops_all_runs_and_they_go_on_later(two_configs):
         process.send_signal(kind)  # to none but the sweep itself
         out, err = process.communicate(timeout=60)
         assert process.returncode == 130 and err == 'sweep.py: interrupted\n'
-        assert out.count('training, log in') == out.count('is stopped') == 2
+        assert out.count('training') == 2 and 'is done' not in out
         for run in runs:
             saved = load_checkpoint(run / 'ckpt.pt')['step']
             last = json.loads((run / 'metrics.jsonl').read_text().splitlines()[-1])
@@ -174,7 +169,7 @@ def test_runs_are_fine_tuned_and_what_is_done_is_not_done_again(two_configs, in_
     assert in_process == [(name, str(run)) for run in runs
                           for name in ('train.py', 'finetune_sst2.py')]
     script(sweep, *command, f'{tested}1')
-    assert capfd.readouterr().out.count('is done') == 2
+    assert len(in_process) == 4
     table = groups(script, capfd, *runs)
     means = [json.loads((run / 'sst2.json').read_text())['mean'] for run in runs]
     assert table['a']['sst2_accuracy']['values'] == means
@@ -190,22 +185,20 @@ def test_names_of_folders():
     assert name(seed='1', lr='1e-3') == name(lr='1e-3', seed='1') == 'lr=1e-3,seed=1'
     assert name(log_interval='5', seed='1') == 'seed=1'  # changes nothing of the result
     assert name() == 'run' and name(latents='(1, 2)') == 'latents=(1, 2)'
-    names = {name(seed='1', **options) for options in (
-        dict(source='x' * 300), dict(source='x' * 300, n_layer='2'), dict(source='a/b.txt'),
-        dict(source='a_b.txt'), dict(source='😀' * 100), {})}
-    assert len(names) == 6 and all(len(text.encode()) < 255 and '/' not in text for text in names)
+    assert name(source='a/b.txt') == 'source=a%2Fb.txt'
 
 
 def test_commas_inside_brackets_do_not_separate_values():
-    _, paths, grid = sweep.read_grid('sweep', ['a.py', '--widths=(1,2),(3,4)', '--seed=1,2,2',
-                                               '--jobs=2'], sweep.SweepOptions)
-    assert paths == ['a.py'] and grid == dict(widths=['(1,2)', '(3,4)'], seed=['1', '2'])
+    options, paths, grid = sweep.read_grid('sweep', ['a.py', '--widths=(1,2),(3,4)', '--jobs=2',
+                                                     '--seed=1,2,2'])
+    assert options.jobs == 2 and paths == ['a.py']
+    assert grid == dict(widths=['(1,2)', '(3,4)'], seed=['1', '2'])
 
 
 def test_environments_of_the_jobs(monkeypatch):
     monkeypatch.setattr(sweep.os, 'cpu_count', lambda: 7)
     monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
-    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
     assert sweep.environments(1) == [{}]
     assert [job['OMP_NUM_THREADS'] for job in sweep.environments(3)] == ['2'] * 3
     assert sweep.environments(20)[0]['OMP_NUM_THREADS'] == '1'
@@ -219,7 +212,7 @@ def test_environments_of_the_jobs(monkeypatch):
 # -- compare ---------------------------------------------------------------------------------------
 
 
-def fake_run(name, seed, losses, sst2=None, embedding=False, **options):
+def fake_run(name, seed, losses, sst2=None, **options):
     """A run folder, as far as compare reads it: evaluated every 1,000 tokens, which take 10 s."""
     folder, lines = Path(name), []
     folder.mkdir(parents=True)
@@ -227,15 +220,13 @@ def fake_run(name, seed, losses, sst2=None, embedding=False, **options):
         at = dict(step=10 * i, tokens=1000 * i, seconds=10.0 * i)
         lines.append(at | dict(train_loss=loss + 2, tokens_per_second=100.0 + seed + i,
                                memory_gb=0.5 + i))
-        lines[-1] |= dict(train_embedding_loss=1 / (i + 1)) if embedding else {}
         lines.append(at | dict(val_loss=loss, train_eval_loss=loss - 0.5,
                                val_bits_per_byte=loss / 2, val_perplexity=math.exp(loss)))
     (folder / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
     (folder / 'config.json').write_text(json.dumps(
-        dict(seed=seed, max_iters=10 * (len(losses) - 1), max_seconds=None, eval_iters=20,
-             batch_size=32) | options))
+        dict(seed=seed, max_iters=10 * (len(losses) - 1), max_seconds=None) | options))
     (folder / 'run.json').write_text(json.dumps(dict(
-        data_sha256='of the data', tokenizer='of the tokenizer', parameters=12_345,
+        format=FORMAT, data_sha256='of the data', tokenizer='of the tokenizer', parameters=12_345,
         started_from='scratch')))
     if sst2:
         (folder / 'sst2.json').write_text(json.dumps(dict(mean=sst2)))
@@ -244,7 +235,8 @@ def fake_run(name, seed, losses, sst2=None, embedding=False, **options):
 
 @pytest.fixture
 def no_plot(monkeypatch):
-    monkeypatch.setattr(sweep, 'plot_groups', lambda path, groups: None)
+    monkeypatch.setattr(sweep, 'plot_groups', lambda groups: None)
+    monkeypatch.setattr(sweep, 'save_figure', lambda figure, path: None)
 
 
 FAST, SLOW = (2.0, 2.1, 2.3), (2.2, 2.25, 2.6)  # final losses with seeds 1, 2, 3
@@ -265,14 +257,12 @@ def test_the_tables(workspace, script, capfd, no_plot):
     out, err = capfd.readouterr()
     lines = [' '.join(line.split()) for line in out.splitlines()]
     assert not err and all(len(line) <= 120 for line in out.splitlines())
-    half = T * 0.152753 / math.sqrt(3)  # standard deviation of FAST
-    fast = next(i for i, line in enumerate(lines) if line.startswith('fast'))
-    assert lines[fast] == (f'fast 3 12,345 1.6333 +- {half:.4f} 2.1333 +- {half:.4f} '
-                           f'1.0667 +- {half / 2:.4f} 80.00% +- 0.00%')
-    assert lines[fast + 1].startswith('slow 4 12,345 ')  # the lower loss first
-    assert 'runs parameters training loss validation loss bits per byte SST-2' in lines
-    assert ('loss at 2,000 tokens and 20 seconds; tokens and seconds to the loss that all runs '
-            'reached, 2.6000') in lines
+    fast, slow = T * np.std(FAST, ddof=1) / math.sqrt(3), 3.182 * np.std([*SLOW, 2.4], ddof=1) / 2
+    assert 'fast slow' in lines and 'runs 3 4' in lines  # the lower loss first
+    assert 'parameters 12,345 12,345' in lines and 'equal_tokens 2,000 2,000' in lines
+    assert f'val_loss 2.1333 +- {fast:.4f} 2.3625 +- {slow:.4f}' in lines
+    assert 'sst2_accuracy 0.8000 +- 0 0.8000 +- 0' in lines
+    assert 'val_masked_accuracy' not in out
     half = T * 0.076376 / math.sqrt(3)  # of the differences 0.2, 0.15, 0.3
     assert f"fast's loss is 0.2167 +- {half:.4f} lower than slow's (3 seeds)" in lines
 
@@ -281,7 +271,6 @@ def test_the_tables(workspace, script, capfd, no_plot):
     assert fast['seeds'] == [1, 2, 3] and fast['val_loss']['values'] == list(FAST)
     assert fast['tokens_per_second']['values'] == [102.0, 103.0, 104.0]  # medians
     assert fast['memory_gb']['mean'] == 2.5  # the most
-    assert fast['tokens_to_common_loss']['values'][0] == 1000 * (1 + 1.4 / 2)
     assert fast['val_masked_accuracy'] == dict(n=0, mean=None, interval=None, values=[])
     frame = pd.read_csv('out/bench/compare.csv')
     assert list(frame.name) == ['fast', 'slow'] and set(frame.parameters) == {12_345}
@@ -294,15 +283,6 @@ def test_the_tables(workspace, script, capfd, no_plot):
     out = capfd.readouterr().out
     assert '+-' not in out.split('\n', 2)[2] and ' lower than ' not in out
     assert '2.2000, 2.2500' in out
-
-
-def test_evaluations_on_unequal_numbers_of_sequences_are_mentioned(workspace, script, capfd,
-                                                                   no_plot):
-    fake_run('one', 1, [9.0, 4.0]), fake_run('two', 1, [9.0, 4.0], batch_size=16, eval_iters=40)
-    fake_run('three', 1, [9.0, 4.0], batch_size=16)
-    for other, said in dict(two=False, three=True).items():
-        script(sweep, 'compare', 'one', other)
-        assert ('different numbers of sequences' in capfd.readouterr().out) == said
 
 
 def test_groups_are_named_after_their_configs(workspace, script, capfd, no_plot):
@@ -326,14 +306,10 @@ def test_a_lower_loss_is_lower_by_common_seeds(workspace, script, capfd, no_plot
 
 
 @pytest.mark.parametrize('file, old, new, message', [
-    ('metrics.jsonl', '"val_loss": 4.0', '"val_loss": -Infinity', 'is empty or damaged'),
-    ('metrics.jsonl', '"tokens": 0, ', '', 'is empty or damaged'),
-    ('metrics.jsonl', '"tokens": 0, ', '"tokens": "none", ', 'is empty or damaged'),
     ('metrics.jsonl', '{', '{"step"\n{', 'damaged in line 1'),
     ('metrics.jsonl', 'val_loss', 'loss', None),  # one evaluation less
     ('run.json', '{', '[', 'damaged'),
-    ('run.json', 'started_from', 'from', "lack 'started_from'"),
-    ('config.json', 'seed', 'sed', "lack 'seed'"),
+    ('run.json', '"format": 2', '"format": 1', 'was not written by this version'),
     ('sst2.json', '{', '{]', 'damaged'),
 ])
 def test_a_run_that_cannot_be_read_is_left_out(workspace, script, capfd, no_plot, file, old, new,
@@ -350,7 +326,7 @@ def test_a_run_that_cannot_be_read_is_left_out(workspace, script, capfd, no_plot
         assert not err
         return
     assert err.startswith('slow2 is left out: ') and message in err and err.count('\n') == 1
-    with pytest.raises(UserError, match='fewer than two'):
+    with pytest.raises(UserError, match='two runs or more'):
         script(sweep, 'compare', *runs[:2])
 
 
@@ -358,30 +334,31 @@ def test_runs_that_are_not_finished_are_named(workspace, script, capfd, no_plot)
     runs = two_groups()
     early = fake_run('early', 5, [9.0, 5.0], learning_rate=1e-3, max_iters=20)
     script(sweep, 'compare', *runs, early)
-    assert capfd.readouterr().err == 'early is not finished: it was last evaluated at step 10\n'
+    assert capfd.readouterr().err == 'early is not finished\n'
     path = early / 'metrics.jsonl'
     path.write_text(path.read_text()[:-30])  # a kill has cut off the last line
-    script(sweep, 'compare', *runs, early)
-    assert 'at step 0' in capfd.readouterr().err
+    assert len(sweep.TrainedRun(early).curve) == 1
 
 
-def test_the_plot_has_a_panel_for_the_embedding_loss(workspace, script):
-    runs = two_groups()
-    script(sweep, 'compare', *runs)
-    plain = matplotlib.image.imread('out/bench/compare.png').shape[1]
-    script(sweep, 'compare', *runs, fake_run('encdec', 5, [9.0, 4.0, 2.0], embedding=True))
-    assert matplotlib.image.imread('out/bench/compare.png').shape[1] == 1.5 * plain
+def test_losses_at_equal_tokens(workspace):
+    runs = [sweep.TrainedRun(fake_run(name, 1, losses)) for name, losses in dict(
+        a=[4.0, 2.0, 3.0, 1.0], b=[5.0, 3.0]).items()]
+    table = sweep.compare_groups(dict(a=runs[:1], b=runs[1:]))
+    assert [line['val_loss_at_equal_tokens']['values'] for line in table] == [[2.0], [3.0]]
+    assert {line['equal_tokens'] for line in table} == {1000}
 
 
-def test_losses_between_two_evaluations(workspace):
-    run = sweep.TrainedRun(fake_run('run', 1, [4.0, 2.0, 3.0, 1.0]))
-    assert run.spent_until(3.5, 'tokens') == 250 and run.spent_until(3.5, 'seconds') == 2.5
-    assert run.spent_until(4.5, 'tokens') == 0
-    assert run.spent_until(2.5, 'tokens') == 750  # the first time
-    assert run.spent_until(1.5, 'tokens') == 2750
-    measured = run.measure(tokens=250, seconds=25, loss=2.5)
-    assert measured['val_loss_at_equal_tokens'] == 3.5
-    assert measured['val_loss_at_equal_seconds'] == 2.0
+def test_the_curves(workspace):
+    """A mean over seeds, and a band from the lowest to the highest run."""
+    two_groups()
+    figure = sweep.plot_groups(sweep.group_runs(sweep.read_runs(['fast1', 'fast2', 'fast3'])))
+    tokens, seconds = figure.axes
+    line, = tokens.lines
+    assert line.get_xydata().tolist() == [[1000, 4.0], [2000, pytest.approx(np.mean(FAST))]]
+    assert line.get_label() == 'fast' and seconds.lines[0].get_xdata().tolist() == [10, 20]
+    band = tokens.collections[0].get_paths()[0].vertices
+    assert band[:, 1].min() == min(FAST) and set(band[band[:, 0] == 2000][:, 1]) == {2.0, 2.3}
+    sweep.save_figure(figure, Path('curves.png'))
 
 
 # -- frontier --------------------------------------------------------------------------------------
@@ -405,32 +382,30 @@ def test_frontier_tunes_with_the_first_seed_alone(two_configs, in_process, scrip
     # one layer, keys and values, float32
     assert list(frame.cache_bytes_per_token) == [2 * 16 * 4, 2 * 32 * 4]
     assert (frame.train_tokens_per_s > 0).all()
-    difference = losses['b'] - losses['a']
-    assert list(frame.difference_mean) == pytest.approx([0, difference.mean()])
-    assert frame.difference_interval[1] == pytest.approx(
-        T * difference.std(ddof=1) / 3 ** 0.5, rel=1e-4)
     assert Path('out/bench/frontier.png').stat().st_size > 10_000
     out = capfd.readouterr().out
-    assert f'{losses["a"].mean():.4f} +- ' in out and f'{difference.mean():.4f} +- ' in out
+    assert f'{losses["a"].mean():.4f} +- ' in out
+    difference = abs(losses['b'] - losses['a']).mean()
+    assert re.search(f"'s loss is {difference:.4f} [+]- .* lower than .*'s [(]3 seeds[)]", out)
 
 
 def test_a_rate_at_which_training_fails_is_not_chosen(two_configs, monkeypatch):
     losses = {'1e-3': 2.0, '2e-3': 1.0, '4e-3': 3.0}
-    monkeypatch.setattr(sweep, 'train_runs', lambda runs, options: {
+    monkeypatch.setattr(sweep, 'train_runs', lambda runs, options, tolerant: {
         run.folder for run in runs if run.options['learning_rate'] == '2e-3'})
     monkeypatch.setattr(sweep, 'TrainedRun', lambda folder: SimpleNamespace(
         loss=losses[re.search('learning_rate=(.+),', folder.name)[1]]))
-    grid = sweep.read_grid('frontier', ['a.py', '--seed=1,2', '--learning_rate=1e-3,2e-3,4e-3'],
-                           sweep.FrontierOptions)
+    grid = sweep.read_grid('frontier', ['a.py', '--seed=1,2', '--learning_rate=1e-3,2e-3,4e-3'])
     assert [run.options for run in sweep.tuned_runs(*grid)['a.py']] == [
         dict(seed=seed, learning_rate='1e-3') for seed in '12']
-    monkeypatch.setattr(sweep, 'train_runs', lambda runs, options: {run.folder for run in runs})
+    monkeypatch.setattr(sweep, 'train_runs', lambda runs, *_, **__: {
+        run.folder for run in runs})
     with pytest.raises(UserError, match='a.py: failed at every learning rate, see above'):
         sweep.tuned_runs(*grid)
 
 
-def test_names_in_the_picture_do_not_cover_each_other():
-    figure, axes = sweep.pyplot().subplots()
+def test_names_in_the_picture_do_not_cover_each_other(tmp_path):
+    figure, axes = sweep.subplots(1, 1)
     axes.set(xlim=(0, 10), ylim=(0, 10))
     sweep.name_points(axes, [('c', (1, 1.1), 'C0'), ('a', (1, 1), 'C1'), ('far', (9, 1), 'C2')])
     figure.draw_without_rendering()
@@ -438,7 +413,7 @@ def test_names_in_the_picture_do_not_cover_each_other():
     assert [text.get_text() for text in axes.texts] == ['a', 'far', 'c']
     assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:] + boxes[:1]))
     assert axes.texts[1].xyann[1] == 0 < axes.texts[2].xyann[1]
-    sweep.pyplot().close(figure)
+    sweep.save_figure(figure, tmp_path / 'names.png')
 
 
 def test_help_is_one_screen(script, capsys):
@@ -451,26 +426,20 @@ def test_help_is_one_screen(script, capsys):
 
 @pytest.mark.parametrize('arguments, message', [
     ([], 'which command? python sweep.py sweep, compare or frontier'),
-    (['comapre', 'one', 'other'], 'did you mean compare?'),
+    (['comapre', 'one', 'other'], 'which command? python sweep.py sweep, compare or frontier'),
     (['sweep'], 'which config? python sweep.py sweep'),
     (['sweep', QUICK, '--lerning_rate=1,2'], 'did you mean learning_rate'),
-    (['sweep', QUICK, '--learning_rate=1e-3,fast'], 'learning_rate=fast: '),
-    (['sweep', QUICK, '--out_dir=x'], 'out_dir is not for sweep'),
-    (['sweep', QUICK, '--dry_run=True'], 'dry_run is not for sweep'),
-    (['sweep', QUICK, '--n_head=4,3'], 'out/sweep-quick/n_head=3: '),
+    (['sweep', QUICK, '--learning_rate=1e-3,fast'], "learning_rate='fast': must be a number"),
+    (['sweep', QUICK, '--out_dir=x'], 'out_dir: sweep chooses it for each run'),
+    (['sweep', QUICK, '--n_head=4,3'], 'not divisible'),
     (['sweep', QUICK, '--jobs=0'], 'jobs=0'),
     (['sweep', QUICK, QUICK], 'two configs with the same name'),
-    (['sweep', QUICK, '--finetune=--epoch=3'], 'did you mean epochs'),
-    (['sweep', QUICK, '--finetune=--out_dir=x'], 'out_dir is not for sweep'),
-    (['sweep', QUICK, '--finetune="--seeds=3'], 'No closing quotation'),
-    (['sweep', QUICK, '--finetune=--data_dir=nowhere'], 'train.tsv'),
     (['frontier'], 'which config? python sweep.py frontier'),
-    (['frontier', QUICK], 'quick.py: an encoder, which has no cache'),
-    (['frontier', DECODER, '--n_layer=1,2'], 'n_layer=1,2: frontier takes several values only of'),
-    (['compare', 'one', 'one'], 'each named once'),
-    (['compare', 'one'], 'compares two runs or more'),
-    (['compare', 'nowhere', 'elsewhere'], 'nowhere: there is no such folder'),
-    (['compare', 'one', 'other', '--jobs=2'], 'jobs: there is no such option'),
+    (['frontier', QUICK], 'an encoder has no cache'),
+    (['frontier', DECODER, '--n_layer=1,2'], 'frontier takes several values only of'),
+    (['compare', 'one', 'one'], 'compares two runs or more'),
+    (['compare', 'nowhere', 'elsewhere'], 'compares two runs or more'),
+    (['compare', 'one', 'other', '--n_layer=2'], '--n_layer=2: compare has no such option'),
 ])
 def test_refusals(workspace, script, arguments, message):
     with pytest.raises(UserError) as error:
