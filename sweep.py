@@ -53,7 +53,7 @@ from run import build, check_format, mean_and_interval, save_figure, save_text
 # options that do not change the result of a run
 INCIDENTAL = ('out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'export',
               'init_from')
-FEWEST = 3  # values that make an interval: that of two is 13 times their standard error
+FEWEST = 3  # values that get an interval; with two, half of it would be 13 standard errors
 
 
 @dataclass
