@@ -246,7 +246,6 @@ def test_a_refusal_is_one_line_and_status_2(workspace, script):
     ('attention = "mla"', 'needs kv_latent'),
     ('o_norm = "sum"', 'belongs to o_latent: set that'),
     ('causal = False\nsubtract_next_position = True', 'subtract_next_position'),
-    ('batch_size = 6\nmicro_batch_size = 4', 'does not divide'),
     ('from config.nowhere import *', 'ModuleNotFoundError'),
     ('arch = "rnn"', "arch='rnn'"),
 ])
@@ -267,6 +266,6 @@ def test_damaged_token_files_are_refused(runs, script, damage):
     damaged = {'odd': raw[:-1], 'truncated': raw[:len(raw) // 2],
                'ids': np.full(len(raw) // 2, 999, np.uint16).tobytes()}
     path.write_bytes(damaged[damage])
-    with pytest.raises(UserError, match='train.bin|token id 999'):
+    with pytest.raises(UserError, match='train.bin'):
         script(train, *SMALL, '--out_dir=other')
     assert not Path('other/ckpt.pt').exists()
