@@ -370,7 +370,7 @@ def open_wandb(project, name, folder, values, run_id=None):
     import wandb
     try:
         return wandb.init(project=project, name=name, dir=folder, config=values, id=run_id,
-                          resume='allow')
+                          resume='allow' if run_id else None)
     except wandb.errors.Error as error:
         raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set '
                         'WANDB_MODE=offline') from None

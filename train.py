@@ -31,9 +31,8 @@ import config
 import prepare
 from config import UserError
 from deepseek import add_output_latent
-from model import (ARCHITECTURES, BlockConfig, ConfigError, Count, CountOrZero, MoE, NotNegative,
-                   Positive, Range, Share, cache_bytes, make_config, n_active_params,
-                   training_flops)
+from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegative, Positive,
+                   Range, Share, cache_bytes, make_config, n_active_params, training_flops)
 from prepare import DataOptions, Tokenizer
 from run import (Device, DeviceOptions, Run, Seed, best_checkpoint, build, describe, export,
                  load_checkpoint, load_tokenizer, load_weights, model_options_of, provenance)
@@ -257,7 +256,6 @@ class Prefetcher:
         self.thread = ThreadPoolExecutor(1)  # one, for the order of an epoch
 
     def batch(self, numbers):
-        """Loader.batch for a range of numbers."""
         following = range(numbers.start + self.stride, numbers.stop + self.stride)
         prepared, submit = self.prepared, self.thread.submit
         batch = (prepared.get(numbers) or submit(self.loader.batch, numbers)).result()
@@ -685,16 +683,15 @@ def main():
     if state is None and (options.eval_only or options.export):
         raise UserError('eval_only and export need a trained model: say which with --init_from=RUN')
     origin = Path(options.out_dir if options.init_from == 'resume' else options.init_from)
+    model_config, tokenizer = build(options.arch, model_options, make_config), None
+    if state:
+        tokenizer = load_tokenizer(origin, state, model_config, origin, 'copy both from one run')
     if options.export:
-        model = start_model(options, model_options, state, origin)
-        tokenizer = load_tokenizer(origin, state, model.config, origin, 'copy both from one run')
-        export(model, tokenizer, options.export)
+        export(start_model(options, model_options, state, origin), tokenizer, options.export)
         return print(f'{options.export}: step {state["step"]} of {origin}, in the layout of '
                      'DeepSeek-V3 for transformers')
     device = Device(options)
-    tokenizer = Tokenizer.load(origin / 'tokenizer.json') if state else None
     # before the model is built: a block_size beyond the data could take all memory
-    model_config = build(options.arch, model_options, make_config)
     data = open_data(options, model_config, device, tokenizer)
     resuming = options.init_from == 'resume' and not options.eval_only
     if resuming and state['provenance']['data_sha256'] != data.meta['sha256']:
