@@ -234,7 +234,7 @@ class Loader:
             windows = torch.from_numpy(windows)
             return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         # a test window keeps its mask, however many others are scored with it
-        keys = (starts if self.fixed is None else np.array(numbers))[:, None]  # (B, 1)
+        keys = (np.array(numbers) if self.fixed is None else starts)[:, None]  # (B, 1)
         order = hashed(self.seed, keys, np.arange(self.block_size))  # (B, T): the lowest are masked
         positions = np.argpartition(order, self.n_masked - 1, axis=1)[:, :self.n_masked]
         positions.sort(axis=1)

@@ -188,6 +188,10 @@ def test_the_test_set_is_fixed_and_spread_over_the_file():
     assert starts[0] == 0 and starts[-1] == (10_000 // 32 - 1) * 32 and len(set(starts)) == 50
     whole = Loader(tokens, 32, BYTES, causal=True, fixed=0)
     assert whole.fixed == (10_000 - 1) // 32 == len(set(whole.starts(np.arange(whole.fixed))))
+    # a window keeps its mask, however many others are scored with it
+    all_windows = Loader(tokens, 32, BYTES, causal=False, fixed=0)
+    same = list(all_windows.starts(np.arange(all_windows.fixed))).index(starts[1])
+    assert torch.equal(all_windows.batch([same])[2], loader.batch([1])[2])
 
 
 # -- optimizers, schedules -------------------------------------------------------------------------
