@@ -42,6 +42,7 @@ EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accura
 # CPU more than the arithmetic; a GPU would wait for the launches of small kernels (unmeasured).
 TOKENS_AT_A_TIME = dict(cpu=2 ** 12, mps=2 ** 14, cuda=2 ** 15)
 ANEW = 'use --init_from=RUN --out_dir=NEW to start a new run from its weights'
+OpenShare = Annotated[float, Range(above=0, below=1)]
 REFUSED = dict(gradient_accumulation_steps='batch_size counts all sequences of a step; set '
                'micro_batch_size to what fits a device, accumulation follows')
 
@@ -53,7 +54,7 @@ class TrainOptions(DeviceOptions, DataOptions):
     seed: Seed = 1337  # of initial weights, order of the data, masks and dropout
     arch: str = 'transformer'  # architecture, a key of model.ARCHITECTURES
     batch_size: Count = 32  # sequences per step, over all processes and accumulation
-    micro_batch_size: Count | None = None  # sequences per device at a time, at most; None = as fit
+    micro_batch_size: Count | None = None  # most sequences per device at a time; None = what fits
     max_iters: Count = 5000  # optimizer steps
     max_seconds: Positive | None = None  # stop after this training time; the schedule follows it
     learning_rate: Positive = 1e-3  # highest learning rate
@@ -66,7 +67,7 @@ class TrainOptions(DeviceOptions, DataOptions):
     beta1: Share = 0.9  # of adamw
     beta2: Share = 0.95  # of adamw
     grad_clip: NotNegative = 1.0  # largest norm of the gradient; 0 = off
-    mask_prob: Annotated[float, Range(above=0, below=1)] = 0.15  # in training; evaluation is at 0.15
+    mask_prob: OpenShare = 0.15  # share of positions masked in training; evaluation is at 0.15
     eval_interval: Count = 500  # steps between evaluations, each followed by a checkpoint
     eval_iters: CountOrZero = 20  # batches of batch_size per evaluation; 0 = all validation data
     log_interval: Count = 10  # steps between printed lines
