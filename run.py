@@ -26,7 +26,7 @@ from config import UserError
 from deepseek import (Checkpoint, load_deepseek, options_of_deepseek, to_deepseek,
                       write_checkpoint)
 from model import ConfigError, Range, make_config, make_model, option_names
-from prepare import Tokenizer, temporary_folder
+from prepare import Tokenizer, partial_folder
 
 FORMAT = 2  # of checkpoints and run.json; raise it when older ones can no longer be read
 
@@ -175,11 +175,16 @@ def load_checkpoint(path):
     except Exception as error:  # torch raises many kinds, also for a pickle that would run code
         raise UserError(f'{path}: damaged, or no checkpoint of train.py ({str(error):.60}): use '
                         'another one') from None
-    found = state.get('format') if isinstance(state, dict) else None
+    check_format(state, path)
+    return state
+
+
+def check_format(content, path):
+    """Raises UserError if a checkpoint, or run.json, is of another version."""
+    found = content.get('format') if isinstance(content, dict) else None
     if found != FORMAT:
         raise UserError(f'{path}: was not written by this version (format {found}, not {FORMAT}): '
                         'make it again, or use the version that wrote it')
-    return state
 
 
 def state_of_folder(folder):
@@ -268,8 +273,8 @@ def export(model, tokenizer, folder):
         raise UserError(f'{folder}: is there already, and not empty: export into a new folder')
     try:
         weights, hf_config = to_deepseek(model)
-        with temporary_folder(folder) as temporary:
-            new = temporary / 'new'
+        with partial_folder(folder) as temporary:
+            new = Path(temporary, 'new')
             new.mkdir()
             write_checkpoint(new, weights, hf_config | dict(bos_token_id=tokenizer.eot,
                                                             eos_token_id=tokenizer.eot))
@@ -340,7 +345,10 @@ class Run:
     def record(self, **line):
         """Adds a line to metrics.jsonl, and to Weights & Biases."""
         if self.writes:
-            log_line(self.folder / 'metrics.jsonl', self.wandb, line)
+            with open(self.folder / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+        if self.wandb:
+            self.wandb.log(line, step=line['step'])
 
     def save(self, name, state):
         """Saves a checkpoint: the state, the options, and where it comes from."""
@@ -374,14 +382,6 @@ def open_wandb(project, name, folder, values, run_id=None):
     except wandb.errors.Error as error:
         raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set '
                         'WANDB_MODE=offline') from None
-
-
-def log_line(path, wandb_run, line):
-    """Appends a dict of numbers to a jsonl file, and sends it to wandb if there is a run."""
-    with open(path, 'a') as file:
-        file.write(json.dumps(line) + '\n')
-    if wandb_run:
-        wandb_run.log(line, step=line['step'])
 
 
 def describe(scores):

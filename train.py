@@ -231,6 +231,9 @@ class Loader:
         80% become <|mask|>, 10% a random token, and 10% stay."""
         starts = self.starts(numbers)
         windows = self.tokens[starts[:, None] + np.arange(self.width)].astype(np.int64)
+        if windows.max() >= self.tokenizer.ids_needed(self.causal):
+            raise UserError(f'token id {windows.max()}: the tokenizer of these data does not have '
+                            'it, prepare them again')
         if self.causal:  # contiguous, because a strided tensor goes to a GPU by a copy that blocks
             windows = torch.from_numpy(windows)
             return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
