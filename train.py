@@ -542,6 +542,15 @@ class Stopwatch:
         self.since += time.perf_counter() - start
 
 
+def catch_signals():
+    """A list that grows by a number with each SIGTERM or SIGINT, so that the step at hand can be
+    finished."""
+    caught = []
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda number, frame: caught.append(number))
+    return caught
+
+
 def restore(optimizers, checkpoint):
     """Loads the state of the optimizers from a checkpoint. Learning rate, weight decay and the like
     are what the options now say. Raises UserError if it is the state of other optimizers."""
@@ -615,9 +624,7 @@ def train(options, model, forward, checkpoint, device, data):
             f'{"" if forward is model else ", compiled"}, {device.world} processes x '
             f'{n_accumulation} micro-batches x {micro} sequences of {T} tokens per step; run '
             f'folder {run.folder}')
-    signals, batches = [], Prefetcher(data.train, stride=micro * device.world)
-    for kind in (signal.SIGTERM, signal.SIGINT):  # which let the step at hand finish
-        signal.signal(kind, lambda number, frame: signals.append(number))
+    signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
     if forward is not model:
         # A step without an optimizer changes nothing, but now the model is compiled: minutes that
         # would count as training time. (An evaluation compiles its own form while the clock rests.)
