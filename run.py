@@ -1,8 +1,6 @@
 """A run: its device, its folder, its checkpoints and its log. train.py writes runs, and the other
 scripts start from one."""
 
-import contextlib
-import itertools
 import json
 import math
 import os
@@ -12,9 +10,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import sysconfig
-import time
-import timeit
 import zipfile
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -31,17 +26,13 @@ from config import UserError
 from deepseek import (Checkpoint, load_deepseek, options_of_deepseek, to_deepseek,
                       write_checkpoint)
 from model import ConfigError, Range, make_config, make_model, option_names
-from prepare import Tokenizer
+from prepare import Tokenizer, partial_folder
 
 FORMAT = 2  # of checkpoints and run.json; raise it when older ones can no longer be read
 
-# dense bfloat16 FLOP/s of GPUs, from the vendor's data sheets. The first name that is part of the
-# GPU's name counts, because an H100 in a PCIe slot is slower than one on an SXM board.
+# dense bfloat16 FLOP/s, from data sheets; the first name that is part of a GPU's name counts
 PEAK_BF16 = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
-             'H200 NVL': 835e12, 'H200': 989e12, 'L40S': 362e12}
-
-NVIDIA_DRIVER = Path('/dev/nvidiactl')  # exists with a GPU, whether torch can use it or not
-
+             'H200': 989e12}
 Seed = Annotated[int, Range(least=0, below=2 ** 63)]
 
 
@@ -63,12 +54,20 @@ class Device:
 
     def __init__(self, options, trains=True):
         """options: DeviceOptions. trains: if False, dtype=auto is float32 on a CPU, because
-        bfloat16 gains nothing for the small products of generation. Raises UserError if there is
-        no such device."""
-        self.rank = number_from_environment('RANK', 0)
-        self.local_rank = number_from_environment('LOCAL_RANK', 0)
-        self.world = number_from_environment('WORLD_SIZE', 1)
-        self.torch_device = self.find(options.device)
+        bfloat16 gains nothing for the small products of generation."""
+        self.rank, self.local_rank, self.world = (
+            int(os.environ.get(name, default))
+            for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+        self.first = self.rank == 0  # the process that prints and writes
+        name = options.device
+        if name == 'auto':
+            here = torch.accelerator.is_available()
+            name = torch.accelerator.current_accelerator().type if here else 'cpu'
+        try:
+            self.torch_device = torch.device(f'cuda:{self.local_rank}' if name == 'cuda' else name)
+            torch.zeros(1, device=self.torch_device).item()  # which `meta` does not compute
+        except (RuntimeError, AssertionError, ImportError) as error:
+            raise UserError(f'--device={options.device}: {str(error).splitlines()[0]}') from None
         self.cuda = self.torch_device.type == 'cuda'
         torch.set_float32_matmul_precision('high')  # TF32 where there is any
         # cuDNN's attention makes a new plan for every length, and each generated token is a new
@@ -77,99 +76,38 @@ class Device:
         if self.cuda:
             torch.cuda.set_device(self.torch_device)
         if self.world > 1:
-            self.connect()
+            store, _, _ = next(dist.rendezvous('env://'))
+            # torchrun's store outlives a restart, with the addresses of dead processes in it
+            store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
+            # gloo, because what `total` adds up must not wait for a GPU
+            dist.init_process_group('cpu:gloo,cuda:nccl' if self.cuda else 'gloo', store=store,
+                                    rank=self.rank, world_size=self.world)
         self.bf16 = options.dtype == 'bfloat16'
         if options.dtype == 'auto' and self.cuda:
             self.bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         elif options.dtype == 'auto' and self.torch_device.type == 'cpu' and trains:
-            votes, = self.total(bfloat16_is_faster())
-            self.bf16 = votes > self.world / 2
+            self.bf16 = bfloat16_is_faster()
         self.precision = torch.bfloat16 if self.bf16 else torch.float32
-
-    def find(self, option):
-        """The torch device of the option `device`."""
-        name = option
-        if option == 'auto':
-            mps = torch.backends.mps.is_available()
-            name = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-            if name == 'cpu' and self.world > 1 and NVIDIA_DRIVER.exists():
-                raise UserError(f'{self.world} processes would share the CPU, because torch '
-                                f'{torch.__version__} cannot use the NVIDIA GPU that is here: '
-                                'update its driver, install a build of torch that fits it, or '
-                                'use --device=cpu')
-        if name == 'meta':
-            raise UserError('--device=meta: computes nothing; use --dry_run=True to see sizes')
-        try:
-            found = torch.device(f'cuda:{self.local_rank}' if name == 'cuda' else name)
-            torch.empty(1, device=found)
-        except (RuntimeError, AssertionError, ImportError) as error:
-            raise UserError(f'--device={option}: {str(error).splitlines()[0]}') from None
-        return found
-
-    def connect(self):
-        """Joins the other processes. Besides the group for gradients there are two groups over
-        gloo, which never wait for a GPU: `control` for flags and clocks, and `preparing`, which
-        waits for as long as preparing data takes."""
-        patience = timedelta(minutes=10)
-        store, _, _ = next(dist.rendezvous('env://', timeout=patience))
-        if os.environ.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
-            # the store outlives a restart, with the addresses of dead processes in it
-            store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-        backend = 'nccl' if self.cuda else 'gloo'
-        dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world,
-                                timeout=patience)
-        self.preparing = dist.new_group(backend='gloo', timeout=timedelta(days=2))
-        self.control = dist.new_group(backend='gloo', timeout=patience)
-
-    @property
-    def first(self):
-        """Whether this is the process that prints and writes."""
-        return self.rank == 0
-
-    def wait(self):
-        """Waits until all processes are here, however long one of them prepares data."""
-        if self.world > 1:
-            dist.barrier(group=self.preparing)
 
     def total(self, *values):
         """Each number summed over the processes."""
         tensor = torch.tensor(values, dtype=torch.float64)
         if self.world > 1:
-            dist.all_reduce(tensor, group=self.control)
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def put(self, batch):
         """The tensors of a batch on the device."""
         if self.cuda:  # from pinned memory, so that nothing waits for the copy
-            return [tensor.pin_memory().to(self.torch_device, non_blocking=True)
-                    for tensor in batch]
-        return [tensor.to(self.torch_device) for tensor in batch]
+            batch = [tensor.pin_memory() for tensor in batch]
+        return [tensor.to(self.torch_device, non_blocking=self.cuda) for tensor in batch]
 
     def autocast(self):
-        if self.bf16:
-            return torch.autocast(self.torch_device.type, torch.bfloat16)
-        return contextlib.nullcontext()
-
-    def check_compiler(self):
-        """Raises UserError if something that torch.compile needs is not installed."""
-        variable, names = 'CXX', ['clang++' if sys.platform == 'darwin' else 'g++']
-        if self.cuda:  # Triton compiles a piece of C that starts its kernels
-            variable, names = 'CC', ['gcc', 'clang']
-        names = [os.environ[variable]] if variable in os.environ else names
-        header = Path(sysconfig.get_path('include'), 'Python.h')
-        if not any(map(shutil.which, names)):
-            raise UserError(f'torch.compile needs a compiler and there is no {" or ".join(names)}: '
-                            f'install it, set {variable}, or use --compile=False')
-        if not header.exists():
-            raise UserError(f'torch.compile needs {header}, which is not there: install the '
-                            "headers of python (Debian's package is python3-dev), or use "
-                            '--compile=False')
+        return torch.autocast(self.torch_device.type, torch.bfloat16, enabled=self.bf16)
 
     def describe(self):
-        """The device in words."""
-        if self.cuda:
-            return torch.cuda.get_device_name(self.torch_device)
-        return f'{self.torch_device.type} ({os.cpu_count()} cores)'
+        return (torch.cuda.get_device_name(self.torch_device) if self.cuda
+                else f'{self.torch_device.type} ({os.cpu_count()} cores)')
 
     def memory_gb(self):
         """The peak memory of this process in GB: of its GPU if it has one, else of the machine."""
@@ -179,31 +117,18 @@ class Device:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / units_per_gb
 
     def mfu(self, flops_per_second):
-        """Model FLOPs utilisation: the share of peak FLOP/s that all processes together reach, or
-        None if the peak is not known."""
+        """Model FLOPs utilisation: the share of the peak that all processes together reach, or None
+        if the peak is not known."""
         name = self.describe()
         peak = next((peak for gpu, peak in PEAK_BF16.items() if gpu in name), None)
         return flops_per_second / self.world / peak if peak and self.bf16 else None
 
 
 def bfloat16_is_faster():
-    """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones.
-    CPUs with instructions for it are 2 to 8 times as fast; others emulate it."""
-    def seconds(dtype):
-        a, b = torch.ones(2, 512, 512, dtype=dtype)
-        times = timeit.repeat(lambda: torch.mm(a, b), timer=time.perf_counter, repeat=8, number=1)
-        return min(times)  # the first ones warm up
-
-    return 1.5 * seconds(torch.bfloat16) <= seconds(torch.float32)
-
-
-def number_from_environment(name, default):
-    """What torchrun says about this process in its environment."""
-    text = os.environ.get(name, str(default))
-    if not text.isdecimal():
-        raise UserError(f'{name}={text} in the environment: must be the number that torchrun sets; '
-                        'unset it to train in one process')
-    return int(text)
+    """Whether this CPU has instructions for bfloat16, with which its products are 2 to 8 times as
+    fast as in float32."""
+    found = torch.cpu.get_capabilities()
+    return found.get('avx512_bf16', False) or found.get('amx_bf16', False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -212,7 +137,7 @@ def number_from_environment(name, default):
 
 def write_whole(path, write):
     """Lets write(file) fill a temporary file, flushes it to the disk and renames it, so that `path`
-    is the old or the new file at any moment. Raises UserError if that fails."""
+    is the old or the new file at any moment."""
     partial = path.with_name(f'{path.name}.partial')
     try:
         with open(partial, 'wb') as file:
@@ -227,25 +152,21 @@ def write_whole(path, write):
 
 
 def save_text(path, text):
-    """Writes a text file, as utf-8, whole or not at all."""
     write_whole(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(path, state):
-    """Writes a checkpoint whole or not at all."""
     write_whole(path, lambda file: torch.save(state | dict(format=FORMAT), file))
 
 
 def load_checkpoint(path):
     """A checkpoint as a dict of tensors and plain values. Its checksums are verified, and nothing
-    in it is executed. path: from best_checkpoint. Raises UserError if it is missing, damaged, or
-    something else."""
+    in it is executed. path: from best_checkpoint. Raises UserError."""
     if Path(path).is_dir():
         return state_of_folder(path)
     if not Path(path).is_file():
         raise UserError(f'{path}: there is no such checkpoint: name the folder of a run of '
-                        'train.py, out/quick for instance, or one that holds a DeepSeek-V3 in the '
-                        'layout of transformers, with its weights as safetensors')
+                        'train.py, or of a DeepSeek-V3 in the layout of transformers')
     try:
         with zipfile.ZipFile(path) as file:
             if broken := file.testzip():
@@ -280,7 +201,7 @@ def state_of_folder(folder):
 
 def best_checkpoint(folder):
     """Path of the checkpoint that stands for a run: the best one, or the latest if the run stopped
-    before its first evaluation. A folder of safetensors is a checkpoint itself."""
+    before its first evaluation. A folder in the layout of transformers is a checkpoint itself."""
     best, latest = Path(folder) / 'ckpt_best.pt', Path(folder) / 'ckpt.pt'
     if not (best.exists() or latest.exists()) and any(Path(folder).glob('*.safetensors*')):
         return Path(folder)
@@ -302,9 +223,8 @@ def build(arch, model_options, make=make_model):
 
 
 def load_weights(model, state, path):
-    """Loads the weights of a checkpoint, read from path, into a model. Raises UserError, which
-    names the difference, if the model is another. Dropout may differ, and so may block_size if no
-    weight depends on it."""
+    """Loads the weights of a checkpoint, read from path. Raises UserError if the model is another.
+    Dropout may differ, and so may block_size if no weight depends on it."""
     for name, value in model.config.options().items():
         saved = state['options'].get(name, value)
         if saved != value and name not in ('dropout', 'attention_dropout', 'block_size'):
@@ -315,21 +235,16 @@ def load_weights(model, state, path):
             load_deepseek(model, state['model'], state['model'].config)
         else:
             model.load_state_dict(state['model'])
-    except ConfigError as error:
-        raise UserError(f'{path}: {error}') from None
-    except RuntimeError as error:  # torch names each tensor in a line of its own
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(f'{path}: another architecture: {reason}') from None
+    except (ConfigError, RuntimeError) as error:  # torch names each tensor in a line of its own
+        raise UserError(f'{path}: {str(error).splitlines()[-1].strip()}') from None
     for name, weight in model.state_dict().items():
         if not weight.isfinite().all():
-            raise UserError(f'{path}: {name} holds numbers that are not finite: use another '
-                            'checkpoint')
+            raise UserError(f'{path}: {name} holds numbers that are not finite')
 
 
 def load_run(folder, device='cpu'):
     """(model, tokenizer, options) of a run folder: its best model in evaluation mode and its
-    options as a flat dict. The folder may also hold a DeepSeek-V3 in the layout of transformers.
-    Raises UserError if it holds no run, or parts of two."""
+    options as a flat dict. The folder may also hold a DeepSeek-V3 in the layout of transformers."""
     path = best_checkpoint(folder)
     state = load_checkpoint(path)
     model = build(state['options']['arch'], model_options_of(state['options']))
@@ -354,36 +269,32 @@ def export(model, tokenizer, folder):
     """Writes a model and its tokenizer into a new folder in the layout of transformers, whole or
     not at all. Raises UserError for what that layout cannot hold."""
     folder = Path(folder).resolve()
-    partial = folder.with_name(f'{folder.name}.partial')
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder}: is there already, and not empty: export into a new folder')
-    if partial.exists():
-        raise UserError(f'{partial}: another export is writing there, or was cut off: remove it')
     try:
         weights, hf_config = to_deepseek(model)
-        eot = dict(bos_token_id=tokenizer.eot, eos_token_id=tokenizer.eot)
-        partial.mkdir(parents=True)
-        write_checkpoint(partial, weights, hf_config | eot)
-        for name, content in tokenizer.library_files(model.config.vocab_size).items():
-            (partial / name).write_text(content, 'utf-8')
-        partial.rename(folder)
+        with partial_folder(folder) as temporary:
+            new = Path(temporary, 'new')
+            new.mkdir()
+            write_checkpoint(new, weights, hf_config | dict(bos_token_id=tokenizer.eot,
+                                                            eos_token_id=tokenizer.eot))
+            for name, content in tokenizer.library_files(model.config.vocab_size).items():
+                (new / name).write_text(content, 'utf-8')
+            new.rename(folder)
     except ConfigError as error:
         raise UserError(f'cannot be exported: {error}') from None
     except (OSError, SafetensorError) as error:
         raise UserError(f'{folder}: cannot be written ({error})') from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def provenance(device, meta, tokenizer):
     """Where a checkpoint comes from. meta: the content of the data's meta.json."""
-    git = shutil.which('git')
-    commit = git and subprocess.run([git, 'rev-parse', 'HEAD'], cwd=Path(__file__).parent,
-                                    capture_output=True, text=True).stdout.strip()
-    return dict(command=' '.join(sys.argv), commit=commit or 'unknown', data_sha256=meta['sha256'],
-                tokenizer=tokenizer.digest(), device=device.describe(), processes=device.world,
-                python=platform.python_version(), torch=str(torch.__version__),
-                numpy=np.__version__)
+    git = ['git', '-C', Path(__file__).parent, 'rev-parse', 'HEAD']
+    commit = shutil.which('git') and subprocess.run(git, capture_output=True, text=True).stdout
+    return dict(command=' '.join(sys.argv), commit=(commit or 'unknown').strip(),
+                data_sha256=meta['sha256'], tokenizer=tokenizer.digest(),
+                device=device.describe(), processes=device.world, numpy=np.__version__,
+                python=platform.python_version(), torch=str(torch.__version__))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -407,22 +318,21 @@ class Run:
             run_id = checkpoint and checkpoint['provenance'].get('wandb_id')
             self.wandb = open_wandb(wandb_project, self.folder.name, self.folder, flat | stats,
                                     run_id)
-            self.stats = stats | dict(wandb_id=self.wandb.id)
-        facts = self.stats | dict(format=FORMAT)
+            stats['wandb_id'] = self.wandb.id
+        facts = stats | dict(format=FORMAT)
         save_text(self.folder / 'run.json', json.dumps(facts, indent=2) + '\n')
 
     def make_folder(self, tokenizer, checkpoint):
         folder, latest, lines = self.folder, self.folder / 'ckpt.pt', []
         if best_checkpoint(folder).is_dir():
-            raise UserError(f'{folder}: holds a checkpoint in the layout of transformers, and a '
-                            'run would replace its config.json: set --out_dir')
+            raise UserError(f'{folder}: holds a checkpoint in the layout of transformers, whose '
+                            'config.json a run would replace: set --out_dir')
         if checkpoint:  # what was logged after the checkpoint will be logged again
             lines = [line for line in config.read_json_lines(folder / 'metrics.jsonl')
                      if line['step'] <= checkpoint['step']]
         elif latest.exists():
             date = date_of(latest, lambda date: Path(f'{folder}-{date}').exists())
-            aside = folder.rename(f'{folder}-{date}')
-            print(f'{folder} holds an earlier run: renamed to {aside}')
+            print(f'{folder} holds an earlier run: renamed to', folder.rename(f'{folder}-{date}'))
         folder.mkdir(parents=True, exist_ok=True)
         save_text(folder / 'metrics.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
         save_text(folder / 'config.json', json.dumps(self.flat, indent=2) + '\n')
@@ -435,7 +345,10 @@ class Run:
     def record(self, **line):
         """Adds a line to metrics.jsonl, and to Weights & Biases."""
         if self.writes:
-            log_line(self.folder / 'metrics.jsonl', self.wandb, line)
+            with open(self.folder / 'metrics.jsonl', 'a') as file:
+                file.write(json.dumps(line) + '\n')
+        if self.wandb:
+            self.wandb.log(line, step=line['step'])
 
     def save(self, name, state):
         """Saves a checkpoint: the state, the options, and where it comes from."""
@@ -453,11 +366,11 @@ class Run:
 
 
 def date_of(path, taken):
-    """The date of a file, to name what is set aside; with a number if taken(date) says that the
-    name is in use."""
-    date = datetime.fromtimestamp(path.stat().st_mtime).strftime('%Y%m%d-%H%M%S')
-    names = itertools.chain([date], (f'{date}-{i}' for i in itertools.count(2)))
-    return next(name for name in names if not taken(name))
+    """The date of a file, to name what is set aside: a second later while that is taken(date)."""
+    date = datetime.fromtimestamp(path.stat().st_mtime)
+    while taken(name := f'{date:%Y%m%d-%H%M%S}'):
+        date += timedelta(seconds=1)
+    return name
 
 
 def open_wandb(project, name, folder, values, run_id=None):
@@ -469,14 +382,6 @@ def open_wandb(project, name, folder, values, run_id=None):
     except wandb.errors.Error as error:
         raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set '
                         'WANDB_MODE=offline') from None
-
-
-def log_line(path, wandb_run, line):
-    """Appends a dict of numbers to a jsonl file, and sends it to wandb if there is a run."""
-    with open(path, 'a') as file:
-        file.write(json.dumps(line) + '\n')
-    if wandb_run:
-        wandb_run.log(line, step=line['step'])
 
 
 def describe(scores):
@@ -528,14 +433,10 @@ def plot_losses(folder, lines):
               'train_eval_loss': dict(marker='o', markersize=2, linewidth=0.8)}
     figure, axes = pyplot().subplots(figsize=(7, 4.5), layout='constrained')
     for key, style in styles.items():
-        points = [(line['step'], line[key]) for line in lines if key in line]
-        axes.plot(*zip(*points), label=key.replace('_', ' '), **style)
-    if sum('val_loss' in line for line in lines) > 4:
         # the first tenth of the steps, many times as high, would flatten the rest
-        later = [line[key] for line in lines if line['step'] > lines[-1]['step'] / 10
-                 for key in styles if key in line]
-        margin = 0.05 * (max(later) - min(later)) + 0.01
-        axes.set_ylim(min(later) - margin, max(later) + margin)
+        points = [(line['step'], line[key]) for line in lines
+                  if key in line and line['step'] >= lines[-1]['step'] / 10]
+        axes.plot(*zip(*points), label=key.replace('_', ' '), **style)
     axes.set(xlabel='step', ylabel='loss (nats)', title=folder.name)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -543,19 +444,14 @@ def plot_losses(folder, lines):
 
 
 def plot_expert_shares(folder, lines):
-    """Draws the load of each expert in each layer over the steps into RUN/experts.png: its share of
-    the tokens, divided by the mean share. lines: of metrics.jsonl."""
-    lines = [line for line in lines if line.get('expert_shares')]
+    """Draws the share of the tokens that each expert takes into RUN/experts.png."""
+    lines = [line for line in lines if 'expert_shares' in line]
     if not lines:
         return
-    shares = np.array([line['expert_shares'] for line in lines])  # (reports, layers, experts)
-    n_layers, n_experts = shares.shape[1:]
-    figure, axes = pyplot().subplots(figsize=(7, 1.5 + n_layers), layout='constrained')
-    image = axes.imshow(shares.reshape(len(lines), -1).T * n_experts, aspect='auto', cmap='RdBu_r',
-                        vmin=0, vmax=2, interpolation='nearest',
-                        extent=(lines[0]['step'], lines[-1]['step'], n_layers + 0.5, 0.5))
-    axes.hlines(np.arange(1.5, n_layers), *axes.get_xlim(), 'black', linewidth=0.5)
-    axes.set(xlabel='step', ylabel='layer with experts, a row per expert', title=folder.name,
-             yticks=range(1, n_layers + 1))
-    figure.colorbar(image, label='tokens per expert, 1 = the mean')
+    shares = np.array([np.concatenate(line['expert_shares']) for line in lines])
+    figure, axes = pyplot().subplots(layout='constrained')
+    image = axes.imshow(shares.T, aspect='auto', interpolation='nearest',
+                        extent=(0, lines[-1]['step'], shares.shape[1], 0))
+    axes.set(xlabel='step', ylabel='expert, layer by layer', title=folder.name)
+    figure.colorbar(image, label="share of a layer's tokens")
     save_figure(figure, folder / 'experts.png')

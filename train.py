@@ -6,14 +6,15 @@
     python train.py config/grouped.py --help                         # its options and their values
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -30,9 +31,8 @@ import config
 import prepare
 from config import UserError
 from deepseek import add_output_latent
-from model import (ARCHITECTURES, BlockConfig, ConfigError, Count, CountOrZero, MoE, ModelConfig,
-                   NotNegative, Positive, Range, Share, cache_bytes, make_config,
-                   n_active_params, training_flops)
+from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegative, Positive,
+                   Range, Share, cache_bytes, make_config, n_active_params, training_flops)
 from prepare import DataOptions, Tokenizer
 from run import (Device, DeviceOptions, Run, Seed, best_checkpoint, build, describe, export,
                  load_checkpoint, load_tokenizer, load_weights, model_options_of, provenance)
@@ -41,15 +41,10 @@ EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accura
 # Tokens that a device takes at a time unless micro_batch_size says otherwise. Fresh memory costs a
 # CPU more than the arithmetic; a GPU would wait for the launches of small kernels (unmeasured).
 TOKENS_AT_A_TIME = dict(cpu=2 ** 12, mps=2 ** 14, cuda=2 ** 15)
-WSD_DECAY = 0.4  # the last part of a wsd schedule, in which the learning rate falls
 ANEW = 'use --init_from=RUN --out_dir=NEW to start a new run from its weights'
 OpenShare = Annotated[float, Range(above=0, below=1)]
-REFUSED = {
-    'gradient_accumulation_steps': 'batch_size counts all sequences of a step; set '
-                                   'micro_batch_size to what fits a device, accumulation follows',
-    'wandb_log': 'use --wandb=True',
-    'decay_lr': 'use schedule, and min_lr=learning_rate for a constant rate',
-}
+REFUSED = dict(gradient_accumulation_steps='batch_size counts all sequences of a step; set '
+               'micro_batch_size to what fits a device, accumulation follows')
 
 
 @dataclass
@@ -59,7 +54,7 @@ class TrainOptions(DeviceOptions, DataOptions):
     seed: Seed = 1337  # of initial weights, order of the data, masks and dropout
     arch: str = 'transformer'  # architecture, a key of model.ARCHITECTURES
     batch_size: Count = 32  # sequences per step, over all processes and accumulation
-    micro_batch_size: Count | None = None  # sequences per device at a time; None = what fits it
+    micro_batch_size: Count | None = None  # most sequences per device at a time; None = what fits
     max_iters: Count = 5000  # optimizer steps
     max_seconds: Positive | None = None  # stop after this training time; the schedule follows it
     learning_rate: Positive = 1e-3  # highest learning rate
@@ -85,17 +80,6 @@ class TrainOptions(DeviceOptions, DataOptions):
     compile: bool | None = None  # torch.compile; None = on CUDA only
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
-    def __post_init__(self):
-        for name in ('eval_only', 'export'):
-            if getattr(self, name) and self.init_from == 'scratch':
-                raise UserError(f'{name} needs a trained model: say which with --init_from=RUN, or '
-                                '--init_from=resume')
-
-    @property
-    def origin(self):
-        """The folder of the run that this one starts from."""
-        return Path(self.out_dir if self.init_from == 'resume' else self.init_from)
-
 
 # --------------------------------------------------------------------------------------------------
 # options and model
@@ -105,8 +89,8 @@ def read_options(argv):
     """(TrainOptions, options of the model, the checkpoint to start from or None) of a command line.
     """
     config_classes = [config_class for _, config_class in ARCHITECTURES.values()]
-    values, name = config.load(argv, TrainOptions, BlockConfig, ModelConfig, *config_classes,
-                               doc=__doc__, refused=REFUSED, shown=option_classes)
+    values, name = config.load(argv, TrainOptions, *config_classes, doc=__doc__, refused=REFUSED,
+                               shown=option_classes)
     out_dir = values.get('out_dir') or f'out/{name or "default"}'
     init_from, latest = values.get('init_from', 'scratch'), Path(out_dir) / 'ckpt.pt'
     if init_from == 'auto':
@@ -115,7 +99,10 @@ def read_options(argv):
     if init_from == 'resume':
         state = load_checkpoint(latest)
         inherited = state['options']
-        report_changes(inherited, values, latest)
+        for name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase'):
+            if name in values and values[name] != inherited[name]:
+                raise UserError(f'{latest}: cannot go on with {name}={values[name]}, it was '
+                                f'{inherited[name]}; {ANEW}')
     elif init_from != 'scratch':  # a new run, from the model and on the data of another
         state = load_checkpoint(best_checkpoint(init_from))
         names = {'arch'} | {option.name for option in fields(DataOptions)}
@@ -129,9 +116,8 @@ def read_options(argv):
 
 def option_classes(values):
     """The dataclasses whose options a run with these values has."""
-    arch = values.get('arch', TrainOptions.arch)
-    _, config_class = ARCHITECTURES.get(arch, ARCHITECTURES[TrainOptions.arch])
-    return TrainOptions, BlockConfig, config_class
+    _, config_class = ARCHITECTURES.get(values.get('arch'), ARCHITECTURES['transformer'])
+    return TrainOptions, config_class
 
 
 def split_options(flat):
@@ -143,33 +129,18 @@ def split_options(flat):
     return options, model_options | dict(vocab_size=vocab_size)
 
 
-def report_changes(saved, values, path):
-    """Prints which options of a resumed run have changed. Raises UserError if with them it would
-    be another run."""
-    free = 'init_from', 'out_dir', 'eval_only', 'export', 'dry_run', 'wandb'
-    for name, value in values.items():
-        if name in free or name not in saved or value in (saved[name], None):
-            continue
-        if name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase'):
-            raise UserError(f'{path}: cannot go on with {name}={value}, it was {saved[name]}; '
-                            f'{ANEW}')
-        if os.environ.get('RANK', '0') == '0':
-            print(f'{path}: {name} was {saved[name]}, is now {value}')
-
-
-def start_model(options, model_options, state):
-    """The model at the first step: new, or from the checkpoint `state`. If only the new run has an
-    o_latent, each W^O of the checkpoint is replaced by two matrices, as o_latent_init says."""
-    if state is None:
-        return build(options.arch, model_options)
-    cut = (model_options.get('o_latent') and not state['options'].get('o_latent')
-           and options.init_from != 'resume')
+def start_model(options, model_options, state, origin):
+    """The model at the first step: new, or from the checkpoint `state` of the folder `origin`. If
+    only the new run has an o_latent, each W^O of the checkpoint is replaced by two matrices."""
     full = dict(o_latent=None, o_norm='none', o_groups=1)
+    rank, norm, n_groups = ((full | model_options)[name] for name in full)
+    cut = (state and rank and not state['options'].get('o_latent')
+           and options.init_from != 'resume')
     model = build(options.arch, model_options | full if cut else model_options)
-    load_weights(model, state, options.origin)
+    if state:
+        load_weights(model, state, origin)
     try:
         if cut:
-            rank, norm, n_groups = ((full | model_options)[name] for name in full)
             add_output_latent(model, rank, options.o_latent_init, norm, n_groups)
     except ConfigError as error:
         raise UserError(str(error)) from None
@@ -178,33 +149,24 @@ def start_model(options, model_options, state):
 
 def predicted_share(options, model_config):
     """Share of the tokens for which a training step needs logits."""
-    if model_config.causal:
-        return 1.0
-    T = model_config.block_size
-    return max(1, round(options.mask_prob * T)) / T
+    n_masked = max(1, round(options.mask_prob * model_config.block_size))
+    return 1.0 if model_config.causal else n_masked / model_config.block_size
 
 
 def stats_of(options, model):
     """Sizes of a model, for run.json."""
     c = model.config
-    share = predicted_share(options, c)
     per_token, fixed = cache_bytes(model) if c.causal else (None, None)
+    flops = training_flops(model, c.block_size, predicted_share(options, c))
     return dict(parameters=model.n_params(),
                 parameters_without_positions=model.n_params(positions=False),
-                active_parameters=n_active_params(model),
-                train_flops_per_token=training_flops(model, c.block_size, share),
+                active_parameters=n_active_params(model), train_flops_per_token=flops,
                 cache_bytes_per_token=per_token, cache_fixed_bytes=fixed)
 
 
 def print_stats(options, stats):
-    total, active = stats['parameters'], stats['active_parameters']
-    cache, fixed = stats['cache_bytes_per_token'], stats['cache_fixed_bytes']
-    print(f'{options.arch}: {total:,} parameters '
-          f'({stats["parameters_without_positions"]:,} without positions'
-          f'{f", {active:,} active per token" if active < total else ""}), '
-          f'{stats["train_flops_per_token"] / 1e6:.1f} MFLOP per token in training'
-          f'{"" if cache is None else f", {cache:,.0f} cache bytes per token"}'
-          f'{f" and at most {fixed:,} more per sequence" if fixed else ""}')
+    sizes = [f'{value:,.0f} {name.replace("_", " ")}' for name, value in stats.items() if value]
+    print(f'{options.arch}: {", ".join(sizes)}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,76 +194,61 @@ class Loader:
     over the file, each with a mask of its own, are a test set.
     """
 
-    def __init__(self, tokens, block_size, vocab_size, tokenizer, causal, seed=0,
-                 mask_prob=EVAL_MASK_PROB, fixed=None):
-        self.tokens, self.block_size, self.vocab_size = tokens, block_size, vocab_size
-        self.tokenizer, self.causal, self.seed, self.fixed = tokenizer, causal, seed, fixed
+    def __init__(self, tokens, block_size, tokenizer, causal, seed=0, mask_prob=EVAL_MASK_PROB,
+                 fixed=None):
+        self.tokens, self.block_size, self.tokenizer = tokens, block_size, tokenizer
+        self.causal, self.seed, self.fixed = causal, seed, fixed
         self.width = block_size + causal  # the targets of a causal model are one token later
         self.n_masked = max(1, round(mask_prob * block_size))
         if len(tokens) < self.width:
             raise UserError(f'block_size={block_size}: longer than the data ({len(tokens):,} '
                             'tokens)')
-        n_spare = (len(tokens) - self.width) // block_size
-        if fixed is None:
-            self.n_windows = max(1, n_spare)  # one less than would fit leaves room for the shift
-        else:
-            self.n_windows = n_spare + 1
-            self.fixed = min(fixed or self.n_windows, self.n_windows)
-        self.epoch = None
+        last = (len(tokens) - self.width) // block_size  # window, without a shift
+        self.n_windows = max(1, last)  # the room for the shift takes one
+        if fixed is not None:
+            self.fixed = min(fixed or last + 1, last + 1)
+            spread = np.linspace(0, last, self.fixed).astype(np.int64)
+            self.test_starts = spread * block_size
 
     def starts(self, numbers):
         """First token of each numbered sequence."""
         if self.fixed is not None:
-            spread = np.linspace(0, self.n_windows - 1, self.fixed).astype(np.int64)
-            return spread[numbers] * self.block_size
-        return np.array([self.start(*divmod(number, self.n_windows)) for number in numbers])
+            return self.test_starts[numbers]
+        return np.array([self.epoch(number // self.n_windows)[number % self.n_windows]
+                         for number in numbers])
 
-    def start(self, epoch, k):
-        if epoch != self.epoch:
-            rng = np.random.default_rng((self.seed, epoch))
-            room = len(self.tokens) - self.width - (self.n_windows - 1) * self.block_size
-            self.shift = int(rng.integers(min(room + 1, self.block_size)))
-            self.order, self.epoch = rng.permutation(self.n_windows), epoch
-        return self.shift + int(self.order[k]) * self.block_size
+    @functools.lru_cache(maxsize=1)
+    def epoch(self, number):
+        """First token of each window, in the order of an epoch."""
+        rng = np.random.default_rng((self.seed, number))
+        room = len(self.tokens) - self.width - (self.n_windows - 1) * self.block_size
+        shift = rng.integers(min(room + 1, self.block_size))
+        return shift + rng.permutation(self.n_windows) * self.block_size
 
     def batch(self, numbers):
         """The inputs of a model for these sequences: (idx, targets), for an encoder (idx, targets,
-        positions)."""
+        positions). Of the n_masked positions of a window (M), which are a hash of seed and window,
+        80% become <|mask|>, 10% a random token, and 10% stay."""
         starts = self.starts(numbers)
         windows = self.tokens[starts[:, None] + np.arange(self.width)].astype(np.int64)
-        if windows.max() >= self.vocab_size:
-            raise UserError(f'token id {windows.max()} is past vocab_size={self.vocab_size}: '
-                            'prepare the data again')
-        if self.causal:
-            # contiguous, because a strided tensor goes to a GPU by a copy that blocks
-            return torch.from_numpy(windows[:, :-1].copy()), torch.from_numpy(windows[:, 1:].copy())
-        masked = windows.copy()
+        if windows.max() >= self.tokenizer.ids_needed(self.causal):
+            raise UserError(f'token id {windows.max()}: the tokenizer of these data does not have '
+                            'it, prepare them again')
+        if self.causal:  # contiguous, because a strided tensor goes to a GPU by a copy that blocks
+            windows = torch.from_numpy(windows)
+            return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
         # a test window keeps its mask, however many others are scored with it
-        positions = self.mask(masked, np.array(numbers) if self.fixed is None else starts)
-        targets = np.take_along_axis(windows, positions, axis=1)  # (B, M)
-        return tuple(map(torch.from_numpy, (masked, targets, positions)))
-
-    def mask(self, windows, keys):
-        """Picks n_masked positions in each of the windows (B, T) and corrupts them in place: 80%
-        become <|mask|>, 10% a random token, 10% stay. Returns the positions, (B, M). keys (B,): of
-        the windows; a draw is a hash of seed, key and position."""
-        keys = keys[:, None]  # (B, 1)
+        keys = (np.array(numbers) if self.fixed is None else starts)[:, None]  # (B, 1)
         order = hashed(self.seed, keys, np.arange(self.block_size))  # (B, T): the lowest are masked
         positions = np.argpartition(order, self.n_masked - 1, axis=1)[:, :self.n_masked]
         positions.sort(axis=1)
+        targets = np.take_along_axis(windows, positions, axis=1)  # (B, M)
         draw = hashed(self.seed, keys, positions, 1) * 2.0 ** -64  # from 0 to 1
         noise = hashed(self.seed, keys, positions, 2) % len(self.tokenizer.ranks)
-        kept = np.take_along_axis(windows, positions, axis=1)
-        noise = np.where(draw < 0.9, noise.astype(np.int64), kept)
-        corrupted = np.where(draw < 0.8, self.tokenizer.mask, noise)
+        corrupted = np.select([draw < 0.8, draw < 0.9],
+                              [self.tokenizer.mask, noise.astype(np.int64)], targets)
         np.put_along_axis(windows, positions, corrupted, axis=1)
-        return positions
-
-    def share_with_border(self):
-        """Share of windows, in a sample, in which attention crosses a border of documents."""
-        starts = np.linspace(0, len(self.tokens) - self.width, 1000).astype(np.int64)
-        later = self.tokens[starts[:, None] + np.arange(1, self.block_size)]
-        return (later == self.tokenizer.eot).any(axis=1).mean()
+        return tuple(map(torch.from_numpy, (windows, targets, positions)))
 
 
 class Prefetcher:
@@ -309,50 +256,44 @@ class Prefetcher:
     the numbers of the next batch to be larger by `stride`, and makes any others when asked."""
 
     def __init__(self, loader, stride):
-        self.loader, self.stride = loader, stride
-        self.thread = concurrent.futures.ThreadPoolExecutor(1)  # one, for the order of an epoch
-        self.expected, self.prepared = None, None
+        self.loader, self.stride, self.prepared = loader, stride, {}
+        self.thread = ThreadPoolExecutor(1)  # one, for the order of an epoch
 
     def batch(self, numbers):
-        """Loader.batch for a range of numbers."""
-        if numbers != self.expected:
-            self.prepared = self.thread.submit(self.loader.batch, numbers)
-        batch = self.prepared.result()
-        self.expected = range(numbers.start + self.stride, numbers.stop + self.stride)
-        self.prepared = self.thread.submit(self.loader.batch, self.expected)
+        following = range(numbers.start + self.stride, numbers.stop + self.stride)
+        prepared, submit = self.prepared, self.thread.submit
+        batch = (prepared.get(numbers) or submit(self.loader.batch, numbers)).result()
+        self.prepared = {following: submit(self.loader.batch, following)}
         return batch
 
 
-def open_data(options, model_config, device, run_tokenizer=None):
+def open_data(options, model_config, device, tokenizer=None):
     """The data that the options name, prepared first if it is absent: an object with folder, meta,
     tokenizer and the Loaders train, val and, for evaluation, train_eval with as many windows of the
-    training split as val has. run_tokenizer: of the run that the model comes from, if any; the data
-    has to be in its tokens."""
+    training split as val has. tokenizer: of the run that the model comes from, if any; the data has
+    to be in its tokens."""
     folder = prepare.folder_of(options)
-    if run_tokenizer and not holds(folder, options.source, run_tokenizer):
-        folder = prepare.folder_of(options, run_tokenizer)  # the same data in its tokens
+    if tokenizer and not holds(folder, options.source, tokenizer):
+        folder = prepare.folder_of(options, tokenizer)  # the same data in its tokens
     if not folder.exists() and device.local_rank == 0:
         print(f'{folder} is absent: preparing it', flush=True)
         chosen = {option.name: getattr(options, option.name) for option in fields(DataOptions)}
         if options.tokenizer != 'bpe':
             chosen['vocab_size'] = None  # of the model; the tokenizer has its own
-        prepare.prepare(prepare.PrepareOptions(**chosen), run_tokenizer)
-    device.wait()
+        prepare.prepare(prepare.PrepareOptions(**chosen), tokenizer)
+    while not folder.exists():  # the process that prepares it may take hours
+        time.sleep(1)
     meta, tokenizer = prepare.read_meta(folder), Tokenizer.load(folder / 'tokenizer.json')
     if options.source not in (None, meta['source']):
-        prepare.local_files(options.source)  # first says so if there are no such files
         raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: '
                         'remove that folder, or run prepare.py with this source, which replaces it')
-    vocab_size, causal = model_config.vocab_size, model_config.causal
-    needed = tokenizer.ids_needed(causal)
-    if vocab_size < needed:
-        raise UserError(f'vocab_size={vocab_size}: the tokenizer of {folder} needs {needed}')
+    needed = tokenizer.ids_needed(model_config.causal)
+    if model_config.vocab_size < needed:
+        raise UserError(f'vocab_size={model_config.vocab_size}: the tokenizer of {folder} needs '
+                        f'{needed}')
     if device.first:
         prepare.warn_if_source_changed(folder)
-        if vocab_size > 2 * tokenizer.vocab_size:
-            print(f'vocab_size={vocab_size}, but {folder} has {tokenizer.vocab_size} ids: '
-                  '--vocab_size=None takes just those')
-    shared = model_config.block_size, vocab_size, tokenizer, causal
+    shared = model_config.block_size, tokenizer, model_config.causal
     train = Loader(prepare.read_tokens(folder, 'train'), *shared, options.seed, options.mask_prob)
     val = Loader(prepare.read_tokens(folder, 'val'), *shared,
                  fixed=options.eval_iters * options.batch_size)
@@ -362,8 +303,7 @@ def open_data(options, model_config, device, run_tokenizer=None):
 
 
 def holds(folder, source, tokenizer):
-    """Whether a data folder holds this source, None = whatever it is, in tokens of the tokenizer.
-    """
+    """Whether a data folder holds this source, None = any, in tokens of the tokenizer."""
     return (folder.exists() and source in (None, prepare.read_meta(folder)['source'])
             and Tokenizer.load(folder / 'tokenizer.json').digest() == tokenizer.digest())
 
@@ -379,11 +319,9 @@ def parameter_groups(model):
     matrices, embeddings, rest = [], [], []
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
-            matrix = parameter.dim() == 3 or isinstance(module, nn.Linear)
-            if isinstance(module, nn.Embedding) or name == 'lm_head':
-                embeddings.append(parameter)
-            else:
-                (matrices if matrix and part != 'bias' else rest).append(parameter)
+            matrix = parameter.dim() == 3 or isinstance(module, nn.Linear) and part != 'bias'
+            embedding = isinstance(module, nn.Embedding) or name == 'lm_head'
+            (embeddings if embedding else matrices if matrix else rest).append(parameter)
     grouped = matrices + embeddings + rest
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), 'in one group each'
     return matrices, embeddings, rest
@@ -414,10 +352,10 @@ class Muon(torch.optim.Optimizer):
             steps = orthogonalized(matrices).type_as(matrices).split(
                 [update.numel() // shape.numel() for update in updates])
             # this scale makes them as large as AdamW's, so that both take the same learning rates
-            scale = 0.2 * math.sqrt(max(shape))
+            lr = group['lr'] * 0.2 * math.sqrt(max(shape))
             torch._foreach_mul_(parameters, 1 - group['lr'] * group['weight_decay'])
             torch._foreach_add_(parameters, [step.view_as(p) for step, p in zip(steps, parameters)],
-                                alpha=-group['lr'] * scale)
+                                alpha=-lr)
 
 
 def orthogonalized(x):
@@ -434,8 +372,7 @@ def orthogonalized(x):
 
 
 def make_optimizers(model, options):
-    """A list of optimizers that together step every parameter once. The learning rate is set at
-    each step."""
+    """A list of optimizers that together step every parameter once."""
     matrices, embeddings, rest = parameter_groups(model)
     shared, optimizers = dict(lr=options.learning_rate, weight_decay=options.weight_decay), []
     if options.optimizer == 'muon':
@@ -449,17 +386,15 @@ def learning_rate(options, step, seconds):
     """Linear warmup, then decay until lr_decay_iters. With max_seconds the decay follows the clock
     from the first step on, and the warmup is a tenth of the time unless warmup_iters says how many
     steps it takes."""
-    warmup = options.warmup_iters
+    warmup, end = options.warmup_iters, options.lr_decay_iters or options.max_iters
+    warmup = options.max_iters // 10 if warmup is None else warmup
+    warm, progress = (step + 1) / max(1, warmup), (step - warmup) / max(1, end - warmup)
     if options.max_seconds:
-        progress = min(1.0, seconds / options.max_seconds)
-        warm = progress / 0.1 if warmup is None else (step + 1) / max(1, warmup)
-    else:
-        warmup = options.max_iters // 10 if warmup is None else warmup
-        end = options.lr_decay_iters or options.max_iters
-        progress = min(1.0, max(0.0, (step - warmup) / max(1, end - warmup)))
-        warm = (step + 1) / max(1, warmup)
+        progress = seconds / options.max_seconds
+        warm = progress / 0.1 if options.warmup_iters is None else warm
+    progress = min(1.0, max(0.0, progress))
     factor = {'cosine': 0.5 * (1 + math.cos(math.pi * progress)), 'linear': 1 - progress,
-              'wsd': min(1.0, (1 - progress) / WSD_DECAY)}[options.schedule]
+              'wsd': min(1.0, (1 - progress) / 0.4)}[options.schedule]
     lr = options.min_lr + factor * (options.learning_rate - options.min_lr)
     return lr * min(1.0, warm)
 
@@ -475,9 +410,8 @@ def evaluate(model, forward, data, batch_size, device):
     train_loss, _ = mean_scores(model, forward, data.train_eval, batch_size, device)
     scores = dict(val_loss=loss, val_perplexity=math.exp(min(loss, 700)))
     if data.val.causal:
-        bits = loss / math.log(2)
-        scores |= dict(val_accuracy=accuracy,
-                       val_bits_per_byte=bits / data.meta['bytes_per_token'])
+        bits_per_byte = loss / math.log(2) / data.meta['bytes_per_token']
+        scores |= dict(val_accuracy=accuracy, val_bits_per_byte=bits_per_byte)
     else:
         scores |= dict(val_masked_accuracy=accuracy)
     return scores | dict(train_eval_loss=train_loss)
@@ -488,22 +422,18 @@ def mean_scores(model, forward, loader, batch_size, device):
     """The mean loss and accuracy, without dropout, over the fixed windows of a loader, which the
     processes share out."""
     model.eval()
-    loss, correct, count = 0.0, 0.0, 0
-    mine = np.arange(loader.fixed)[device.rank::device.world]
+    sums, mine = np.zeros(2), np.arange(loader.fixed)[device.rank::device.world]
     for start in range(0, len(mine), batch_size):
         numbers = mine[start:start + batch_size]
-        n = len(numbers)
         # shapes are static: the last batch is filled up, and what fills it is not scored
         batch = loader.batch(np.resize(numbers, batch_size))
-        batch[1][n:] = -1
+        batch[1][len(numbers):] = -1
         with device.autocast():
             out = forward(*device.put(batch))
-        loss += out['loss'].item() * n
-        correct += out['accuracy'].item() * n
-        count += n
+        sums += [out[name].item() * len(numbers) for name in ('loss', 'accuracy')]
     model.train()
-    loss, correct, count = device.total(loss, correct, count)
-    return loss / count, correct / count
+    loss, correct = device.total(*sums)
+    return loss / loader.fixed, correct / loader.fixed
 
 
 @torch.no_grad()
@@ -517,14 +447,11 @@ def show_guesses(model, loader, device, n_sentences=4, length=40):
     truths = idx.scatter(1, positions, targets)
     print('\nheld-out text, 15% of it masked: [right guess] or [wrong guess|truth]\n')
     for row in range(len(idx)):
-        parts = []
-        for t in range(min(length, idx.size(1))):
-            guess, truth = decode([guesses[row, t]]), decode([truths[row, t]])
-            if t in positions[row]:
-                right = guesses[row, t] == truths[row, t]
-                truth = f'[{truth}]' if right else f'[{guess}|{truth}]'
-            parts.append(truth)
-        print('  ' + ' '.join(''.join(parts).split()))
+        words = [decode([token]) for token in truths[row, :length]]
+        for t in positions[row][positions[row] < length]:
+            right = guesses[row, t] == truths[row, t]
+            words[t] = f'[{words[t]}]' if right else f'[{decode([guesses[row, t]])}|{words[t]}]'
+        print('  ' + ' '.join(''.join(words).split()))
     print()
 
 
@@ -536,7 +463,6 @@ def compiled(options, model, device):
     """The model's compiled form, on CUDA or with --compile=True; else the model itself."""
     if not (device.cuda if options.compile is None else options.compile):
         return model
-    device.check_compiler()
     if device.torch_device.type == 'cpu':
         # else threads add up an embedding's gradient in whatever order they finish
         torch.use_deterministic_algorithms(True)
@@ -550,22 +476,13 @@ def compiled(options, model, device):
 def accumulation(options, block_size, device):
     """(sequences that a device takes at a time, how often it does so per step)."""
     share, rest = divmod(options.batch_size, device.world)
-    if options.micro_batch_size is None:
-        most = TOKENS_AT_A_TIME.get(device.torch_device.type, 2 ** 12) // block_size
-        micro = next((n for n in range(min(most, share), 0, -1) if share % n == 0), 1)
-    else:
-        micro = min(options.micro_batch_size, max(1, share))
-    if rest or share % micro:
+    if rest:
         raise UserError(f'batch_size={options.batch_size} does not divide into {device.world} '
-                        f'processes x micro_batch_size={micro}: change one of them')
+                        'processes: change one of them')
+    fitting = TOKENS_AT_A_TIME.get(device.torch_device.type, 2 ** 12) // block_size
+    most = min(share, options.micro_batch_size or max(1, fitting))
+    micro = next(n for n in range(most, 0, -1) if share % n == 0)
     return micro, share // micro
-
-
-def numbers_of(step, k, options, device, micro):
-    """Numbers of the sequences that this process takes in micro-batch k of a step: its part of the
-    one global order."""
-    first = step * options.batch_size + (k * device.world + device.rank) * micro
-    return range(first, first + micro)
 
 
 def train_step(runner, optimizers, data, step, options, device, micro, n_accumulation):
@@ -577,7 +494,9 @@ def train_step(runner, optimizers, data, step, options, device, micro, n_accumul
     torch.manual_seed(int(entropy[0]))
     means = {}
     for k in range(n_accumulation):
-        batch = device.put(data.batch(numbers_of(step, k, options, device, micro)))
+        # this process's part of the one global order of sequences
+        first = step * options.batch_size + (k * device.world + device.rank) * micro
+        batch = device.put(data.batch(range(first, first + micro)))
         last = k == n_accumulation - 1  # only then do the processes exchange gradients
         with contextlib.nullcontext() if last or device.world == 1 else runner.no_sync():
             with device.autocast():
@@ -601,11 +520,10 @@ def mixtures(model):
 
 
 def stop_if_not_finite(step, *values):
+    """Ends the run with a line on stderr and status 1 if a value is not finite."""
     if not all(map(math.isfinite, values)):
-        print(f'step {step}: the loss or its gradient is not finite, the run stops; what was saved '
-              'before is kept. A lower learning_rate or a longer warmup usually helps',
-              file=sys.stderr)
-        sys.exit(1)
+        sys.exit(f'step {step}: the loss or its gradient is not finite, the run stops; what was '
+                 'saved before is kept. A lower learning_rate or a longer warmup usually helps')
 
 
 class Stopwatch:
@@ -633,19 +551,6 @@ def catch_signals():
     return caught
 
 
-def open_run(options, model, checkpoint, device, data):
-    """The Run that train writes to. Prints what is going to be trained."""
-    stats = stats_of(options, model)
-    if device.first:
-        print_stats(options, stats)
-    before = checkpoint['provenance']['started_from'] if checkpoint else options.init_from
-    origin = provenance(device, data.meta, data.tokenizer) | dict(started_from=before)
-    project = 'causal-pretrain' if model.config.causal else 'encoder-pretrain'
-    return Run(options.out_dir, dataclasses.asdict(options) | model.config.options(),
-               stats | origin, data.tokenizer, device.first, checkpoint,
-               project if options.wandb else None)
-
-
 def restore(optimizers, checkpoint):
     """Loads the state of the optimizers from a checkpoint. Learning rate, weight decay and the like
     are what the options now say. Raises UserError if it is the state of other optimizers."""
@@ -668,30 +573,26 @@ def report(run, options, device, step, now, lr, means, grad_norm, seconds_per_st
     tokens_per_step = options.batch_size * model.config.block_size
     rate = tokens_per_step / seconds_per_step
     mfu, memory = device.mfu(rate * run.stats['train_flops_per_token']), device.memory_gb()
-    load = expert_load(model)
     run.record(step=step, tokens=step * tokens_per_step, seconds=now, lr=lr, grad_norm=grad_norm,
-               tokens_per_second=rate, memory_gb=memory,
-               **{f'train_{name}': value for name, value in terms.items()},
-               **(dict(mfu=mfu) if mfu else {}), **load)
+               tokens_per_second=rate, memory_gb=memory, **(dict(mfu=mfu) if mfu else {}),
+               **{f'train_{name}': value for name, value in terms.items()}, **expert_load(model))
     left = min((options.max_iters - step) * seconds_per_step,
                (options.max_seconds or math.inf) - now)
-    busiest = f'busiest expert {load["busiest_expert"]:.2f}, ' if load else ''
     run.log(f'step {step}{"" if options.max_seconds else f"/{options.max_iters}"}: '
-            f'{describe(terms)}, {busiest}lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
+            f'{describe(terms)}, lr {lr:.1e}, norm {grad_norm:.2f}, {rate:,.0f} tokens/s'
             f'{f", {mfu:.0%} MFU" if mfu else ""}, {memory:.1f} GB, '
             f'{timedelta(seconds=max(0, round(left)))} left')
 
 
 def expert_load(model):
-    """How the last step shared tokens out among experts, for metrics.jsonl: expert_shares, a list
-    per layer with experts, and the largest share of all as a multiple of the mean. {} without
-    experts."""
-    shares = [layer.last_load / layer.last_load.sum() for layer in mixtures(model)]
-    if not shares:
+    """How the last step shared tokens out among experts, for metrics.jsonl: a list per layer with
+    experts, and the largest share as a multiple of the mean. {} without experts."""
+    loads = [layer.last_load for layer in mixtures(model)]
+    if not loads:
         return {}
-    busiest = max((share.max() * len(share)).item() for share in shares)
-    return dict(expert_shares=[[round(x, 5) for x in share.tolist()] for share in shares],
-                busiest_expert=busiest)
+    busiest = max((load.max() / load.mean()).item() for load in loads)
+    return dict(expert_shares=[[round(x, 5) for x in (load / load.sum()).tolist()]
+                               for load in loads], busiest_expert=busiest)
 
 
 def train(options, model, forward, checkpoint, device, data):
@@ -710,14 +611,19 @@ def train(options, model, forward, checkpoint, device, data):
     if device.world > 1:
         runner = DistributedDataParallel(forward, forward_sync_buffers=False,
                                          device_ids=[device.torch_device] if device.cuda else None)
-    run, T = open_run(options, model, checkpoint, device, data), model.config.block_size
+    T, stats = model.config.block_size, stats_of(options, model)
     tokens_per_step = options.batch_size * T
-    over = f', {device.world} processes over {dist.get_backend()}' if device.world > 1 else ''
-    run.log(f'{device.describe()}{over}, {"bfloat16" if device.bf16 else "float32"}'
-            f'{"" if forward is model else ", compiled"}; {options.batch_size} sequences of {T} '
-            f'tokens per step (processes x micro-batches x sequences: {device.world} x '
-            f'{n_accumulation} x {micro}), {data.train.share_with_border():.0%} of them across a '
-            f'document border; run folder {run.folder}')
+    if device.first:
+        print_stats(options, stats)
+    started_from = checkpoint['provenance']['started_from'] if checkpoint else options.init_from
+    stats |= provenance(device, data.meta, data.tokenizer) | dict(started_from=started_from)
+    project = 'causal-pretrain' if model.config.causal else 'encoder-pretrain'
+    run = Run(options.out_dir, dataclasses.asdict(options) | model.config.options(), stats,
+              data.tokenizer, device.first, checkpoint, project if options.wandb else None)
+    run.log(f'{device.describe()}, {"bfloat16" if device.bf16 else "float32"}'
+            f'{"" if forward is model else ", compiled"}, {device.world} processes x '
+            f'{n_accumulation} micro-batches x {micro} sequences of {T} tokens per step; run '
+            f'folder {run.folder}')
     signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
     if forward is not model:
         # A step without an optimizer changes nothing, but now the model is compiled: minutes that
@@ -773,10 +679,7 @@ def train(options, model, forward, checkpoint, device, data):
 
     if not done:
         run.log(f'stopped by a signal at step {step}, saved; --init_from=resume goes on')
-    elif step == first_step:
-        run.log(f'nothing left to do: the run is at step {step} after {seconds:.0f} s; raise '
-                'max_iters or max_seconds to go on')
-    if device.first and done and not model.config.causal:
+    elif device.first and not model.config.causal:
         show_guesses(model, data.val, device)
     run.close()
 
@@ -788,31 +691,40 @@ def main():
         with torch.device('meta'):
             model = build(options.arch, model_options)
         return print_stats(options, stats_of(options, model))
-    origin = options.origin
+    if state is None and (options.eval_only or options.export):
+        raise UserError('eval_only and export need a trained model: say which with --init_from=RUN')
+    origin = Path(options.out_dir if options.init_from == 'resume' else options.init_from)
+    model_config, tokenizer = build(options.arch, model_options, make_config), None
+    if state:
+        tokenizer = load_tokenizer(origin, state, model_config, origin, 'copy both from one run')
     if options.export:
-        model = start_model(options, model_options, state)
-        tokenizer = load_tokenizer(origin, state, model.config, origin, 'copy both from one run')
-        export(model, tokenizer, options.export)
-        return print(f'{options.export}: step {state["step"]} of {origin}, {model.n_params():,} '
-                     'parameters, in the layout of DeepSeek-V3 for transformers')
+        export(start_model(options, model_options, state, origin), tokenizer, options.export)
+        return print(f'{options.export}: step {state["step"]} of {origin}, in the layout of '
+                     'DeepSeek-V3 for transformers')
     device = Device(options)
-    tokenizer = Tokenizer.load(origin / 'tokenizer.json') if state else None
     # before the model is built: a block_size beyond the data could take all memory
-    model_config = build(options.arch, model_options, make_config)
     data = open_data(options, model_config, device, tokenizer)
     resuming = options.init_from == 'resume' and not options.eval_only
     if resuming and state['provenance']['data_sha256'] != data.meta['sha256']:
         raise UserError(f'{origin}: was trained on other data than {data.folder} holds; {ANEW}')
-    model = start_model(options, model_options, state).to(device.torch_device)
+    model = start_model(options, model_options, state, origin).to(device.torch_device)
     forward = compiled(options, model, device)
-    if options.eval_only:
-        micro, _ = accumulation(options, model.config.block_size, device)
-        scores = evaluate(model, forward, data, micro, device)
-        if device.first:
-            print(f'step {state["step"]} of {origin} on {data.val.fixed:,} validation sequences of '
-                  f'{data.folder}: {describe(scores)}')
-    else:
-        train(options, model, forward, state if resuming else None, device, data)
+    try:
+        if options.eval_only:
+            micro, _ = accumulation(options, model.config.block_size, device)
+            scores = evaluate(model, forward, data, micro, device)
+            if device.first:
+                print(f'step {state["step"]} of {origin} on {data.val.fixed:,} validation '
+                      f'sequences of {data.folder}: {describe(scores)}')
+        else:
+            train(options, model, forward, state if resuming else None, device, data)
+    except RuntimeError as error:
+        if forward is model or not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
+            raise
+        lines = str(error.inner_exception).splitlines()
+        reason = next((line for line in lines if 'error:' in line), lines[0])
+        raise UserError(f'torch.compile: {reason}: install what is missing, or use '
+                        '--compile=False') from None
     if device.world > 1:
         dist.destroy_process_group()
 

@@ -39,7 +39,7 @@ def count_table_accuracy(folder, block_size):
     """(accuracy of the table, accuracy of the most frequent token, number of positions)."""
     tokenizer = Tokenizer.load(Path(folder) / 'tokenizer.json')
     train, V = read_tokens(folder, 'train').astype(np.int64), tokenizer.vocab_size
-    loader = Loader(read_tokens(folder, 'val'), block_size, V, tokenizer, causal=False, fixed=0)
+    loader = Loader(read_tokens(folder, 'val'), block_size, tokenizer, causal=False, fixed=0)
     batch = loader.batch(np.arange(loader.fixed))
     idx, targets, positions = (tensor.numpy() for tensor in batch)
     targets = targets.ravel()

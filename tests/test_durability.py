@@ -246,7 +246,6 @@ def test_a_refusal_is_one_line_and_status_2(workspace, script):
     ('attention = "mla"', 'needs kv_latent'),
     ('o_norm = "sum"', 'belongs to o_latent: set that'),
     ('causal = False\nsubtract_next_position = True', 'subtract_next_position'),
-    ('batch_size = 6\nmicro_batch_size = 4', 'does not divide'),
     ('from config.nowhere import *', 'ModuleNotFoundError'),
     ('arch = "rnn"', "arch='rnn'"),
 ])

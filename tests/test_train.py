@@ -3,10 +3,10 @@ it refuses."""
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -42,7 +42,7 @@ RESUME = '--init_from=resume'
 @pytest.mark.parametrize('causal', [True, False])
 @pytest.mark.parametrize('n_tokens', [1000, 1015, 1016, 1017, 40])
 def test_each_epoch_takes_every_window_once_on_a_grid_of_its_own(n_tokens, causal):
-    loader = Loader(np.arange(n_tokens), 16, 10 ** 6, BYTES, causal, seed=3)
+    loader = Loader(np.arange(n_tokens), 16, BYTES, causal, seed=3)
     grids = []
     for epoch in range(8):
         starts = loader.starts(range(epoch * loader.n_windows, (epoch + 1) * loader.n_windows))
@@ -59,7 +59,7 @@ def test_each_epoch_takes_every_window_once_on_a_grid_of_its_own(n_tokens, causa
 
 def test_a_sequence_is_a_function_of_seed_and_number_alone():
     tokens = np.random.default_rng(0).integers(0, 256, 5000)
-    make = lambda seed=3, causal=False: Loader(tokens, 32, 259, BYTES, causal, seed=seed)
+    make = lambda seed=3, causal=False: Loader(tokens, 32, BYTES, causal, seed=seed)
     numbers = list(range(290, 330))  # across an epoch's end
     together = make().batch(numbers)
     shuffled = make().batch(numbers[::-1])
@@ -92,21 +92,27 @@ def test_a_device_takes_what_fits_it(batch_size, block_size, world, kind, expect
     (1, 1), (1, 4), (1, 12), (2, 1), (2, 2), (2, 6), (4, 1), (4, 3)])
 def test_processes_and_accumulation_share_one_global_order(world, micro):
     """A step takes the same sequences over 1, 2 and 4 processes, in micro-batches of any size."""
+    class Runner(torch.nn.Linear):
+        no_sync = contextlib.nullcontext
+
+        def forward(self, x):
+            return {'loss': super().forward(x).sum()}
+
     options = TrainOptions(batch_size=12, micro_batch_size=micro)
     for step in range(3):
         numbers = []
+        data = SimpleNamespace(batch=lambda part: numbers.extend(part) or [torch.ones(1, 4)])
         for rank in range(world):
             device = process(rank, world)
-            _, n = train.accumulation(options, 8, device)
-            for k in range(n):
-                numbers.extend(train.numbers_of(step, k, options, device, micro))
+            train.train_step(Runner(4, 1), [], data, step, options, device,
+                             *train.accumulation(options, 8, device))
         assert sorted(numbers) == list(range(step * 12, step * 12 + 12))
     with pytest.raises(UserError, match='does not divide into 16 processes'):
         train.accumulation(TrainOptions(batch_size=12), 8, process(world=16))
 
 
 def test_the_next_batch_is_prefetched():
-    loader = Loader(np.arange(1000) % 256, 16, 259, BYTES, causal=False, seed=3)
+    loader = Loader(np.arange(1000) % 256, 16, BYTES, causal=False, seed=3)
     made, prefetcher = [], train.Prefetcher(loader, stride=4)
     batch_of = loader.batch
     loader.batch = lambda numbers: made.append(numbers) or batch_of(numbers)
@@ -125,7 +131,7 @@ def share_is(events, wanted):
 
 def test_masking_statistics():
     tokens, n = np.random.default_rng(0).integers(0, 256, 60_000), 4000
-    loader = Loader(tokens, 100, 259, BYTES, causal=False, seed=1, mask_prob=0.15)
+    loader = Loader(tokens, 100, BYTES, causal=False, seed=1, mask_prob=0.15)
     idx, targets, positions = (part.numpy() for part in loader.batch(range(n)))
     plain = np.stack([tokens[s:s + 100] for s in loader.starts(range(n))])
     assert positions.shape == targets.shape == (n, 15)  # a fixed number per sequence
@@ -151,7 +157,7 @@ def test_masking_statistics():
     assert share_is(masked[:, 1:] & masked[:, :-1], 0.8 ** 2)
     assert share_is(masked[1:] & masked[:-1], 0.8 ** 2)
     for seed, first in ((1, loader.n_windows), (2, 0)):
-        other = Loader(tokens, 100, 259, BYTES, causal=False, seed=seed)
+        other = Loader(tokens, 100, BYTES, causal=False, seed=seed)
         again = np.zeros(plain.shape, dtype=bool)
         np.put_along_axis(again, other.batch(range(first, first + n))[2].numpy(), True, axis=1)
         assert share_is(chosen & again, 0.15 ** 2)
@@ -163,27 +169,29 @@ def test_evaluation_is_the_mean_over_all_windows_whatever_the_batch():
     model = make_model('transformer', vocab_size=259, block_size=32, n_layer=1, n_head=2,
                        n_embd=16, causal=False)
     for fixed in (0, 5):
-        loader = Loader(tokens, 32, 259, BYTES, causal=False, fixed=fixed)
+        loader = Loader(tokens, 32, BYTES, causal=False, fixed=fixed)
         scores = []
         for world, batch_size in ((1, 1), (1, 4), (2, 3), (7, 2)):
             parts = []
             for rank in range(world):
                 device = process(rank, world)
-                device.total = lambda *values: parts.append(values) or (0, 0, 1)
+                device.total = lambda *values: parts.append(values) or (0, 0)
                 train.mean_scores(model, model, loader, batch_size, device)
-            loss, correct, count = np.sum(parts, axis=0)
-            assert count == loader.fixed
-            scores.append((loss / count, correct / count))
+            scores.append(np.sum(parts, axis=0) / loader.fixed)
         assert np.allclose(scores, scores[0], rtol=1e-5)
 
 
 def test_the_test_set_is_fixed_and_spread_over_the_file():
     tokens = np.random.default_rng(0).integers(0, 256, 10_000)
-    loader = Loader(tokens, 32, 259, BYTES, causal=False, fixed=50)
+    loader = Loader(tokens, 32, BYTES, causal=False, fixed=50)
     starts = loader.starts(np.arange(50))
     assert starts[0] == 0 and starts[-1] == (10_000 // 32 - 1) * 32 and len(set(starts)) == 50
-    whole = Loader(tokens, 32, 259, BYTES, causal=True, fixed=0)
+    whole = Loader(tokens, 32, BYTES, causal=True, fixed=0)
     assert whole.fixed == (10_000 - 1) // 32 == len(set(whole.starts(np.arange(whole.fixed))))
+    # a window keeps its mask, however many others are scored with it
+    all_windows = Loader(tokens, 32, BYTES, causal=False, fixed=0)
+    same = list(all_windows.starts(np.arange(all_windows.fixed))).index(starts[1])
+    assert torch.equal(all_windows.batch([same])[2], loader.batch([1])[2])
 
 
 # -- optimizers, schedules -------------------------------------------------------------------------
@@ -397,8 +405,8 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
 
 def test_a_run_with_experts_reports_their_load(data, script, capsys):
     script(train, *SMALL, *EXPERTS, '--log_interval=2')
-    out, lines = capsys.readouterr().out, [line for line in metrics() if 'train_loss' in line]
-    assert ' active per token), ' in out and 'busiest expert ' in out
+    lines = [line for line in metrics() if 'train_loss' in line]
+    assert ' active parameters, ' in capsys.readouterr().out
     assert Path('run/experts.png').is_file()
     for line in lines:
         shares, = line['expert_shares']  # the first of two layers is dense
@@ -417,7 +425,7 @@ def test_two_processes_give_the_losses_of_one(data, script):
         script(train, *SMALL, *arguments, f'--out_dir={name}1')
         run = shell(*torchrun, *SMALL, *arguments, '--micro_batch_size=2', f'--out_dir={name}2')
         assert run.returncode == 0, run.stderr
-        assert ', 2 processes over gloo, ' in run.stdout
+        assert ', 2 processes x 2 micro-batches x 2 sequences of 32 tokens' in run.stdout
         one, two = metrics(f'{name}1'), metrics(f'{name}2')
         assert len(one) == len(two) == 9
         for a, b in zip(one, two):
@@ -533,7 +541,7 @@ def test_compiling_is_no_training_time_and_changes_nothing(data, script, monkeyp
 
 
 @pytest.mark.parametrize('poisoned_step', [6, 8])
-def test_a_loss_that_is_not_finite_stops_the_run(runs, script, capsys, monkeypatch, poisoned_step):
+def test_a_loss_that_is_not_finite_stops_the_run(runs, script, monkeypatch, poisoned_step):
     """The last whole checkpoint stays, whatever is due first: a line or an evaluation."""
     real = train.train_step
 
@@ -546,7 +554,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(runs, script, capsys, monkeypat
     with pytest.raises(SystemExit) as exit:
         script(train, RESUME, '--out_dir=decoder', '--max_iters=20', '--eval_interval=2',
                f'--log_interval={1000 if poisoned_step == 6 else 1}')
-    assert exit.value.code == 1 and 'not finite' in capsys.readouterr().err
+    assert 'not finite' in exit.value.code  # a text, which python prints before it exits with 1
     state = load_checkpoint('decoder/ckpt.pt')
     assert state['step'] == poisoned_step
     assert all(weight.isfinite().all() for weight in state['model'].values())
@@ -575,10 +583,9 @@ def test_a_run_scores_other_data_in_its_own_tokens(data, script, capsys):
     assert abs(losses[0] - losses[1]) < 0.5  # the same language in the same tokens
 
 
-def test_what_may_change_on_resuming(runs, script, capsys):
+def test_what_may_change_on_resuming(runs, script):
     command = [*SMALL, RESUME, '--out_dir=decoder']
     script(train, *command, '--max_iters=7', '--weight_decay=0.25', '--beta2=0.5')
-    assert 'ckpt.pt: weight_decay was 0.1, is now 0.25' in capsys.readouterr().out
     group = load_checkpoint('decoder/ckpt.pt')['optimizers'][0]['param_groups'][0]
     assert group['weight_decay'] == 0.25 and group['betas'] == (0.9, 0.5)
     for change in ('--batch_size=4', '--seed=2', '--optimizer=muon', '--lowercase=True'):
@@ -614,9 +621,9 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
 def test_dry_run_needs_no_data(workspace, script, capsys):
     script(train, REPOSITORY / 'config/mla_o.py', '--dry_run=True')
-    assert '13,090,368 parameters (13,090,368 without positions)' in capsys.readouterr().out
+    assert '13,090,368 parameters, 13,090,368 parameters without' in capsys.readouterr().out
     script(train, REPOSITORY / 'config/decoder.py', '--dry_run=True')
-    assert '(16,036,800 without positions)' in capsys.readouterr().out
+    assert ' 16,036,800 parameters without positions' in capsys.readouterr().out
     assert not list(workspace.iterdir())
 
 
@@ -644,7 +651,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(data, script, monkeypatch):
 
 def test_the_training_split_is_scored_in_evaluation_mode(runs):
     model, tokenizer, _ = load_run('encoder')
-    loader = Loader(prepare.read_tokens('data/text-byte', 'train'), 32, 259, tokenizer,
+    loader = Loader(prepare.read_tokens('data/text-byte', 'train'), 32, tokenizer,
                     causal=False, fixed=16)
     with torch.no_grad():
         loss = model(*loader.batch(np.arange(16)))['loss'].item()
@@ -664,22 +671,6 @@ def test_weights_that_are_not_finite_are_refused(runs):
 # -- device ----------------------------------------------------------------------------------------
 
 
-def test_what_the_environment_says_is_checked(runs, script, monkeypatch):
-    monkeypatch.setenv('WORLD_SIZE', 'abc')
-    with pytest.raises(UserError, match='WORLD_SIZE=abc in the environment'):
-        script(train, *SMALL)
-
-
-def test_processes_do_not_fall_back_to_the_cpu_next_to_a_gpu(tmp_path, monkeypatch):
-    """As with a driver that is too old for torch."""
-    monkeypatch.setenv('WORLD_SIZE', '8')
-    monkeypatch.setattr(run, 'NVIDIA_DRIVER', tmp_path)
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    with pytest.raises(UserError, match='8 processes would share the CPU.*or use --device=cpu'):
-        run.Device(TrainOptions())
-
-
 @pytest.mark.parametrize('faster', [True, False])
 def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, faster):
     monkeypatch.setattr(run, 'bfloat16_is_faster', lambda: faster)
@@ -690,46 +681,19 @@ def test_a_cpu_trains_in_bfloat16_where_that_is_faster(monkeypatch, faster):
     assert run.Device(DeviceOptions(device='cpu', dtype='bfloat16'), trains=False).bf16
 
 
-@pytest.mark.parametrize('slowdown', [0.5, 1.0, 2.0])
-def test_what_faster_means(monkeypatch, slowdown):
-    """Against a clock that says how long a product of each precision takes."""
-    now, original = [0.0], torch.mm
-
-    def mm(a, b):
-        now[0] += 1.0 if a.dtype == torch.float32 else slowdown
-        return original(a, b)
-
-    monkeypatch.setattr(run.time, 'perf_counter', lambda: now[0])
-    monkeypatch.setattr(torch, 'mm', mm)
-    assert bfloat16_is_faster() is (slowdown == 0.5)
+@pytest.mark.parametrize('found, faster', [
+    ({'avx2': True}, False), ({'avx512_bf16': True}, True), ({'amx_bf16': True}, True)])
+def test_what_faster_means(monkeypatch, found, faster):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: found)
+    assert bfloat16_is_faster() is faster
 
 
-@pytest.mark.parametrize('cuda, absent, message', [
-    (False, 'g++', 'needs a compiler and there is no g..: install it, set CXX'),
-    (False, 'clang++', 'needs a compiler and there is no clang..: install it, set CXX'),
-    (True, 'gcc', None),  # clang is enough
-    (True, 'gcc clang', 'needs a compiler and there is no gcc or clang: install it, set CC'),
-    (False, 'Python.h', 'needs .*Python.h, which is not there: install the headers of python'),
-    (True, 'Python.h', 'needs .*Python.h, which is not there: install the headers of python'),
-])
-def test_what_compiling_needs(tmp_path, monkeypatch, cuda, absent, message):
-    for variable in ('CC', 'CXX'):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(run.sys, 'platform', 'darwin' if absent == 'clang++' else 'linux')
-    monkeypatch.setattr(run.shutil, 'which', lambda name: name not in absent.split())
-    monkeypatch.setattr(run.sysconfig, 'get_path', lambda name: tmp_path)
-    if absent != 'Python.h':
-        (tmp_path / 'Python.h').touch()
-    monkeypatch.setattr(torch, 'compile', lambda model, **options: f'compiled {model}')
-    monkeypatch.setattr(torch, 'use_deterministic_algorithms', lambda on: None)
-    device = SimpleNamespace(cuda=cuda, torch_device=torch.device('cuda' if cuda else 'cpu'))
-    device.check_compiler = lambda: run.Device.check_compiler(device)
-    options = TrainOptions(compile=None if cuda else True)
-    if message is None:
-        assert train.compiled(options, 'model', device) == 'compiled model'
-        return
-    with pytest.raises(UserError, match=f'{message}.*or use --compile=False'):
-        train.compiled(options, 'model', device)
+@pytest.mark.slow
+def test_a_compiler_that_is_missing_is_one_line(data):
+    environment = os.environ | dict(CXX='/nowhere/g++', TORCHINDUCTOR_CACHE_DIR=str(data))
+    run = shell(REPOSITORY / 'train.py', *SMALL, '--compile=True', env=environment)
+    assert run.returncode == 2 and run.stderr.count('\n') == 1, run.stderr
+    assert '/nowhere/g++' in run.stderr and 'use --compile=False' in run.stderr
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -751,16 +715,15 @@ def test_help_shows_what_a_config_sets(script, capsys):
     (['--max_seconds=1e999'], 'max_seconds=inf: must be a number > 0'),
     (['--beta2=1.0'], 'beta2=1.0: must be a number >= 0 and < 1'),
     (['--gradient_accumulation_steps=4'], 'set micro_batch_size'),
-    (['--wandb_log=True'], 'use --wandb=True'),
+    (['--wandb_log=True'], 'did you mean wandb?'),
     (['--arch=rnn'], "arch='rnn'"),
-    (['--micro_batch_size=3'], 'does not divide into 1 processes x micro_batch_size=3'),
     (['--block_size=100000'], 'block_size=100000: longer than the data'),
     (['--vocab_size=100'], 'vocab_size=100: the tokenizer of data/text-byte needs 257'),
     (['--n_embd=33'], 'not divisible by n_head'),
     (['--rope_dims=3'], 'rope_dims=3'),
     (['--kv_latent=3'], 'kv_latent=3 belongs to attention=mla'),
     (['--source=decoder/metrics.jsonl'], 'was prepared from corpus.csv, not decoder/metrics.jsonl'),
-    (['--source=absent.csv'], '--source=absent.csv: no file to train on (there is no such file)'),
+    (['--source=absent.csv'], 'was prepared from corpus.csv, not absent.csv'),
     (['--init_from=resume', '--out_dir=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
     (['--init_from=nothere'], 'nothere/ckpt.pt: there is no such checkpoint'),
     (['--init_from=decoder', '--n_embd=64'],
@@ -769,12 +732,11 @@ def test_help_shows_what_a_config_sets(script, capsys):
      'another architecture: it was trained with n_layer=2, not 3'),
     (['--init_from=decoder', '--causal=False'],
      'another architecture: it was trained with causal=True, not False'),
-    (['--init_from=decoder', '--block_size=16'],
-     'another architecture: size mismatch for pos_emb.weight'),
+    (['--init_from=decoder', '--block_size=16'], 'size mismatch for pos_emb.weight'),
     (['--eval_only=True'], '--init_from=RUN'),
     (['--device=tpu'], '--device=tpu'),
     (['--device=hpu'], '--device=hpu'),
-    (['--device=meta'], '--device=meta: computes nothing'),
+    (['--device=meta'], '--device=meta: '),
     (['--out_dir=a\0b'], "out_dir='a\\x00b': must be UTF-8 text"),
     (['--source=\udcff'], "source='\\udcff': must be UTF-8 text"),
     ([f'--seed={2 ** 64}'], f'seed={2 ** 64}: '),
@@ -817,19 +779,6 @@ def test_a_checkpoint_cannot_run_code(runs, script):
         with pytest.raises(UserError, match=message):
             script(train, RESUME, '--out_dir=decoder')
     assert not Path('owned').exists()
-
-
-def test_token_ids_past_the_vocabulary_are_refused(runs, script):
-    path = Path('data/text-byte/train.bin')
-    ids = np.full_like(np.fromfile(path, dtype=np.uint16), 300)
-    ids.tofile(path)
-    meta = json.loads(path.with_name('meta.json').read_text())
-    meta['train']['sha256'] = hashlib.sha256(path.read_bytes()).hexdigest()
-    del meta['checksum']
-    meta['checksum'] = prepare.digest(meta)
-    path.with_name('meta.json').write_text(json.dumps(meta))
-    with pytest.raises(UserError, match='token id 300 is past vocab_size=259'):
-        script(train, *SMALL)
 
 
 def test_a_source_that_has_changed_is_said(data, script, capsys):
@@ -887,7 +836,7 @@ def test_count_table_is_its_definition(runs):
     for left, token, right in zip(tokens, tokens[1:], tokens[2:]):
         for table, key in zip(tables, ((left, right), left, right)):
             table[key][token] += 1
-    loader = Loader(prepare.read_tokens(folder, 'val'), 32, 259, BYTES, causal=False, fixed=0)
+    loader = Loader(prepare.read_tokens(folder, 'val'), 32, BYTES, causal=False, fixed=0)
     right_guesses = total = 0
     for row, answers, places in zip(*loader.batch(np.arange(loader.fixed))):
         row = [None, *row.tolist(), None]
