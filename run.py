@@ -110,7 +110,7 @@ class Device:
                 else f'{self.torch_device.type} ({os.cpu_count()} cores)')
 
     def memory_gb(self):
-        """The peak memory of this process in GB: of its GPU if it has one, else of the machine."""
+        """Peak memory of this process in GiB: on its GPU if it has one, otherwise in RAM."""
         if self.cuda:
             return torch.cuda.max_memory_allocated(self.torch_device) / 2 ** 30
         units_per_gb = 2 ** 30 if sys.platform == 'darwin' else 2 ** 20
@@ -409,7 +409,7 @@ def mean_and_interval(values):
 
 
 def pyplot():
-    """matplotlib.pyplot for files. Importing it takes a second, so only who plots does."""
+    """matplotlib.pyplot for files, imported only when something is plotted: it takes a second."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

@@ -38,8 +38,8 @@ from run import (Device, DeviceOptions, Run, Seed, best_checkpoint, build, descr
                  load_checkpoint, load_tokenizer, load_weights, model_options_of, provenance)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
-# Tokens that a device takes at a time unless micro_batch_size says otherwise. Fresh memory costs a
-# CPU more than the arithmetic; a GPU would wait for the launches of small kernels (unmeasured).
+# Tokens per micro-batch if micro_batch_size is None: few on a CPU, where allocating memory costs
+# more than arithmetic; many on a GPU, which would wait for kernel launches (not measured).
 TOKENS_AT_A_TIME = dict(cpu=2 ** 12, mps=2 ** 14, cuda=2 ** 15)
 ANEW = 'use --init_from=RUN --out_dir=NEW to start a new run from its weights'
 OpenShare = Annotated[float, Range(above=0, below=1)]
@@ -59,7 +59,7 @@ class TrainOptions(DeviceOptions, DataOptions):
     max_seconds: Positive | None = None  # stop after this training time; the schedule follows it
     learning_rate: Positive = 1e-3  # highest learning rate
     min_lr: NotNegative = 0.0  # where the schedule ends
-    warmup_iters: CountOrZero | None = None  # steps of linear warmup; None = a tenth of max_iters
+    warmup_iters: CountOrZero | None = None  # steps of linear warmup; None = a tenth of the run
     lr_decay_iters: Count | None = None  # step at which the schedule ends; None = max_iters
     schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # decay; wsd: only in the last 40%
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for hidden matrices, adamw for the rest
@@ -72,11 +72,11 @@ class TrainOptions(DeviceOptions, DataOptions):
     eval_iters: CountOrZero = 20  # batches of batch_size per evaluation; 0 = all validation data
     log_interval: Count = 10  # steps between printed lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
-    o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent that init_from does not have
+    o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent added to the init_from model
     init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), or a folder: see README
-    eval_only: bool = False  # score the model of init_from and end
-    export: str | None = None  # folder to write the model of init_from for transformers, and end
-    dry_run: bool = False  # print parameters, FLOPs and cache bytes and end; needs no data
+    eval_only: bool = False  # evaluate the model of init_from, then exit
+    export: str | None = None  # write the model of init_from here for transformers, then exit
+    dry_run: bool = False  # print parameters, FLOPs and cache bytes, then exit; needs no data
     compile: bool | None = None  # torch.compile; None = on CUDA only
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
@@ -190,8 +190,8 @@ class Loader:
     """Windows of a token file by sequence number, masked for an encoder.
 
     Sequence k of epoch e is a function of (seed, e, k): each epoch shifts the grid of windows and
-    takes each window once, in a new order. With fixed=n there is no seed: n windows spread evenly
-    over the file, each with a mask of its own, are a test set.
+    takes each window once, in a new order. With fixed=n it is a test set that does not depend on
+    the seed: n windows spread evenly over the file (0 = all), each always with the same mask.
     """
 
     def __init__(self, tokens, block_size, tokenizer, causal, seed=0, mask_prob=EVAL_MASK_PROB,
@@ -331,8 +331,8 @@ class Muon(torch.optim.Optimizer):
     """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): a matrix takes a step along its
     momentum, orthogonalised. A parameter is a matrix or a stack of them, (n, a, b).
 
-    It computes what torch.optim.Muon does, but all matrices of one shape together, because a single
-    one takes 25 small kernels on a GPU."""
+    It computes what torch.optim.Muon does with adjust_lr_fn='match_rms_adamw', but for all matrices
+    of one shape together, because each would take 25 small kernels on a GPU."""
 
     momentum = 0.95
 
@@ -474,7 +474,7 @@ def compiled(options, model, device):
 
 
 def accumulation(options, block_size, device):
-    """(sequences that a device takes at a time, how often it does so per step)."""
+    """(micro-batch size, micro-batches per step), both of one process."""
     share, rest = divmod(options.batch_size, device.world)
     if rest:
         raise UserError(f'batch_size={options.batch_size} does not divide into {device.world} '
@@ -543,8 +543,8 @@ class Stopwatch:
 
 
 def catch_signals():
-    """A list that grows by a number with each SIGTERM or SIGINT, so that the step at hand can be
-    finished."""
+    """Handles SIGTERM and SIGINT from now on by adding them to the list that it returns, so that
+    the current step can finish."""
     caught = []
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, lambda number, frame: caught.append(number))
@@ -597,7 +597,7 @@ def expert_load(model):
 
 def train(options, model, forward, checkpoint, device, data):
     """Trains to the end, or until a signal. forward: the model or its compiled form. checkpoint:
-    the one to go on from, or None."""
+    the one to resume from, or None."""
     micro, n_accumulation = accumulation(options, model.config.block_size, device)
     optimizers = make_optimizers(model, options)
     step, seconds, best = 0, 0.0, math.inf
@@ -626,16 +626,16 @@ def train(options, model, forward, checkpoint, device, data):
             f'folder {run.folder}')
     signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
     if forward is not model:
-        # A step without an optimizer changes nothing, but now the model is compiled: minutes that
-        # would count as training time. (An evaluation compiles its own form while the clock rests.)
+        # A step without optimizers compiles the model and changes no weights, so that the minutes
+        # of compiling are not training time. (Evaluation compiles while the clock is paused.)
         train_step(runner, [], batches, step, options, device, micro, n_accumulation)
     watch, first_step, reported = Stopwatch(seconds), step, (step, seconds)
 
     while True:
-        # the processes decide alike: one signal stops all of them, and the first one's clock counts
+        # all processes must decide alike: a signal to any stops all, and rank 0's clock counts
         stop, seconds = device.total(len(signals), watch.read() if device.first else 0.0)
         done = step >= options.max_iters or seconds >= (options.max_seconds or math.inf)
-        new = step > first_step  # weights that were just loaded have been scored and saved
+        new = step > first_step  # False: weights just loaded, already evaluated and saved
         due = (new or step == 0) and (done or step % options.eval_interval == 0)
 
         # evaluate and save, when due
@@ -678,7 +678,7 @@ def train(options, model, forward, checkpoint, device, data):
             reported = step, now
 
     if not done:
-        run.log(f'stopped by a signal at step {step}, saved; --init_from=resume goes on')
+        run.log(f'stopped by a signal at step {step}, saved; --init_from=resume continues it')
     elif device.first and not model.config.causal:
         show_guesses(model, data.val, device)
     run.close()
