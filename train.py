@@ -165,8 +165,15 @@ def stats_of(options, model):
 
 
 def print_stats(options, stats):
-    sizes = [f'{value:,.0f} {name.replace("_", " ")}' for name, value in stats.items() if value]
-    print(f'{options.arch}: {", ".join(sizes)}')
+    total, active, without, flops = (stats[name] for name in (
+        'parameters', 'active_parameters', 'parameters_without_positions', 'train_flops_per_token'))
+    parts = [f'{total:,} parameters ({without:,} without positions, {active:,} per token)',
+             f'{flops / 1e6:.1f} MFLOP per token in training']
+    if stats['cache_bytes_per_token'] is not None:
+        parts.append(f'{stats["cache_bytes_per_token"]:,.0f} cache bytes per token')
+    if stats['cache_fixed_bytes']:
+        parts.append(f'at most {stats["cache_fixed_bytes"]:,.0f} more per sequence')
+    print(f'{options.arch}: {", ".join(parts)}')
 
 
 # --------------------------------------------------------------------------------------------------

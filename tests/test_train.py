@@ -406,7 +406,7 @@ def test_a_signal_saves_and_a_restart_goes_on_to_the_same_end(data, script):
 def test_a_run_with_experts_reports_their_load(data, script, capsys):
     script(train, *SMALL, *EXPERTS, '--log_interval=2')
     lines = [line for line in metrics() if 'train_loss' in line]
-    assert ' active parameters, ' in capsys.readouterr().out
+    assert ' per token), ' in capsys.readouterr().out
     assert Path('run/experts.png').is_file()
     for line in lines:
         shares, = line['expert_shares']  # the first of two layers is dense
@@ -623,7 +623,7 @@ def test_dry_run_needs_no_data(workspace, script, capsys):
     script(train, REPOSITORY / 'config/mla_o.py', '--dry_run=True')
     assert '13,090,368 parameters, 13,090,368 parameters without' in capsys.readouterr().out
     script(train, REPOSITORY / 'config/decoder.py', '--dry_run=True')
-    assert ' 16,036,800 parameters without positions' in capsys.readouterr().out
+    assert '(16,036,800 without positions' in capsys.readouterr().out
     assert not list(workspace.iterdir())
 
 
