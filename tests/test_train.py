@@ -621,7 +621,7 @@ def test_dropout_is_a_function_of_seed_step_and_rank():
 
 def test_dry_run_needs_no_data(workspace, script, capsys):
     script(train, REPOSITORY / 'config/mla_o.py', '--dry_run=True')
-    assert '13,090,368 parameters, 13,090,368 parameters without' in capsys.readouterr().out
+    assert '13,090,368 parameters (13,090,368 without' in capsys.readouterr().out
     script(train, REPOSITORY / 'config/decoder.py', '--dry_run=True')
     assert '(16,036,800 without positions' in capsys.readouterr().out
     assert not list(workspace.iterdir())
