@@ -175,7 +175,9 @@ class Attention(nn.Module):
 
     To add an attention, subclass this class or one below it and name it in ATTENTIONS (Part IV):
 
-    options   names of the BlockConfig fields that not every attention has, but this one does
+    options   names of the BlockConfig fields that not every attention has, but this one does. One
+              that DeepSeek-V3 lacks also goes into OURS of deepseek.py; one that differs between
+              layers is set in `block_of`
     check     raises ConfigError on options that contradict each other
     __init__  builds the projections; `make_queries` and `make_output` build the first and the last
     forward   computes q, k and v, stores in the cache what it needs of them, and returns
@@ -255,8 +257,10 @@ class Attention(nn.Module):
         key_mask: (B, S) bool, True = a real token.
         cache: if given, x and x_kv hold the new tokens alone. cache.extend(self, ...) appends
           what is computed from them and returns that of all tokens so far.
-        scratch: a dict that all layers of one forward pass share. A layer may leave something for
-          later layers there, or an auxiliary loss (see V4).
+        scratch: a dict that the layers of one forward pass share. A layer may leave something for
+          later layers there, or an auxiliary loss (see V4). Both stacks of an encoder-decoder and
+          its cross-attentions share one dict, and so do all levels of grouped latents: use a key
+          that tells them apart.
         """
         raise NotImplementedError
 
@@ -320,7 +324,8 @@ class MLA(Attention):
 
     The cache holds the latents and the shared key, n g L (+ r) elements per token, and nothing per
     head. A decoding step of one token makes no keys or values from it, see `absorbed`; only with
-    'per_head' it makes the rotated key dimensions again for all S tokens, S H r L multiply-adds.
+    'per_head' it makes the rotated key dimensions again for all S tokens, S H r L multiply-adds. So
+    what changes k or v in `forward` must also change `absorbed`.
     """
 
     options = ('q_latent', 'kv_latent', 'kv_groups', 'kv_branches', 'rope_key', 'v_head_dim')
@@ -775,7 +780,7 @@ class LanguageModel(nn.Module):
             return F.linear(x, head)
         out = linear_cross_entropy(x.flatten(0, 1), head, targets.flatten())
         if aux_losses and self.training:
-            out['cross_entropy'] = out['loss']
+            out.setdefault('cross_entropy', out['loss'])
             for name, (value, coefficient) in aux_losses.items():
                 out[name] = value
                 out['loss'] = out['loss'] + coefficient * value

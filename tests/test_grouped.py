@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
 from model import ConfigError, make_model
-from test_model import tokens
+from test_model import OWN, tokens
 from train import Muon, TrainOptions, make_optimizers, parameter_groups
 
 # 2 does not divide 5 - 2, nor 5 divide 7 - 5
@@ -46,8 +46,10 @@ GROUPED = {
 }
 
 
+GROUPED |= {kind: dict(rope_dims=4, attention=kind) for kind in OWN}
 # the others are marked slow: pytest -m slow
-FAST = ('base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window', 'gla', 'experts')
+FAST = (*OWN, 'base', 'rope_attention', 'dense_former', 'channels', 'mla_o', 'window', 'gla',
+        'experts')
 VARIANTS = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in GROUPED]
 
 

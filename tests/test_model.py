@@ -84,8 +84,10 @@ CAUSAL_VARIANTS = {
     'v4_no_rope': dict(attention='v4', q_latent=12, window=1, layer_kinds='hca csa', hca_group=3),
 }
 TESTED = {options.get('attention', 'mha') for options in (VARIANTS | CAUSAL_VARIANTS).values()}
-CAUSAL_VARIANTS |= {  # attentions of your own
-    kind: dict(ROPE, attention=kind) for kind in m.ATTENTIONS if kind not in TESTED}
+OWN = {kind: dict(MLA if issubclass(m.ATTENTIONS[kind], m.MLA) else ROPE, attention=kind)
+       for kind in m.ATTENTIONS if kind not in TESTED}  # attentions of your own
+CAUSAL_VARIANTS |= OWN
+ENCDEC_VARIANTS |= {f'encdec_{kind}': options for kind, options in OWN.items()}
 ENCDEC_VARIANTS['encdec_window'] = dict(ROPE, window=5)
 ENCDEC_VARIANTS['encdec_experts'] = dict(VARIANTS['experts'], n_layer=1, rope_dims=2)
 ENCDEC_VARIANTS['encdec_v4'] = dict(
@@ -428,7 +430,7 @@ def test_attention_is_its_formula(name, causal):
     rope = None if model.rope is None else model.rope[:, :7]
     for sequence, out in zip(x, attn(x, rope=rope)):
         # the tables of cos and sin are float32, whatever the precision of the weights
-        assert torch.allclose(out, attention_plain(attn, sequence, c), rtol=1e-6, atol=1e-7)
+        assert torch.allclose(out, attention_plain(attn, sequence, c), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize('kind', ['gelu', 'swiglu', 'relu2'])
