@@ -146,7 +146,8 @@ def attend(q, k, v, causal=False, mask=None, window=None, **options):
 
     causal: the T queries are the last T of the S positions, and see nothing later.
     window: a causal query sees only the last `window` keys, its own included; None = all.
-    mask: (B, S) bool, True = visible; or 4-D, bool or additive, broadcast to (B, H, T, S).
+    mask: (B, S) bool, True = visible; or 4-D, broadcast to (B, H, T, S), bool or, if T = 1 or not
+      causal, additive.
     options: scale, dropout_p and sink of softmax_attention (Part IV), which is
       F.scaled_dot_product_attention, or what is faster on a CPU.
     """
@@ -187,7 +188,7 @@ class Attention(nn.Module):
     groups, checkpoints. All attentions have these options:
 
     o_latent  an output latent (MLA-o), see OutputLatent
-    window    a causal query sees only the last `window` tokens; the cache still keeps all
+    window    a causal query sees only the last `window` tokens; only V4's cache forgets the others
     gate      the output of the heads is multiplied by sigmoid(gate_proj(x)), element by element
               (arXiv 2505.06708)
     sink      one learned logit per head in the denominator of the softmax (gpt-oss, 2508.10925)
@@ -324,8 +325,8 @@ class MLA(Attention):
 
     The cache holds the latents and the shared key, n g L (+ r) elements per token, and nothing per
     head. A decoding step of one token makes no keys or values from it, see `absorbed`; only with
-    'per_head' it makes the rotated key dimensions again for all S tokens, S H r L multiply-adds. So
-    what changes k or v in `forward` must also change `absorbed`.
+    'per_head' it makes the rotated key dimensions again for all S tokens, S n H r L multiply-adds.
+    So what changes k or v in `forward` must also change `absorbed`.
     """
 
     options = ('q_latent', 'kv_latent', 'kv_groups', 'kv_branches', 'rope_key', 'v_head_dim')
@@ -390,7 +391,7 @@ class MLA(Attention):
 
         What remains is multi-query attention (grouped-query, if there are several latents) of
         queries [q_rope | q W^UK] to keys [k_rope | latent]. The values are the keys once more: of
-        the result, only the part that comes from latents is used.
+        the result, only the part that comes from latents is used. Causal models take no key_mask.
         q (B, n*H, 1, d), cached (B, S, r + n*g*L) = [k_rope | latent] -> (B, 1, n*H*dv).
         """
         w_uk = self.k_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, d or d-r, L)
@@ -860,9 +861,9 @@ class Transformer(LanguageModel):
 
 
 class Cache:
-    """What decoding keeps of earlier tokens: for each layer, buffers of `length` rows, made when
-    the layer first stores something. n_tokens: the filled rows, which the model counts after each
-    call; set it back to forget the later ones."""
+    """What decoding keeps of earlier tokens: for each layer, buffers with room for `length` tokens,
+    made when the layer first stores something. n_tokens: how many it holds, which the model counts
+    after each call; set it back to forget the later ones (V4's only to 0, see extend_recent)."""
 
     def __init__(self, batch, length):
         self.batch, self.length, self.n_tokens = batch, length, 0
@@ -1159,9 +1160,9 @@ class Indexer(nn.Module):
 
 class V4(Attention):
     """The attention of DeepSeek-V4 (arXiv 2606.19348, section 2.3). One vector of d elements per
-    token is the key and the value of all heads. A query reads the last `window` of them, and the
-    past before through entries, each of which stands for a group of tokens (see Compressor). The
-    kind of a layer, a word of layer_kinds, says how many:
+    token is the key and the value of all heads. A query reads the last `window` of them, and
+    entries that each stand for a complete group of tokens (see Compressor). The kind of a layer, a
+    word of layer_kinds, says how many:
 
         window    none
         csa       one per csa_group tokens, each a mean over two groups. With index_topk a query
@@ -1246,8 +1247,8 @@ class V4(Attention):
         if index is not None and T > size and torch.is_grad_enabled():
             attend_chunk = partial(checkpoint, attend_chunk, use_reentrant=False)
         oldest, parts, divergence = end - kv.size(2), [], 0.0  # oldest: the position of kv's first
-        for t, q in zip(range(end - T, end, size), q.split(size, dim=2)):
-            stop = t + q.size(2)  # q: (B, H, chunk, d), at positions t to stop - 1
+        for t, chunk in zip(range(end - T, end, size), q.split(size, dim=2)):
+            stop = t + chunk.size(2)  # chunk: (B, H, ., d), at positions t to stop - 1
             first, n = max(oldest, t - self.window + 1), min(entries.size(2), stop // m)
             keys = torch.cat((kv[:, :, first - oldest:stop - oldest], entries[:, :, :n]), dim=2)
             chunk_index = None
@@ -1255,7 +1256,7 @@ class V4(Attention):
                 q_index, w, k_index = index
                 rows = slice(t - end + T, stop - end + T)
                 chunk_index = q_index[:, :, rows], w[:, :, rows], k_index[:, :, :n]
-            y, chunk_divergence = attend_chunk(q, keys, n, t, first, chunk_index)
+            y, chunk_divergence = attend_chunk(chunk, keys, n, t, first, chunk_index)
             parts.append(y)
             divergence = divergence + chunk_divergence
         if index is not None and self.training and scratch is not None:
@@ -1963,7 +1964,7 @@ def init_weights(model):
     large as without it:
 
     gain of the norm of a latent             sqrt(D/L)               1
-    second of two factors (init_fan_in)      N(0, 1/sqrt(fan in))    as any other
+    factor of a product (init_fan_in)        N(0, init_fan_in^-0.5)  as any other
 
     n counts the residual projections of one stack of blocks, so that the variance at its end does
     not grow with its depth (GPT-2). With zero_init_residual, which init_std=None ignores, they are
@@ -2067,8 +2068,8 @@ def training_flops(model, T, predicted=1.0):
 
 
 def cache_bytes(model, dtype=None):
-    """(bytes per token, bytes at any length at most) that the cache holds for each sequence, in
-    dtype or in the precision of the weights. Counted in a full cache."""
+    """(bytes per token, further bytes that do not grow with the text, at most) of the cache of one
+    sequence, in dtype or in the precision of the weights. Counted in a full cache."""
     size = model.config.block_size
     cache, idx = model.init_cache(1, size), torch.zeros(1, size, dtype=torch.int64, device='meta')
     count_flops(lambda: on_meta(model, idx, cache=cache))  # which replaces grouped_mm, see above

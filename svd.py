@@ -258,7 +258,7 @@ def stacked_values(x, heads):
 
 def energy_left(values):
     """The share of the energy after the first 0, 1, ... n singular values, (..., n) -> a tensor
-    (..., n + 1); 0 where all values are."""
+    (..., n + 1); all 0 if all values are 0."""
     energy = F.pad(torch.tensor(values, dtype=torch.float64).square().cumsum(dim=-1), (1, 0))
     return (1 - energy / energy[..., -1:]).nan_to_num(0.0)
 

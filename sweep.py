@@ -200,7 +200,7 @@ def work(waiting, n_runs, options, environment, failed):
                     reason = log.read_text().rstrip().rpartition('\n')[2] if log else 'see above'
                     raise UserError(f'status {process.returncode}, {reason}')
             print(f'{title} is done')
-        except (UserError, OSError, ValueError) as error:  # a ValueError is of shlex
+        except (UserError, OSError, ValueError) as error:  # shlex raises ValueError
             print(f'{title} failed: {error}', file=sys.stderr)
             failed.add(run.folder)
 

@@ -518,7 +518,10 @@ def train_step(runner, optimizers, data, step, options, device, micro, n_accumul
     for layer in mixtures(runner):
         if device.world > 1:
             dist.all_reduce(layer.load)
-        layer.balance() if optimizers else layer.load.zero_()
+        if optimizers:
+            layer.balance()
+        else:
+            layer.load.zero_()
     return means, norm
 
 
@@ -642,14 +645,14 @@ def train(options, model, forward, checkpoint, device, data):
         # all processes must decide alike: a signal to any stops all, and rank 0's clock counts
         stop, seconds = device.total(len(signals), watch.read() if device.first else 0.0)
         done = step >= options.max_iters or seconds >= (options.max_seconds or math.inf)
-        new = step > first_step  # False: weights just loaded, already evaluated and saved
+        new = step > first_step  # False: no step yet in this process, so nothing new to save
         due = (new or step == 0) and (done or step % options.eval_interval == 0)
 
         # evaluate and save, when due
         if due or stop:
+            if new:  # waits for the steps that a GPU still has to do, and their time counts
+                stop_if_not_finite(step, means['loss'].item(), norm.item())
             with watch.paused():
-                if new:
-                    stop_if_not_finite(step, means['loss'].item(), norm.item())
                 improved = False
                 if due:
                     scores = evaluate(model, forward, data, micro, device)
@@ -661,10 +664,10 @@ def train(options, model, forward, checkpoint, device, data):
                     best = scores['val_loss']
                 state = dict(model=model.state_dict(), step=step, seconds=seconds, best=best,
                              optimizers=[optimizer.state_dict() for optimizer in optimizers])
+                if improved:  # first: a kill in between must not leave a `best` without its weights
+                    run.save('ckpt_best.pt', state)
                 if new or stop:
                     run.save('ckpt.pt', state)
-                if improved:
-                    run.save('ckpt_best.pt', state)
         if done or stop:
             break
 
@@ -679,9 +682,9 @@ def train(options, model, forward, checkpoint, device, data):
 
         # report, when due
         if step % options.log_interval == 0:
-            now = watch.read()
+            grad_norm, now = norm.item(), watch.read()  # in this order: the first waits for a GPU
             seconds_per_step = (now - reported[1]) / (step - reported[0])
-            report(run, options, device, step, now, lr, means, norm.item(), seconds_per_step, model)
+            report(run, options, device, step, now, lr, means, grad_norm, seconds_per_step, model)
             reported = step, now
 
     if not done:
