@@ -267,7 +267,7 @@ def test_the_commands_of_ranks_and_of_exports(here, copy):
     assert 'between heads' in here(ranks, '--layers=0')
     export, = commands_with('--export=out/hf')
     assert 'for transformers' in here(export)
-    command, = re.findall(r'`(python train.py\s[^`]* --causal=True [^`]*)`', README)
+    command, = re.findall(r'`(python train.py\s[^`]*--causal=True\s[^`]*)`', README)
     here(command, *NO_HUB, *CUT_SHORT)
     assert (copy / 'out/decoder/ckpt.pt').exists()
 

@@ -803,7 +803,7 @@ SHRUNK = ['--dataset=text', '--source=corpus.csv', '--vocab_size=300', '--n_laye
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda path: path.stem)
 def test_every_config_takes_a_step(data, script, path):
     assert path.read_text().startswith('"""')
-    more = {'grouped': ['--block_size=96'], 'v4': ['--layers=csa hca', '--hca_group=8']}
+    more = {'grouped': ['--block_size=96'], 'v4': ['--layer_kinds=csa hca', '--hca_group=8']}
     script(train, path, *SHRUNK, *(option for name, options in more.items() if name in path.stem
                                    for option in options))
     assert metrics(f'out/{path.stem}')[-1]['step'] == 1
