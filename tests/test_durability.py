@@ -83,13 +83,14 @@ def limit_file_size(n_bytes):
 def test_a_full_disk_keeps_the_old_checkpoint(data):
     command = [REPOSITORY / 'train.py', *SMALL, '--eval_interval=2']
     assert shell(*command, '--max_iters=2').returncode == 0
-    before = Path('run/ckpt.pt').read_bytes()
+    before = {name: Path(f'run/{name}.pt').read_bytes() for name in ('ckpt', 'ckpt_best')}
     full = shell(*command, '--init_from=resume', '--max_iters=6',
                  preexec_fn=lambda: limit_file_size(20_000))
     assert full.returncode == 2 and len(full.stderr.strip().splitlines()) == 1
-    assert ('run/ckpt.pt: cannot be written' in full.stderr
+    assert ('run/ckpt_best.pt: cannot be written' in full.stderr  # which is saved first
             and 'what was there before is kept' in full.stderr)
-    assert Path('run/ckpt.pt').read_bytes() == before and not list(Path('run').glob('*.partial'))
+    assert not list(Path('run').glob('*.partial'))
+    assert all(Path(f'run/{name}.pt').read_bytes() == old for name, old in before.items())
     assert shell(*command, '--init_from=resume', '--max_iters=6').returncode == 0
     assert shell(*command, '--out_dir=straight', '--max_iters=6').returncode == 0
     same_state('straight/ckpt.pt', 'run/ckpt.pt')
