@@ -6,8 +6,8 @@
 
 Writes into the run folder: sst2.json (accuracies of all seeds, and of a bag of words),
 sst2_predictions.tsv (text, label, probability that it is positive), sst2_metrics.jsonl and sst2.pt.
-With from_scratch their names begin with sst2_from_scratch. Earlier ones are replaced when the first
-seed is done.
+With from_scratch their names begin with sst2_from_scratch. Earlier ones are renamed, with their
+date, when the first seed is done.
 
 SST-2's training split gives training and validation, 90/10 at random. It consists of sentences and
 of phrases from them, so the held-out tenth is easier than the test. The labels of SST-2's own test
