@@ -21,6 +21,7 @@ seeds use its choice. When all runs are trained, the configs are timed in turns,
 Writes frontier.csv and frontier.png.
 """
 
+import ast
 import contextlib
 import dataclasses
 import itertools
@@ -397,6 +398,15 @@ def tuned_runs(options, paths, grid):
     return chosen
 
 
+def titles(paths):
+    """A name for each config: what stands before the colon in the first line of its docstring, or
+    the name of the file if that is longer than 24 characters or not unique."""
+    docs = [ast.get_docstring(ast.parse(Path(path).read_text('utf-8'))) or '' for path in paths]
+    names = [doc.split('\n')[0].partition(':')[0] for doc in docs]
+    return [name if name and len(name) < 25 and names.count(name) == 1 else Path(path).stem
+            for name, path in zip(names, paths)]
+
+
 def frontier(arguments):
     """Trains configs at the learning rates that suit them, times them, and plots loss against cache
     and speed."""
@@ -410,8 +420,8 @@ def frontier(arguments):
     chosen = tuned_runs(options, paths, grid)
     runs = [run for runs in chosen.values() for run in runs]
     train_runs(runs, options)
-    groups = {Path(path).stem: [TrainedRun(run.folder) for run in runs]
-              for path, runs in chosen.items()}
+    groups = {name: [TrainedRun(run.folder) for run in runs]
+              for name, runs in zip(titles(paths), chosen.values())}
     timing = bench.BenchOptions(context=10 ** 9)  # all of block_size
     speeds = bench.measure_configs(paths, flags(fixed), timing)
     table = [line | dict(learning_rate=groups[line['name']][0].options['learning_rate']) | speed

@@ -1,7 +1,7 @@
-"""The base of the zoo: a small decoder, 4 layers of 256, with plain multi-head attention, which
+"""MHA: the base of the zoo, a small decoder, 4 layers of 256, with plain multi-head attention. It
 caches 512 elements per token and layer. Each zoo_*.py has another attention, and an mlp_hidden that
 gives all of them the same number of parameters, within 0.1%. Their first lines say what they cache
-per token and layer.
+per token and layer; up to the colon, they are the names that sweep.py draws.
 
 Asks: which attention for which cache? RESULTS.md has the protocol and the answer. Sizes and recipe
 are ours; the publications of these attentions measured them at other sizes.

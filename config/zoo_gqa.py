@@ -1,4 +1,4 @@
-"""zoo.py with grouped queries, two key and value heads: 128 cached elements."""
+"""GQA: zoo.py with grouped queries, two key and value heads; 128 cached elements."""
 from config.zoo import *
 
 n_kv_head = 2

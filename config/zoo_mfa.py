@@ -1,5 +1,5 @@
-"""zoo.py with multi-matrix factorization attention: heads of 64 that share one key and value head,
-and a query latent of 96: 128 cached elements.
+"""MFA: zoo.py with multi-matrix factorization attention, heads of 64 that share one key and value
+head, and a query latent of 96; 128 cached elements.
 """
 from config.zoo import *
 

@@ -1,4 +1,4 @@
-"""zoo.py with a gate on the outputs of the heads."""
+"""MHA, gate: zoo.py with a gate on the outputs of the heads."""
 from config.zoo import *
 
 gate = True

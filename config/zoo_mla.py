@@ -1,5 +1,5 @@
-"""zoo.py with MLA as in DeepSeek-V3, a latent of 64 and one shared rotated key of 16: 80 cached
-elements.
+"""MLA: zoo.py with MLA as in DeepSeek-V3, a latent of 64 and one shared rotated key of 16; 80
+cached elements.
 """
 from config.zoo import *
 

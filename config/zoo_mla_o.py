@@ -1,4 +1,4 @@
-"""zoo_mla.py with MLA-o: the heads share an output latent of 96."""
+"""MLA-o: zoo_mla.py whose heads share an output latent of 96."""
 from config.zoo_mla import *
 
 o_latent = 96

@@ -1,5 +1,5 @@
-"""zoo_mla.py with two output latents of 64, as in DeepSeek-V4, each for half of the heads. They
-have as many weights as one of 96.
+"""MLA-o, 2 groups: zoo_mla.py with two output latents of 64, as in DeepSeek-V4, each for half of
+the heads. They have as many weights as one of 96.
 """
 from config.zoo_mla import *
 

@@ -1,4 +1,4 @@
-"""zoo.py with one key and value head (multi-query attention): 64 cached elements."""
+"""MQA: zoo.py with one key and value head (multi-query attention); 64 cached elements."""
 from config.zoo import *
 
 n_kv_head = 1

@@ -1,5 +1,5 @@
-"""zoo.py with tensor product attention, queries of rank 6, keys and values of rank 2: 160 cached
-elements.
+"""TPA: zoo.py with tensor product attention, queries of rank 6, keys and values of rank 2; 160
+cached elements.
 """
 from config.zoo import *
 

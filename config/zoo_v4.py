@@ -1,6 +1,6 @@
-"""zoo.py with the attention of DeepSeek-V4: a window of 32 tokens, and entries of 4 tokens in two
-layers and of 16 in one. 9 cached elements, plus at most 3,360 for the window and the open groups,
-averaged over the layers.
+"""V4: zoo.py with the attention of DeepSeek-V4, a window of 32 tokens, and entries of 4 tokens in
+two layers and of 16 in one. 9 cached elements, plus at most 3,360 for the window and the open
+groups, averaged over the layers.
 """
 from config.zoo import *
 

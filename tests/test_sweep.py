@@ -37,7 +37,9 @@ def two_configs(workspace):
     write_corpus(workspace, 100)
     for name, width in dict(a=16, b=32).items():
         options = SMALL | dict(n_embd=width)
-        Path(f'{name}.py').write_text(''.join(f'{key} = {options[key]!r}\n' for key in options))
+        title = '"""MHA, wider: and more."""\n' if name == 'b' else ''
+        Path(f'{name}.py').write_text(title + ''.join(f'{key} = {options[key]!r}\n'
+                                                      for key in options))
     return workspace
 
 
@@ -376,7 +378,8 @@ def test_frontier_tunes_with_the_first_seed_alone(two_configs, in_process, scrip
     losses = {name: np.array([sweep.TrainedRun(Path(f'out/sweep-{name}') / names[i]).loss
                               for i in (2, 0, 1)]) for name in 'ab'}
     frame = pd.read_csv('out/bench/frontier.csv')
-    assert list(frame.config) == ['a', 'b'] and set(frame.learning_rate) == {1e-3}
+    assert dict(zip(frame.config, frame.name)) == dict(a='a', b='MHA, wider')
+    assert set(frame.learning_rate) == {1e-3}
     assert set(frame.seeds) == {'[3, 1, 2]'} and set(frame.context) == {32}
     assert list(frame.val_loss_mean) == pytest.approx([losses[name].mean() for name in 'ab'])
     # one layer, keys and values, float32
