@@ -33,8 +33,7 @@ zero_init_residual = True  # 0.14 nats better after 600 steps
 
 # recipe
 batch_size = 16
-max_iters = 1_000_000  # the clock decides
-max_seconds = 240.0
+max_iters = 2_000
 optimizer = 'muon'
 learning_rate = 1e-2
 schedule = 'wsd'
@@ -43,4 +42,4 @@ weight_decay = 0.01
 mask_prob = 0.4  # more to learn from each window; evaluation masks 15%
 eval_interval = 250
 eval_iters = 0  # all held-out articles
-log_interval = 50
+log_interval = 25

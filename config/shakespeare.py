@@ -27,13 +27,12 @@ tie_embeddings = False
 
 # recipe
 batch_size = 16
-max_iters = 100_000  # the clock decides
-max_seconds = 75.0
+max_iters = 500
 optimizer = 'muon'
 learning_rate = 1e-2
 schedule = 'wsd'
 warmup_iters = 20
 weight_decay = 0.05
-eval_interval = 1_000_000  # only at the end, on everything held out
-eval_iters = 0
-log_interval = 100
+eval_interval = 50
+eval_iters = 20
+log_interval = 25
