@@ -267,6 +267,9 @@ DATASETS = {  # all of them take --source; add an entry to add a data set
     'wikitext103': DataSet(partial(hub_rows, 'Salesforce/wikitext', 'wikitext-103-raw-v1'),
                            has_validation=True, join=join_articles),
     'wikipedia': DataSet(partial(hub_rows, 'wikimedia/wikipedia', '20231101.en'), held_out=0.005),
+    'openwebtext': DataSet(partial(hub_rows, 'Skylion007/openwebtext', None), held_out=0.0005),
+    'fineweb-edu': DataSet(partial(hub_rows, 'HuggingFaceFW/fineweb-edu', 'sample-10BT'),
+                           held_out=0.0005),
     'sst2': DataSet(partial(hub_rows, 'stanfordnlp/sst2', None), 'sentence', has_validation=True),
     'text': DataSet(),
 }
@@ -465,7 +468,7 @@ def write_tokens(folder, documents, tokenizer):
     for split in stats:
         if not stats[split]['tokens']:
             raise UserError(f'{split} would be empty: the data set has no text, or too few '
-                            'documents to hold some out')
+                            'documents to hold some out: add documents, or a file named val')
         with open(folder / f'{split}.bin', 'rb') as file:
             stats[split]['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
     return stats

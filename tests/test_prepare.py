@@ -192,25 +192,38 @@ def test_sst2_sentences(workspace, script):
     assert len(decode(workspace / 'data/sst2-byte', 'val')) == 3
 
 
+@pytest.mark.parametrize('dataset', ['openwebtext', 'fineweb-edu'])
+def test_data_of_millions_of_documents(workspace, script, dataset):
+    """A share of 0.0005 is held out, of a local file too."""
+    texts = [f'page {i}' for i in range(8_000)]
+    pandas.DataFrame({'text': texts, 'url': 'x'}).to_parquet('0.parquet')
+    script(prepare, f'--dataset={dataset}', '--source=0.parquet', '--tokenizer=byte')
+    folder = workspace / f'data/{dataset}-byte'
+    assert read_all(folder) == sorted(texts) and 0 < len(decode(folder, 'val')) < 12
+
+
 def test_the_hub_is_asked_for_the_right_thing(workspace, script, monkeypatch):
-    """There is no hub here: load_dataset is replaced by a function that notes its arguments."""
+    """And once. There is no hub here: load_dataset is replaced by a function that notes its
+    arguments."""
     import datasets
     asked = []
 
     def load_dataset(path, name=None, split=None, streaming=None):
         asked.append((path, name, split, streaming))
         column = 'sentence' if 'sst2' in path else 'text'
-        texts = WIKITEXT if 'wikitext' in path else corpus(500)
+        texts = WIKITEXT if 'wikitext' in path else ['A page.'] * 8000
         return datasets.Dataset.from_dict({column: texts}).to_iterable_dataset()
 
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
-    for dataset in ('wikitext103', 'wikipedia', 'sst2'):
+    for dataset in ('wikitext103', 'wikipedia', 'openwebtext', 'fineweb-edu', 'sst2'):
         script(prepare, f'--dataset={dataset}', '--tokenizer=byte')
-    assert set(asked) == {('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', True),
-                          ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'validation', True),
-                          ('wikimedia/wikipedia', '20231101.en', 'train', True),
-                          ('stanfordnlp/sst2', None, 'train', True),
-                          ('stanfordnlp/sst2', None, 'validation', True)}
+    assert asked == [('Salesforce/wikitext', 'wikitext-103-raw-v1', 'train', True),
+                     ('Salesforce/wikitext', 'wikitext-103-raw-v1', 'validation', True),
+                     ('wikimedia/wikipedia', '20231101.en', 'train', True),
+                     ('Skylion007/openwebtext', None, 'train', True),
+                     ('HuggingFaceFW/fineweb-edu', 'sample-10BT', 'train', True),
+                     ('stanfordnlp/sst2', None, 'train', True),
+                     ('stanfordnlp/sst2', None, 'validation', True)]
     assert len(decode(workspace / 'data/wikitext103-byte', 'train')) == 2
 
 
@@ -293,7 +306,8 @@ def table_of(value):
     ('deep.json', '[' * 100_000, 'deep.json cannot be read (RecursionError'),
     ('wide.csv', 'text\na, b\nc, d\n', 'wide.csv cannot be read (ValueError: a row has more'),
     ('torn.csv', 'text\na\n"b\nc', 'torn.csv cannot be read (Error: unexpected end'),
-    ('one.csv', 'text\nx\n', 'would be empty: the data set has no text, or too few documents'),
+    ('one.csv', 'text\nx\n', 'would be empty: the data set has no text, or too few documents to '
+     'hold some out: add documents, or a file named val'),
     *[(name, content, 'train would be empty: the data set has no text') for name, content in [
         ('a.txt', ''), ('a.txt.gz', gzip.compress(b'', mtime=0)), ('a.txt', ' \n'),
         ('a.jsonl', ''), ('a.json', '[]'), ('a.csv', ''), ('a.csv', 'text\n'),

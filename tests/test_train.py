@@ -809,19 +809,36 @@ def test_every_config_takes_a_step(data, script, path):
     assert metrics(f'out/{path.stem}')[-1]['step'] == 1
 
 
-def test_the_zoo_has_one_size_and_many_caches():
-    sizes, caches = {}, {}
+def decoders(prefix):
+    """{name: model on the meta device} of the decoders whose configs start with the prefix."""
+    models = {}
     for path in CONFIGS:
-        if path.stem.startswith('zoo'):
+        if path.stem.startswith(prefix):
             values, name = config.load([str(path)], *train.option_classes({}))
             with torch.device('meta'):
-                model = make_model('transformer', **train.split_options(values)[1])
-            embedding = model.tok_emb.weight.numel()
-            sizes[name], caches[name] = model.n_params() - embedding, cache_bytes(model)[0]
+                models[name] = make_model('transformer', **train.split_options(values)[1])
+    return models
+
+
+def test_the_zoo_has_one_size_and_many_caches():
+    sizes, caches = {}, {}
+    for name, model in decoders('zoo').items():
+        embedding = model.tok_emb.weight.numel()
+        sizes[name], caches[name] = model.n_params() - embedding, cache_bytes(model)[0]
     assert len(sizes) == 15 and max(sizes.values()) < 1.001 * min(sizes.values())
     assert caches['zoo'] == 8 * caches['zoo_mqa'] == max(caches.values())
     alike = 'zoo_mla', 'zoo_mla_per_head', 'zoo_gta', 'zoo_gla', 'zoo_mlra'
     assert len({caches[name] for name in alike}) == 1
+
+
+def test_the_gpt2_configs_have_one_size():
+    models = decoders('gpt2')
+    sizes = {name: model.n_params() for name, model in models.items()}
+    assert sizes == dict(gpt2=124_373_760, gpt2_mla=124_478_208, gpt2_mla_o=124_478_208)
+    for path in CONFIGS:
+        assert path.stem not in sizes or f'Parameters: {sizes[path.stem]:,}' in path.read_text()
+    full, cut = (models[name].config.options().items() for name in ('gpt2_mla', 'gpt2_mla_o'))
+    assert dict(cut - full) == dict(o_latent=256, mlp_hidden=3712)
 
 
 def test_count_table_is_its_definition(runs):
