@@ -337,7 +337,9 @@ def local_rows(file, by_line):
     ending, opener = ending_of(file), OPENERS.get(Path(file.lower()).suffix, open)
     if ending == '.parquet':
         import pyarrow.parquet
-        for batch in pyarrow.parquet.ParquetFile(file).iter_batches(256):
+        # without these options it would hold the file, or what it has read of it so far
+        table = pyarrow.parquet.ParquetFile(file, pre_buffer=False, buffer_size=2 ** 20)
+        for batch in table.iter_batches(256):
             yield from batch.to_pylist()
         return
     newline = '' if ending in CSV else None

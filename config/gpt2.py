@@ -2,9 +2,10 @@
 
 Asks: what is the loss of plain heads at a size and on data that people know? nanoGPT publishes a
 validation loss of about 2.85 nats for this model and recipe, after four days on 8 A100s; it has not
-been run here. Architecture, initial weights, optimizer and schedule are nanoGPT's; the held-out
-documents are others of the same number. Parameters: 124,373,760. Meant for 8 GPUs, and for
---dataset=fineweb-edu, too: torchrun --nproc_per_node=8 train.py config/gpt2.py
+been run here. Architecture, initial weights, optimizer and schedule are nanoGPT's; the order of the
+data is ours, and so is the choice of the documents held out. Parameters: 124,373,760.
+
+torchrun --nproc_per_node=8 train.py config/gpt2.py, with --dataset=fineweb-edu for other data
 """
 
 # data

@@ -1,5 +1,5 @@
-"""gpt2.py with DeepSeek-V3's attention, rotary positions and RMSNorm. Its cache is a tenth as large,
-and a wider feed-forward makes up for the parameters that latents and positions save.
+"""gpt2.py with DeepSeek-V3's attention, rotary positions and RMSNorm. Its cache is a tenth of the
+other's, and a wider feed-forward takes the parameters that latents and positions save.
 
 Asks: does MLA beat plain heads at GPT-2's size, on its data, with its recipe? It has not been run
 here. Parameters: 124,478,208, within 0.1% of gpt2.py.

@@ -202,6 +202,17 @@ def test_data_of_millions_of_documents(workspace, script, dataset):
     assert read_all(folder) == sorted(texts) and 0 < len(decode(folder, 'val')) < 12
 
 
+def test_a_parquet_file_is_not_read_into_memory(workspace):
+    import pyarrow
+    text = random.Random(0).randbytes(16_000_000).hex()
+    texts = [text[i:i + 4000] for i in range(0, len(text), 4000)]
+    pandas.DataFrame({'text': texts}).to_parquet('a.parquet')
+    before = pyarrow.total_allocated_bytes()
+    held = [pyarrow.total_allocated_bytes() - before
+            for _ in prepare.local_rows('a.parquet', by_line=False)]
+    assert len(held) == len(texts) and max(held) < len(text) / 2
+
+
 def test_the_hub_is_asked_for_the_right_thing(workspace, script, monkeypatch):
     """And once. There is no hub here: load_dataset is replaced by a function that notes its
     arguments."""
