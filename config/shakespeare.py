@@ -1,6 +1,7 @@
-"""Ninety seconds on two CPU cores: a small causal model of bytes, trained on your own text file.
+"""A minute or two on two CPU cores: a small causal model of bytes, trained on your own text file.
 
-Asks: how good can a model get in that time, from start to end? The usual text is tinyshakespeare:
+Asks: how good can a model get in that time? The usual text is tinyshakespeare, on which nanoGPT's
+recipe for CPUs, a model of this size, takes longer and loses more (results/speed.md):
 python train.py config/shakespeare.py --source=input.txt
 Sizes and recipe are ours.
 """
