@@ -34,9 +34,9 @@ import config
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
-from run import (Device, DeviceOptions, Seed, build, date_of, load_checkpoint, load_run,
+from run import (Device, DeviceOptions, Seed, build, claim, date_of, load_checkpoint, load_run,
                  load_tokenizer, load_weights, mean_and_interval, model_options_of, open_wandb,
-                 save_checkpoint, save_text)
+                 place_of, ranks, save_checkpoint, save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
@@ -66,7 +66,7 @@ class FinetuneOptions(DeviceOptions):
     def __post_init__(self):
         if self.out_dir is None:
             raise UserError('which run? --out_dir=RUN names a run folder of train.py')
-        if os.environ.get('WORLD_SIZE', '1') != '1':
+        if ranks()[2] > 1:
             raise UserError('this takes minutes on one device: start it with python, not torchrun')
 
     def file(self, ending):
@@ -362,14 +362,18 @@ def main():
     device = Device(options)
     if options.predict is not None:
         return predict(options, device)
+    folder = place_of(options.out_dir)
+    if options.wandb:
+        pretraining = config.read_json(folder / 'run.json', 'restore it')
+        open_wandb()
     run, texts = load_run(options.out_dir), read_sst2(options)
+    lock = claim(folder)
     print(f'{options.out_dir}{", with new weights" if options.from_scratch else ""}: '
           f'{len(texts["train"]):,} phrases to train on, {len(texts["validation"]):,} held out to '
           f'choose the epoch by, {len(texts["test"]):,} sentences to test on')
     data = {split: tokenize(part, run[1], run[0].config.block_size)
             for split, part in texts.items()}
-    folder, baseline, results, lines = Path(options.out_dir), bag_of_words(texts), [], []
-    wandb_run = None
+    baseline, results, lines, wandb_run = bag_of_words(texts), [], [], None
 
     def record(**line):
         lines.append(line)
@@ -378,9 +382,9 @@ def main():
 
     for seed in range(options.seed, options.seed + options.seeds):
         if options.wandb:
-            pretraining = config.read_json(folder / 'run.json', 'restore it')
-            wandb_run = open_wandb('encoder-pretrain-sst2', f'{folder.name}-{seed}', folder,
-                                   dataclasses.asdict(options) | dict(pretraining=pretraining))
+            wandb_run = open_wandb(
+                project='encoder-pretrain-sst2', name=f'{folder.name}-{seed}', dir=folder,
+                config=dataclasses.asdict(options) | dict(pretraining=pretraining))
         results.append(finetune(options, seed, run, data, device, record))
         if wandb_run:
             wandb_run.log(dict(test_accuracy=results[-1]['test_accuracy']))
@@ -388,6 +392,7 @@ def main():
         if len(results) == 1:
             set_aside(options)
         summary = save_results(options, results, lines, run, texts['test'], baseline)
+    lock.close()
     interval = f' +- {summary["ci95"]:.2%}' if options.seeds > 1 else ''
     print(f'\ntest accuracy {summary["mean"]:.2%}{interval} (seeds: {options.seeds}), validation '
           f'{statistics.mean(summary["validation_accuracy"]):.2%}\na bag of words scores '

@@ -1,16 +1,19 @@
 """A run: its device, its folder, its checkpoints and its log. train.py writes runs, and the other
 scripts start from one."""
 
+import fcntl
 import json
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import zipfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -25,7 +28,8 @@ import config
 from config import UserError
 from deepseek import (Checkpoint, load_deepseek, options_of_deepseek, to_deepseek,
                       write_checkpoint)
-from model import ConfigError, Range, make_config, make_model, option_names
+from model import (ARCHITECTURES, ConfigError, CountOrZero, NotNegative, Range, make_config,
+                   make_model, option_names)
 from prepare import Tokenizer, partial_folder
 
 FORMAT = 2  # of checkpoints and run.json; raise it when older ones can no longer be read
@@ -34,6 +38,15 @@ FORMAT = 2  # of checkpoints and run.json; raise it when older ones can no longe
 PEAK_BF16 = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
              'H200': 989e12}
 Seed = Annotated[int, Range(least=0, below=2 ** 63)]
+# what every checkpoint holds, what one to resume from holds, and numbers in metrics.jsonl
+CHECKPOINT = dict(model=dict | OrderedDict, options=dict, step=CountOrZero, provenance=dict)
+RESUMABLE = dict(seconds=NotNegative, best=NotNegative | Literal[math.inf], optimizers=list)
+NUMBERS = ['step', 'tokens', 'seconds', 'tokens_per_second', 'memory_gb', 'train_loss',
+           'train_cross_entropy', 'train_eval_loss', 'val_loss', 'val_masked_accuracy',
+           'val_bits_per_byte']
+# what a run, or another script in its folder, has written
+OWN = re.compile(r'(ckpt(_best)?\.pt|(config|run|tokenizer|svd)\.json|(metrics|svd)\.jsonl|wandb|'
+                 r'(loss|experts|layers|heads|spectra-\d+)\.png|sst2[-_.].*)(\.partial)?')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -55,9 +68,7 @@ class Device:
     def __init__(self, options, trains=True):
         """options: DeviceOptions. trains: if False, dtype=auto is float32 on a CPU, because
         bfloat16 gains nothing for the small products of generation."""
-        self.rank, self.local_rank, self.world = (
-            int(os.environ.get(name, default))
-            for name, default in (('RANK', 0), ('LOCAL_RANK', 0), ('WORLD_SIZE', 1)))
+        self.rank, self.local_rank, self.world = ranks()
         self.first = self.rank == 0  # the process that prints and writes
         name = options.device
         if name == 'auto':
@@ -124,6 +135,22 @@ class Device:
         return flops_per_second / self.world / peak if peak and self.bf16 else None
 
 
+def ranks():
+    """(rank, rank on this machine, number of processes), as torchrun has set them. Raises UserError
+    if the environment holds some of it."""
+    names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    values = [found.get(name, '') for name in names[:3]]
+    if not any(values):
+        return 0, 0, 1
+    rank, local_rank, world = (int(value) if value.isdecimal() else -1 for value in values)
+    if not (0 <= local_rank <= rank < world and (world == 1 or len(found) == len(names))):
+        settings = ' '.join(f'{name}={value}' for name, value in found.items())
+        raise UserError(f'the environment has {settings}, which is not what torchrun sets: unset '
+                        f'{" ".join(found)}, or start this with torchrun')
+    return rank, local_rank, world
+
+
 def bfloat16_is_faster():
     """Whether this CPU has instructions for bfloat16, with which its products are 2 to 8 times as
     fast as in float32."""
@@ -175,16 +202,20 @@ def load_checkpoint(path):
     except Exception as error:  # torch raises many kinds, also for a pickle that would run code
         raise UserError(f'{path}: damaged, or no checkpoint of train.py ({str(error):.60}): use '
                         'another one') from None
-    check_format(state, path)
+    check_format(state, path, **CHECKPOINT)
+    kinds = dict(arch=Literal[*ARCHITECTURES])
+    config.check_content(state['options'], kinds, path, 'use another one')
     return state
 
 
-def check_format(content, path):
-    """Raises UserError if a checkpoint, or run.json, is of another version."""
+def check_format(content, path, **kinds):
+    """Raises UserError if a checkpoint, or run.json, is of another version, or is damaged: see
+    config.check_content."""
     found = content.get('format') if isinstance(content, dict) else None
     if found != FORMAT:
         raise UserError(f'{path}: was not written by this version (format {found}, not {FORMAT}): '
                         'make it again, or use the version that wrote it')
+    config.check_content(content, kinds, path, 'use another run')
 
 
 def state_of_folder(folder):
@@ -309,31 +340,33 @@ class Run:
         """flat: all options. stats: sizes of the model and provenance, for run.json and the
         checkpoints. checkpoint: the one to go on from; if None, an earlier run in this folder is
         moved out of the way. wandb_project: None = no Weights & Biases."""
-        self.folder, self.flat, self.stats = Path(folder), flat, stats
+        self.folder, self.flat, self.stats = place_of(folder), flat, stats
         self.writes, self.wandb = writes, None
         if not writes:
             return
         self.make_folder(tokenizer, checkpoint)
         if wandb_project:  # a resumed run goes on in its own run there
             run_id = checkpoint and checkpoint['provenance'].get('wandb_id')
-            self.wandb = open_wandb(wandb_project, self.folder.name, self.folder, flat | stats,
-                                    run_id)
+            self.wandb = open_wandb(
+                project=wandb_project, name=self.folder.name, dir=self.folder, id=run_id,
+                config=flat | stats, resume='allow' if run_id else None)
             stats['wandb_id'] = self.wandb.id
         facts = stats | dict(format=FORMAT)
         save_text(self.folder / 'run.json', json.dumps(facts, indent=2) + '\n')
 
     def make_folder(self, tokenizer, checkpoint):
-        folder, latest, lines = self.folder, self.folder / 'ckpt.pt', []
-        if best_checkpoint(folder).is_dir():
-            raise UserError(f'{folder}: holds a checkpoint in the layout of transformers, whose '
-                            'config.json a run would replace: set --out_dir')
+        folder, lines = self.folder, []
+        self.lock = claim(folder)
         if checkpoint:  # what was logged after the checkpoint will be logged again
-            lines = [line for line in config.read_json_lines(folder / 'metrics.jsonl')
-                     if line['step'] <= checkpoint['step']]
-        elif latest.exists():
-            date = date_of(latest, lambda date: Path(f'{folder}-{date}').exists())
-            print(f'{folder} holds an earlier run: renamed to', folder.rename(f'{folder}-{date}'))
-        folder.mkdir(parents=True, exist_ok=True)
+            lines = [line for line in read_metrics(folder) if line['step'] <= checkpoint['step']]
+        elif names := earlier_run(folder):
+            newest = max((folder / name for name in names), key=os.path.getmtime)
+            date = date_of(newest, lambda date: Path(f'{folder}-{date}').exists())
+            aside = folder.rename(f'{folder}-{date}')
+            print(self.flat['out_dir'], 'holds an earlier run: renamed to', os.path.relpath(aside))
+            self.lock = claim(folder)
+            if (log := aside / 'sweep.log').exists():  # into which this process may print
+                log.rename(folder / 'sweep.log')
         save_text(folder / 'metrics.jsonl', ''.join(json.dumps(line) + '\n' for line in lines))
         save_text(folder / 'config.json', json.dumps(self.flat, indent=2) + '\n')
         tokenizer.save(folder / 'tokenizer.json')
@@ -358,11 +391,51 @@ class Run:
 
     def close(self):
         if self.writes:
-            lines = config.read_json_lines(self.folder / 'metrics.jsonl')
+            lines = read_metrics(self.folder)
             plot_losses(self.folder, lines)
             plot_expert_shares(self.folder, lines)
         if self.wandb:
             self.wandb.finish()
+
+
+def place_of(folder):
+    """The folder that a path names, with links followed: the target is renamed, not the link."""
+    return Path(os.path.realpath(folder))
+
+
+def earlier_run(folder):
+    """Names of the files of an earlier run in the folder of a new one. Raises UserError if the
+    folder holds anything that no run wrote, or cannot be written into."""
+    names = {*os.listdir(folder)} - {'.lock', 'sweep.log'} if folder.is_dir() else set()
+    foreign = {name for name in names if not OWN.fullmatch(name)}
+    if foreign or names and not names & {'ckpt.pt', 'ckpt_best.pt', 'run.json', 'metrics.jsonl'}:
+        raise UserError(f'{folder}: holds {min(foreign or names)}, which no run wrote: move it, or '
+                        'set --out_dir to a folder of its own')
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise UserError(f'{folder}: cannot be made or written: set --out_dir')
+    return names
+
+
+def claim(folder):
+    """Makes a folder and refuses it to every other process of these scripts, until the file that
+    this returns is closed or this process ends, however it ends. Raises UserError and OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = open(folder / '.lock', 'a')
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f'{folder}: another process works in it: wait until that has ended, or set '
+                        '--out_dir to another folder') from None
+    except OSError:  # a disk without locks
+        pass
+    return lock
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl. Raises UserError and OSError."""
+    kinds = dict.fromkeys(NUMBERS, float | None) | dict(step=CountOrZero)
+    return config.read_json_lines(folder / 'metrics.jsonl', **kinds)
 
 
 def date_of(path, taken):
@@ -373,13 +446,13 @@ def date_of(path, taken):
     return name
 
 
-def open_wandb(project, name, folder, values, run_id=None):
-    """A run of Weights & Biases: a new one, or the one with this id, which goes on."""
-    import wandb
+def open_wandb(**options):
+    """A run of Weights & Biases; without options only the login, which can be refused before
+    anything is written. Raises UserError."""
     try:
-        return wandb.init(project=project, name=name, dir=folder, config=values, id=run_id,
-                          resume='allow' if run_id else None)
-    except wandb.errors.Error as error:
+        import wandb
+        return wandb.init(**options) if options else wandb.login()
+    except Exception as error:  # its own kinds, and those of what it uses
         raise UserError(f'--wandb=True: {error}: log in with `wandb login`, or set '
                         'WANDB_MODE=offline') from None
 

@@ -49,7 +49,8 @@ from bench import print_table, split_arguments, subplots, text
 from config import UserError
 from finetune_sst2 import FinetuneOptions
 from model import Count, make_config
-from run import build, check_format, mean_and_interval, save_figure, save_text
+from run import (NUMBERS, build, check_format, mean_and_interval, read_metrics, save_figure,
+                 save_text)
 
 # options that do not change the result of a run
 INCIDENTAL = ('out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'export',
@@ -138,7 +139,7 @@ def remaining(run, finetune):
         values, _ = config.load(arguments, FinetuneOptions, takes_config=False)
         asked = FinetuneOptions(**values)
         path = asked.file('.json')
-        done = config.read_json(path, 'remove it') if path.exists() else {}
+        done = config.read_json(path, 'remove it', seeds=list) if path.exists() else dict(seeds=[])
         if done.get('options') != vars(asked) or len(done['seeds']) < asked.seeds:
             stages.append(('fine-tuning', ['finetune_sst2.py', *arguments]))
     return stages
@@ -228,9 +229,8 @@ def sweep(arguments):
 # compare: groups of runs
 
 
-# of metrics.jsonl: what is compared, and what else is read
+# what is compared of metrics.jsonl
 SCORES = ['train_eval_loss', 'val_loss', 'val_masked_accuracy', 'val_bits_per_byte']
-NUMBERS = ['step', 'tokens', 'seconds', 'tokens_per_second', 'memory_gb', *SCORES]
 
 
 class TrainedRun:
@@ -238,9 +238,11 @@ class TrainedRun:
 
     def __init__(self, folder):
         stats = config.read_json(folder / 'run.json', 'restore it')
-        check_format(stats, folder / 'run.json')
-        options = config.read_json(folder / 'config.json', 'restore it')
-        metrics = pd.DataFrame(config.read_json_lines(folder / 'metrics.jsonl'), columns=NUMBERS)
+        check_format(stats, folder / 'run.json', parameters=int, data_sha256=str, tokenizer=str,
+                     started_from=str)
+        options = config.read_json(folder / 'config.json', 'restore it', seed=int, max_iters=int,
+                                   max_seconds=float | None)
+        metrics = pd.DataFrame(read_metrics(folder), columns=NUMBERS)
         self.curve = metrics.dropna(subset='val_loss')
         end, max_seconds = self.curve.iloc[-1:], options['max_seconds'] or math.inf
         self.is_finished = any((end.step >= options['max_iters']) | (end.seconds >= max_seconds))
@@ -249,8 +251,9 @@ class TrainedRun:
         self.name = path.parent.name.removeprefix('sweep-') if in_grid else path.name
         self.seed, self.parameters = options['seed'], stats['parameters']
         self.loss = float(end.val_loss.max())
+        results = config.read_json(sst2, 'remove it', mean=float) if sst2.exists() else {}
         self.measured = end[SCORES].max().to_dict() | dict(
-            sst2_accuracy=config.read_json(sst2, 'remove it')['mean'] if sst2.exists() else None,
+            sst2_accuracy=results.get('mean'),
             tokens_per_second=metrics.tokens_per_second.median(),
             memory_gb=metrics.memory_gb.max())
         # losses compare only between runs for which this is the same

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import os
 import signal
 import sys
 import time
@@ -26,6 +27,9 @@ import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
+# else `python -m train` would import the config.py or model.py of the folder where it is started
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
 import config
 import prepare
 from config import UserError
@@ -33,8 +37,9 @@ from deepseek import add_output_latent
 from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegative, Positive,
                    Range, Share, cache_bytes, make_config, n_active_params, training_flops)
 from prepare import DataOptions, Tokenizer
-from run import (Device, DeviceOptions, Run, Seed, best_checkpoint, build, describe, export,
-                 load_checkpoint, load_tokenizer, load_weights, model_options_of, provenance)
+from run import (RESUMABLE, Device, DeviceOptions, Run, Seed, best_checkpoint, build, describe,
+                 earlier_run, export, load_checkpoint, load_tokenizer, load_weights,
+                 model_options_of, open_wandb, place_of, provenance)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
 # Tokens per micro-batch if micro_batch_size is None: few on a CPU, where allocating memory costs
@@ -79,6 +84,19 @@ class TrainOptions(DeviceOptions, DataOptions):
     compile: bool | None = None  # torch.compile; None = on CUDA only
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
+    def __post_init__(self):
+        if self.min_lr > self.learning_rate:
+            raise UserError(f'min_lr={self.min_lr}: above learning_rate={self.learning_rate}, set '
+                            'both')
+        if self.lr_decay_iters and self.lr_decay_iters <= self.warmup and not self.max_seconds:
+            raise UserError(f'lr_decay_iters={self.lr_decay_iters}: not after the warmup, which '
+                            f'takes {self.warmup} steps: set warmup_iters too')
+
+    @property
+    def warmup(self):
+        """Steps of the warmup."""
+        return self.max_iters // 10 if self.warmup_iters is None else self.warmup_iters
+
 
 # --------------------------------------------------------------------------------------------------
 # options and model
@@ -94,21 +112,27 @@ def read_options(argv):
     init_from, latest = values.get('init_from', 'scratch'), Path(out_dir) / 'ckpt.pt'
     if init_from == 'auto':
         init_from = 'resume' if latest.exists() else 'scratch'
-    state, inherited = None, {}
+    state, path, inherited = None, None, {}
     if init_from == 'resume':
-        state = load_checkpoint(latest)
-        inherited = state['options']
+        state, path = load_checkpoint(latest), latest
+        inherited, origin = state['options'], dict(data_sha256=str, started_from=str)
+        config.check_content(state, RESUMABLE, path, ANEW)
+        config.check_content(state['provenance'], origin, path, ANEW)
         for name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase'):
-            if name in values and values[name] != inherited[name]:
+            if name in values and values[name] != inherited.get(name):
                 raise UserError(f'{latest}: cannot go on with {name}={values[name]}, it was '
-                                f'{inherited[name]}; {ANEW}')
+                                f'{inherited.get(name)}; {ANEW}')
     elif init_from != 'scratch':  # a new run, from the model and on the data of another
-        state = load_checkpoint(best_checkpoint(init_from))
+        path = best_checkpoint(init_from)
+        state = load_checkpoint(path)
         names = {'arch'} | {option.name for option in fields(DataOptions)}
         names |= model_options_of(state['options']).keys() - {'dropout', 'attention_dropout'}
         if values.get('eval_only'):  # score as many windows as the evaluations of that run
             names |= {'batch_size', 'eval_iters'}
         inherited = {name: value for name, value in state['options'].items() if name in names}
+    known = config.options_of(*option_classes(inherited))
+    kinds = {name: known[name].type for name in inherited if name in known}
+    config.check_content(inherited, kinds, path, ANEW)
     flat = inherited | values | dict(out_dir=out_dir, init_from=init_from)
     return *split_options(flat), state
 
@@ -207,8 +231,9 @@ class Loader:
         self.width = block_size + causal  # the targets of a causal model are one token later
         self.n_masked = max(1, round(mask_prob * block_size))
         if len(tokens) < self.width:
-            raise UserError(f'block_size={block_size}: longer than the data ({len(tokens):,} '
-                            'tokens)')
+            name = os.path.relpath(getattr(tokens, 'filename', 'the data'))  # of train.bin or val.bin
+            raise UserError(f'block_size={block_size}: longer than the data, {name} has only '
+                            f'{len(tokens):,} tokens: take a smaller one, or more text')
         last = (len(tokens) - self.width) // block_size  # window, without a shift
         self.n_windows = max(1, last)  # the room for the shift takes one
         if fixed is not None:
@@ -392,8 +417,7 @@ def learning_rate(options, step, seconds):
     """Linear warmup, then decay until lr_decay_iters. With max_seconds the decay follows the clock
     from the first step on, and the warmup is a tenth of the time unless warmup_iters says how many
     steps it takes."""
-    warmup, end = options.warmup_iters, options.lr_decay_iters or options.max_iters
-    warmup = options.max_iters // 10 if warmup is None else warmup
+    warmup, end = options.warmup, options.lr_decay_iters or options.max_iters
     warm, progress = (step + 1) / max(1, warmup), (step - warmup) / max(1, end - warmup)
     if options.max_seconds:
         progress = seconds / options.max_seconds
@@ -604,10 +628,9 @@ def expert_load(model):
                                for load in loads], busiest_expert=busiest)
 
 
-def train(options, model, forward, checkpoint, device, data):
+def train(options, model, forward, checkpoint, device, data, micro, n_accumulation):
     """Trains to the end, or until a signal. forward: the model or its compiled form. checkpoint:
-    the one to resume from, or None."""
-    micro, n_accumulation = accumulation(options, model.config.block_size, device)
+    the one to resume from, or None. micro, n_accumulation: see `accumulation`."""
     optimizers = make_optimizers(model, options)
     step, seconds, best = 0, 0.0, math.inf
     if checkpoint:
@@ -711,22 +734,28 @@ def main():
         return print(f'{options.export}: step {state["step"]} of {origin}, in the layout of '
                      'DeepSeek-V3 for transformers')
     device = Device(options)
+    micro, n_accumulation = accumulation(options, model_config.block_size, device)
+    resuming = options.init_from == 'resume' and not options.eval_only
+    if device.first and not options.eval_only:  # whatever can refuse does so before all else
+        if not resuming:
+            earlier_run(place_of(options.out_dir))
+        if options.wandb:
+            open_wandb()
     # before the model is built: a block_size beyond the data could take all memory
     data = open_data(options, model_config, device, tokenizer)
-    resuming = options.init_from == 'resume' and not options.eval_only
     if resuming and state['provenance']['data_sha256'] != data.meta['sha256']:
         raise UserError(f'{origin}: was trained on other data than {data.folder} holds; {ANEW}')
     model = start_model(options, model_options, state, origin).to(device.torch_device)
     forward = compiled(options, model, device)
     try:
         if options.eval_only:
-            micro, _ = accumulation(options, model.config.block_size, device)
             scores = evaluate(model, forward, data, micro, device)
             if device.first:
                 print(f'step {state["step"]} of {origin} on {data.val.fixed:,} validation '
                       f'sequences of {data.folder}: {describe(scores)}')
         else:
-            train(options, model, forward, state if resuming else None, device, data)
+            train(options, model, forward, state if resuming else None, device, data, micro,
+                  n_accumulation)
     except RuntimeError as error:
         if forward is model or not isinstance(error, torch._dynamo.exc.BackendCompilerFailed):
             raise

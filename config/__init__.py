@@ -14,11 +14,16 @@ import json
 import os
 import re
 import runpy
+import signal
 import sys
+import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 
 from model import ConfigError, allows, check_value, describe
+
+
+PATHS = 'out_dir', 'init_from', 'source', 'export', 'data_dir', 'results', 'profile'
 
 
 class UserError(Exception):
@@ -47,9 +52,21 @@ def run(main):
         message = f'{error.filename or "output"}: {error.strerror or error}'
     except (RuntimeError, MemoryError) as error:
         message = f'out of memory ({str(error)[:100]}): take a smaller batch, block_size or model'
-        if isinstance(error, RuntimeError) and not re.search('(of|allocate) memory', str(error)):
+        if re.search('by peer', str(error)):
+            message = f'another process of this run has ended ({error})'
+        elif isinstance(error, RuntimeError) and not re.search('(of|allocate) memory', str(error)):
             raise
-    print(f'{Path(sys.argv[0]).name}: {" ".join(message.split())}', file=sys.stderr)
+    line = f'{Path(sys.argv[0]).name}: {" ".join(message.split())}'
+    report = os.environ.get('TORCHELASTIC_ERROR_FILE')  # torchrun prints at its end what this holds
+    if report and status == 2 and os.environ.get('RANK') != '0':
+        # rank 0 says the same, and then torchrun ends this process; else only this one found it
+        for kind in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(kind, signal.SIG_DFL)
+        time.sleep(10)
+    print(line, file=sys.stderr)
+    if report:
+        content = dict(message=line, extraInfo=dict(timestamp=int(time.time())))
+        Path(report).write_text(json.dumps(dict(message=content)))
     sys.exit(status)
 
 
@@ -104,6 +121,10 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
             check_name(name, known, refused)
             values[name] = convert(value, known[name].type, typed=path is None)
             check_value(name, values[name], known[name].type)
+            if name in PATHS and str(values[name]).startswith('~'):  # no shell expands --key=~
+                values[name] = str(Path(values[name]).expanduser())
+        except RuntimeError:
+            raise UserError(f'{name}={values[name]}: there is no such home folder') from None
         except (UserError, ConfigError) as error:
             raise UserError(f'{path}: {error}' if path else str(error)) from None
     if len(arguments) < len(argv):
@@ -168,25 +189,37 @@ def print_help(doc, classes, values):
 # json files
 
 
-def read_json(path, remedy):
-    """The dict that a json file holds. Raises UserError, which ends in the remedy, if it holds
-    anything else, and OSError."""
+def check_content(content, kinds, where, remedy):
+    """The dict `content`. Raises UserError, which ends in the remedy, if it lacks a value of one of
+    the types `kinds`, {key: type}."""
+    for name, kind in kinds.items():
+        if not allows(kind, content.get(name)):
+            raise UserError(f'{where}: damaged ({name}={content.get(name)!r:.60}): {remedy}')
+    return content
+
+
+def read_json(path, remedy, **kinds):
+    """The dict that a json file holds, with values of these types. Raises UserError, which ends in
+    the remedy, if it holds anything else, and OSError."""
     try:
-        return {**json.loads(Path(path).read_text('utf-8'))}
+        content = {**json.loads(Path(path).read_text('utf-8'))}
     except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f'{path}: damaged ({error}): {remedy}') from None
+    return check_content(content, kinds, path, remedy)
 
 
-def read_json_lines(path):
-    """The dicts of a jsonl file, one per line; [] if there is no such file. A kill may have cut off
-    the last line, which is then left out. Raises UserError and OSError."""
+def read_json_lines(path, **kinds):
+    """The dicts of a jsonl file, one per line, with values of these types; [] if there is no such
+    file. A kill may have cut off the last line, which is then left out. Raises UserError and
+    OSError."""
     texts = path.read_text('utf-8', 'replace').splitlines() if path.exists() else []
-    lines = []
+    lines, remedy = [], 'remove that line'
     for i, text in enumerate(texts, 1):
         try:
-            lines.append({**json.loads(text)})
-        except (ValueError, TypeError) as error:
+            line = {**json.loads(text)}
+        except (ValueError, TypeError, RecursionError) as error:
             if i < len(texts):
-                raise UserError(f'{path}: damaged in line {i} ({error}): remove that '
-                                'line') from None
+                raise UserError(f'{path}: damaged in line {i} ({error}): {remedy}') from None
+        else:
+            lines.append(check_content(line, kinds, f'{path}, line {i}', remedy))
     return lines

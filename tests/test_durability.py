@@ -46,7 +46,7 @@ def state_of(step):
     """A checkpoint in which every number is the step. Its tensors are so small that torch takes no
     threads to make them: a fork of this process has none."""
     weights = {f'weight{i}': torch.full((100, 100), float(step)) for i in range(20)}
-    return dict(model=weights, options={}, step=step)
+    return dict(model=weights, options=dict(arch='transformer'), step=step, provenance={})
 
 
 @pytest.mark.parametrize('n_kills', [10, pytest.param(100, marks=pytest.mark.slow)])

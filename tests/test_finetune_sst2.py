@@ -407,6 +407,8 @@ def test_refuses_an_empty_sentence_and_torchrun(folder, script, monkeypatch):
     script(finetune_sst2, *QUICK, '--out_dir=run', '--epochs=1')
     with pytest.raises(UserError, match='the sentence is empty'):
         script(finetune_sst2, '--out_dir=run', '--predict= ')
-    monkeypatch.setenv('WORLD_SIZE', '2')
+    torchrun = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR='localhost', MASTER_PORT=1)
+    for name, value in torchrun.items():
+        monkeypatch.setenv(name, str(value))
     with pytest.raises(UserError, match='start it with python'):
         script(finetune_sst2, *QUICK, '--out_dir=run')

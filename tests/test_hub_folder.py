@@ -207,7 +207,7 @@ def test_a_folder_that_cannot_be_used(folder, script, change, message):
 
 
 @pytest.mark.parametrize('arguments, message', [
-    (['--init_from=hub', '--out_dir=hub', *DATA, *FEW], 'hub: holds a checkpoint in the layout'),
+    (['--init_from=hub', '--out_dir=hub', *DATA, *FEW], 'hub: holds .*, which no run wrote'),
     (['--init_from=hub', '--gate=True', '--eval_only=True', *DATA, *FEW],
      'trained with gate=False'),
     (['--export=new'], '--init_from=RUN'),

@@ -277,7 +277,7 @@ def test_a_run_learns_and_leaves_its_folder(data, script, capsys, arguments):
     assert 'data/text-byte is absent: preparing it' in out and '0:00:00 left' in out
     assert {path.name for path in Path('run').iterdir()} == {
         'ckpt.pt', 'ckpt_best.pt', 'config.json', 'metrics.jsonl', 'run.json', 'tokenizer.json',
-        'loss.png'}
+        'loss.png', '.lock'}
     lines = metrics()
     evaluations = [line for line in lines if 'val_loss' in line]
     assert [line['step'] for line in evaluations] == [0, 30, 60]
@@ -640,8 +640,7 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(data, script, monkeypatch):
         asked.append(options)
         return SimpleNamespace(id='abc', log=lambda *line, **step: None, finish=lambda: None)
 
-    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(
-        init=init, errors=SimpleNamespace(Error=OSError)))
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(init=init, login=lambda: True))
     script(train, *SMALL, '--max_iters=2', '--wandb=True')
     script(train, *SMALL, RESUME, '--wandb=True')
     new, resumed = asked
@@ -753,7 +752,7 @@ def test_refusals(runs, script, arguments, message):
 
 
 def test_a_folder_that_cannot_be_made_is_named(runs, script):
-    with pytest.raises(OSError, match='corpus.csv/run'):  # config.run makes a line of it
+    with pytest.raises(UserError, match='corpus.csv/run: cannot be made'):
         script(train, *SMALL, '--out_dir=corpus.csv/run')
 
 
