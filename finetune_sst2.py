@@ -36,7 +36,7 @@ from config import UserError
 from model import Count, NotNegative, Positive, Share
 from run import (Device, DeviceOptions, Seed, build, claim, date_of, load_checkpoint, load_run,
                  load_tokenizer, load_weights, mean_and_interval, model_options_of, open_wandb,
-                 place_of, ranks, save_checkpoint, save_text)
+                 ranks, save_checkpoint, save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
@@ -362,12 +362,12 @@ def main():
     device = Device(options)
     if options.predict is not None:
         return predict(options, device)
-    folder = place_of(options.out_dir)
+    folder = Path(options.out_dir).resolve()
     if options.wandb:
         pretraining = config.read_json(folder / 'run.json', 'restore it')
         open_wandb()
     run, texts = load_run(options.out_dir), read_sst2(options)
-    lock = claim(folder)
+    lock = claim(folder)  # held until this returns
     print(f'{options.out_dir}{", with new weights" if options.from_scratch else ""}: '
           f'{len(texts["train"]):,} phrases to train on, {len(texts["validation"]):,} held out to '
           f'choose the epoch by, {len(texts["test"]):,} sentences to test on')
@@ -392,7 +392,6 @@ def main():
         if len(results) == 1:
             set_aside(options)
         summary = save_results(options, results, lines, run, texts['test'], baseline)
-    lock.close()
     interval = f' +- {summary["ci95"]:.2%}' if options.seeds > 1 else ''
     print(f'\ntest accuracy {summary["mean"]:.2%}{interval} (seeds: {options.seeds}), validation '
           f'{statistics.mean(summary["validation_accuracy"]):.2%}\na bag of words scores '

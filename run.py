@@ -38,12 +38,12 @@ FORMAT = 2  # of checkpoints and run.json; raise it when older ones can no longe
 PEAK_BF16 = {'A100': 312e12, 'H100 PCIe': 756e12, 'H100 NVL': 835e12, 'H100': 989e12,
              'H200': 989e12}
 Seed = Annotated[int, Range(least=0, below=2 ** 63)]
-# what every checkpoint holds, what one to resume from holds, and numbers in metrics.jsonl
+# types of what every checkpoint holds, what one to resume from also holds, and metrics.jsonl
 CHECKPOINT = dict(model=dict | OrderedDict, options=dict, step=CountOrZero, provenance=dict)
 RESUMABLE = dict(seconds=NotNegative, best=NotNegative | Literal[math.inf], optimizers=list)
-NUMBERS = ['step', 'tokens', 'seconds', 'tokens_per_second', 'memory_gb', 'train_loss',
-           'train_cross_entropy', 'train_eval_loss', 'val_loss', 'val_masked_accuracy',
-           'val_bits_per_byte']
+METRICS = dict(step=CountOrZero, tokens=CountOrZero, seconds=NotNegative) | dict.fromkeys(
+    ('tokens_per_second', 'memory_gb', 'train_loss', 'train_cross_entropy', 'train_eval_loss',
+     'val_loss', 'val_masked_accuracy', 'val_bits_per_byte'), float | None)
 # what a run, or another script in its folder, has written
 OWN = re.compile(r'(ckpt(_best)?\.pt|(config|run|tokenizer|svd)\.json|(metrics|svd)\.jsonl|wandb|'
                  r'(loss|experts|layers|heads|spectra-\d+)\.png|sst2[-_.].*)(\.partial)?')
@@ -136,19 +136,17 @@ class Device:
 
 
 def ranks():
-    """(rank, rank on this machine, number of processes), as torchrun has set them. Raises UserError
-    if the environment holds some of it."""
+    """(rank, rank on this machine, number of processes) as torchrun sets them. Raises UserError."""
     names = 'RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'
     found = {name: os.environ[name] for name in names if name in os.environ}
-    values = [found.get(name, '') for name in names[:3]]
-    if not any(values):
+    if found.keys().isdisjoint(names[:3]):
         return 0, 0, 1
-    rank, local_rank, world = (int(value) if value.isdecimal() else -1 for value in values)
-    if not (0 <= local_rank <= rank < world and (world == 1 or len(found) == len(names))):
+    numbers = [int(found[name]) for name in names[:3] if found.get(name, '').isdecimal()]
+    if len(found) < 5 or len(numbers) < 3 or not numbers[1] <= numbers[0] < numbers[2]:
         settings = ' '.join(f'{name}={value}' for name, value in found.items())
-        raise UserError(f'the environment has {settings}, which is not what torchrun sets: unset '
-                        f'{" ".join(found)}, or start this with torchrun')
-    return rank, local_rank, world
+        raise UserError(f'the environment has {settings}, which is not all that torchrun sets: '
+                        f'unset {" ".join(found)}, or start this with torchrun')
+    return numbers
 
 
 def bfloat16_is_faster():
@@ -186,9 +184,10 @@ def save_checkpoint(path, state):
     write_whole(path, lambda file: torch.save(state | dict(format=FORMAT), file))
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, **kinds):
     """A checkpoint as a dict of tensors and plain values. Its checksums are verified, and nothing
-    in it is executed. path: from best_checkpoint. Raises UserError."""
+    in it is executed. path: from best_checkpoint. kinds: types of what it must hold besides
+    CHECKPOINT. Raises UserError."""
     if Path(path).is_dir():
         return state_of_folder(path)
     if not Path(path).is_file():
@@ -202,9 +201,8 @@ def load_checkpoint(path):
     except Exception as error:  # torch raises many kinds, also for a pickle that would run code
         raise UserError(f'{path}: damaged, or no checkpoint of train.py ({str(error):.60}): use '
                         'another one') from None
-    check_format(state, path, **CHECKPOINT)
-    kinds = dict(arch=Literal[*ARCHITECTURES])
-    config.check_content(state['options'], kinds, path, 'use another one')
+    check_format(state, path, **CHECKPOINT, **kinds)
+    check_format(state['options'] | dict(format=FORMAT), path, arch=Literal[*ARCHITECTURES])
     return state
 
 
@@ -340,7 +338,8 @@ class Run:
         """flat: all options. stats: sizes of the model and provenance, for run.json and the
         checkpoints. checkpoint: the one to go on from; if None, an earlier run in this folder is
         moved out of the way. wandb_project: None = no Weights & Biases."""
-        self.folder, self.flat, self.stats = place_of(folder), flat, stats
+        # if it is a link, the target is set aside and not the link
+        self.folder, self.flat, self.stats = Path(folder).resolve(), flat, stats
         self.writes, self.wandb = writes, None
         if not writes:
             return
@@ -358,7 +357,8 @@ class Run:
         folder, lines = self.folder, []
         self.lock = claim(folder)
         if checkpoint:  # what was logged after the checkpoint will be logged again
-            lines = [line for line in read_metrics(folder) if line['step'] <= checkpoint['step']]
+            lines = [line for line in config.read_json_lines(folder / 'metrics.jsonl', **METRICS)
+                     if line['step'] <= checkpoint['step']]
         elif names := earlier_run(folder):
             newest = max((folder / name for name in names), key=os.path.getmtime)
             date = date_of(newest, lambda date: Path(f'{folder}-{date}').exists())
@@ -391,51 +391,40 @@ class Run:
 
     def close(self):
         if self.writes:
-            lines = read_metrics(self.folder)
+            lines = config.read_json_lines(self.folder / 'metrics.jsonl')
             plot_losses(self.folder, lines)
             plot_expert_shares(self.folder, lines)
         if self.wandb:
             self.wandb.finish()
 
 
-def place_of(folder):
-    """The folder that a path names, with links followed: the target is renamed, not the link."""
-    return Path(os.path.realpath(folder))
-
-
 def earlier_run(folder):
-    """Names of the files of an earlier run in the folder of a new one. Raises UserError if the
-    folder holds anything that no run wrote, or cannot be written into."""
+    """Names of what an earlier run left in a folder. Raises UserError if no run may write there."""
+    folder = Path(folder)
     names = {*os.listdir(folder)} - {'.lock', 'sweep.log'} if folder.is_dir() else set()
     foreign = {name for name in names if not OWN.fullmatch(name)}
     if foreign or names and not names & {'ckpt.pt', 'ckpt_best.pt', 'run.json', 'metrics.jsonl'}:
         raise UserError(f'{folder}: holds {min(foreign or names)}, which no run wrote: move it, or '
                         'set --out_dir to a folder of its own')
-    parent = next(path for path in (folder, *folder.parents) if path.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise UserError(f'{folder}: cannot be made or written: set --out_dir')
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise UserError(f'{folder}: cannot be made or written in: set --out_dir')
     return names
 
 
 def claim(folder):
-    """Makes a folder and refuses it to every other process of these scripts, until the file that
-    this returns is closed or this process ends, however it ends. Raises UserError and OSError."""
+    """Makes a folder, and lets no other process claim it until the file that this returns is closed
+    or this process ends, however it ends. Raises UserError and OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = open(folder / '.lock', 'a')
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f'{folder}: another process works in it: wait until that has ended, or set '
-                        '--out_dir to another folder') from None
+        raise UserError(f'{folder}: another process works there: wait for its end, or set another '
+                        '--out_dir') from None
     except OSError:  # a disk without locks
         pass
     return lock
-
-
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl. Raises UserError and OSError."""
-    kinds = dict.fromkeys(NUMBERS, float | None) | dict(step=CountOrZero)
-    return config.read_json_lines(folder / 'metrics.jsonl', **kinds)
 
 
 def date_of(path, taken):

@@ -49,8 +49,7 @@ from bench import print_table, split_arguments, subplots, text
 from config import UserError
 from finetune_sst2 import FinetuneOptions
 from model import Count, make_config
-from run import (NUMBERS, build, check_format, mean_and_interval, read_metrics, save_figure,
-                 save_text)
+from run import METRICS, build, check_format, mean_and_interval, save_figure, save_text
 
 # options that do not change the result of a run
 INCIDENTAL = ('out_dir', 'wandb', 'device', 'log_interval', 'dry_run', 'eval_only', 'export',
@@ -242,9 +241,10 @@ class TrainedRun:
                      started_from=str)
         options = config.read_json(folder / 'config.json', 'restore it', seed=int, max_iters=int,
                                    max_seconds=float | None)
-        metrics = pd.DataFrame(read_metrics(folder), columns=NUMBERS)
+        lines = config.read_json_lines(folder / 'metrics.jsonl', **METRICS)
+        metrics = pd.DataFrame(lines, columns=list(METRICS))
         self.curve = metrics.dropna(subset='val_loss')
-        end, max_seconds = self.curve.iloc[-1:], options['max_seconds'] or math.inf
+        end, max_seconds = self.curve.iloc[-1:], options.get('max_seconds') or math.inf
         self.is_finished = any((end.step >= options['max_iters']) | (end.seconds >= max_seconds))
         self.folder, sst2, path = folder, folder / 'sst2.json', folder.resolve()
         in_grid = path.parent.name.startswith('sweep-')  # and the config's name

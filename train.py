@@ -39,7 +39,7 @@ from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegat
 from prepare import DataOptions, Tokenizer
 from run import (RESUMABLE, Device, DeviceOptions, Run, Seed, best_checkpoint, build, describe,
                  earlier_run, export, load_checkpoint, load_tokenizer, load_weights,
-                 model_options_of, open_wandb, place_of, provenance)
+                 model_options_of, open_wandb, provenance)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
 # Tokens per micro-batch if micro_batch_size is None: few on a CPU, where allocating memory costs
@@ -112,19 +112,16 @@ def read_options(argv):
     init_from, latest = values.get('init_from', 'scratch'), Path(out_dir) / 'ckpt.pt'
     if init_from == 'auto':
         init_from = 'resume' if latest.exists() else 'scratch'
-    state, path, inherited = None, None, {}
+    state, inherited = None, {}
     if init_from == 'resume':
-        state, path = load_checkpoint(latest), latest
-        inherited, origin = state['options'], dict(data_sha256=str, started_from=str)
-        config.check_content(state, RESUMABLE, path, ANEW)
-        config.check_content(state['provenance'], origin, path, ANEW)
+        state = load_checkpoint(latest, **RESUMABLE)
+        inherited = state['options']
         for name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase'):
             if name in values and values[name] != inherited.get(name):
                 raise UserError(f'{latest}: cannot go on with {name}={values[name]}, it was '
                                 f'{inherited.get(name)}; {ANEW}')
     elif init_from != 'scratch':  # a new run, from the model and on the data of another
-        path = best_checkpoint(init_from)
-        state = load_checkpoint(path)
+        state = load_checkpoint(best_checkpoint(init_from))
         names = {'arch'} | {option.name for option in fields(DataOptions)}
         names |= model_options_of(state['options']).keys() - {'dropout', 'attention_dropout'}
         if values.get('eval_only'):  # score as many windows as the evaluations of that run
@@ -132,7 +129,7 @@ def read_options(argv):
         inherited = {name: value for name, value in state['options'].items() if name in names}
     known = config.options_of(*option_classes(inherited))
     kinds = {name: known[name].type for name in inherited if name in known}
-    config.check_content(inherited, kinds, path, ANEW)
+    config.check_content(inherited, kinds, f'the checkpoint of {init_from}', ANEW)
     flat = inherited | values | dict(out_dir=out_dir, init_from=init_from)
     return *split_options(flat), state
 
@@ -231,7 +228,7 @@ class Loader:
         self.width = block_size + causal  # the targets of a causal model are one token later
         self.n_masked = max(1, round(mask_prob * block_size))
         if len(tokens) < self.width:
-            name = os.path.relpath(getattr(tokens, 'filename', 'the data'))  # of train.bin or val.bin
+            name = os.path.relpath(getattr(tokens, 'filename', 'file'))  # train.bin or val.bin
             raise UserError(f'block_size={block_size}: longer than the data, {name} has only '
                             f'{len(tokens):,} tokens: take a smaller one, or more text')
         last = (len(tokens) - self.width) // block_size  # window, without a shift
@@ -587,15 +584,20 @@ def catch_signals():
 def restore(optimizers, checkpoint):
     """Loads the state of the optimizers from a checkpoint. Learning rate, weight decay and the like
     are what the options now say. Raises UserError if it is the state of other optimizers."""
-    for optimizer, saved in zip(optimizers, checkpoint['optimizers'], strict=True):
-        ours, theirs = optimizer.state_dict()['param_groups'], saved['param_groups']
-        shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
-        # a fused step on moments of another shape would write past their end
-        fits = all(getattr(value, 'shape', ()) in (shapes[i], ())
-                   for i, moments in saved['state'].items() for value in moments.values())
-        if not fits or [group.keys() for group in ours] != [group.keys() for group in theirs]:
-            raise UserError(f'the checkpoint holds the state of another optimizer: {ANEW}')
-        optimizer.load_state_dict(saved | dict(param_groups=ours))
+    try:
+        for optimizer, saved in zip(optimizers, checkpoint['optimizers'], strict=True):
+            ours, theirs = optimizer.state_dict()['param_groups'], saved['param_groups']
+            shapes = [p.shape for group in optimizer.param_groups for p in group['params']]
+            # a fused step on moments of another shape would write past their end
+            fits = all(value.shape in (shapes[i], ())
+                       for i, moments in saved['state'].items() for value in moments.values())
+            kinds = {tuple(moments) for moments in saved['state'].values()}
+            if (not fits or len(kinds) > 1
+                    or [group.keys() for group in ours] != [group.keys() for group in theirs]):
+                raise ValueError('other moments')
+            optimizer.load_state_dict(saved | dict(param_groups=ours))
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        raise UserError(f'the checkpoint holds the state of another optimizer: {ANEW}') from None
 
 
 def report(run, options, device, step, now, lr, means, grad_norm, seconds_per_step, model):
@@ -647,7 +649,8 @@ def train(options, model, forward, checkpoint, device, data, micro, n_accumulati
     tokens_per_step = options.batch_size * T
     if device.first:
         print_stats(options, stats)
-    started_from = checkpoint['provenance']['started_from'] if checkpoint else options.init_from
+    before = checkpoint['provenance'] if checkpoint else dict(started_from=options.init_from)
+    started_from = before.get('started_from')
     stats |= provenance(device, data.meta, data.tokenizer) | dict(started_from=started_from)
     project = 'causal-pretrain' if model.config.causal else 'encoder-pretrain'
     run = Run(options.out_dir, dataclasses.asdict(options) | model.config.options(), stats,
@@ -655,7 +658,7 @@ def train(options, model, forward, checkpoint, device, data, micro, n_accumulati
     run.log(f'{device.describe()}, {"bfloat16" if device.bf16 else "float32"}'
             f'{"" if forward is model else ", compiled"}, {device.world} processes x '
             f'{n_accumulation} micro-batches x {micro} sequences of {T} tokens per step; run '
-            f'folder {run.folder}')
+            f'folder {options.out_dir}')
     signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
     if forward is not model:
         # A step without optimizers compiles the model and changes no weights, so that the minutes
@@ -738,12 +741,12 @@ def main():
     resuming = options.init_from == 'resume' and not options.eval_only
     if device.first and not options.eval_only:  # whatever can refuse does so before all else
         if not resuming:
-            earlier_run(place_of(options.out_dir))
+            earlier_run(options.out_dir)
         if options.wandb:
             open_wandb()
     # before the model is built: a block_size beyond the data could take all memory
     data = open_data(options, model_config, device, tokenizer)
-    if resuming and state['provenance']['data_sha256'] != data.meta['sha256']:
+    if resuming and state['provenance'].get('data_sha256') != data.meta['sha256']:
         raise UserError(f'{origin}: was trained on other data than {data.folder} holds; {ANEW}')
     model = start_model(options, model_options, state, origin).to(device.torch_device)
     forward = compiled(options, model, device)

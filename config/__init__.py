@@ -14,7 +14,6 @@ import json
 import os
 import re
 import runpy
-import signal
 import sys
 import time
 from dataclasses import MISSING, fields
@@ -22,8 +21,7 @@ from pathlib import Path
 
 from model import ConfigError, allows, check_value, describe
 
-
-PATHS = 'out_dir', 'init_from', 'source', 'export', 'data_dir', 'results', 'profile'
+PATHS = 'out_dir', 'init_from', 'source', 'export', 'data_dir', 'results', 'profile'  # options
 
 
 class UserError(Exception):
@@ -59,10 +57,7 @@ def run(main):
     line = f'{Path(sys.argv[0]).name}: {" ".join(message.split())}'
     report = os.environ.get('TORCHELASTIC_ERROR_FILE')  # torchrun prints at its end what this holds
     if report and status == 2 and os.environ.get('RANK') != '0':
-        # rank 0 says the same, and then torchrun ends this process; else only this one found it
-        for kind in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(kind, signal.SIG_DFL)
-        time.sleep(10)
+        time.sleep(10)  # unless only this one found it, rank 0 says it, and torchrun ends this one
     print(line, file=sys.stderr)
     if report:
         content = dict(message=line, extraInfo=dict(timestamp=int(time.time())))
@@ -121,10 +116,8 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
             check_name(name, known, refused)
             values[name] = convert(value, known[name].type, typed=path is None)
             check_value(name, values[name], known[name].type)
-            if name in PATHS and str(values[name]).startswith('~'):  # no shell expands --key=~
-                values[name] = str(Path(values[name]).expanduser())
-        except RuntimeError:
-            raise UserError(f'{name}={values[name]}: there is no such home folder') from None
+            if name in PATHS and values[name]:  # shells leave the ~ of --key=~/x alone
+                values[name] = os.path.expanduser(values[name])
         except (UserError, ConfigError) as error:
             raise UserError(f'{path}: {error}' if path else str(error)) from None
     if len(arguments) < len(argv):

@@ -5,10 +5,11 @@ import os
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field, make_dataclass
 from typing import Annotated, Literal
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import config
 from config import UserError, check_value
@@ -54,6 +55,13 @@ def load(*argv):
 def test_text_is_taken_as_it_is_and_the_rest_as_a_literal(typed, value):
     (found,), config_name = load(typed)[0].values(), load(typed)[1]
     assert found == value and type(found) is type(value) and config_name is None
+
+
+def test_a_home_folder_is_expanded_in_paths_alone(monkeypatch):
+    monkeypatch.setenv('HOME', '/home/me')
+    assert config.load(['--source=~/a*.txt', '--start=~/a'], *[make_dataclass('Paths', [
+        ('source', str, field(default='')), ('start', str, field(default=''))])])[0] == dict(
+            source='/home/me/a*.txt', start='~/a')
 
 
 @pytest.mark.parametrize('kind, value, words', [
@@ -200,6 +208,24 @@ def test_what_the_user_can_mend_is_one_line(monkeypatch, capsys, error, status, 
         config.run(main)
     lines = capsys.readouterr().err
     assert exit.value.code == status and lines.startswith(message) and lines.count('\n') == 1
+
+
+@pytest.mark.parametrize('rank, waits', [(0, []), (1, [10])])
+def test_torchrun_ends_with_the_line(monkeypatch, tmp_path, capsys, rank, waits):
+    """Rank 0 says it at once; others wait, because torchrun then ends them."""
+    def main():
+        raise UserError('no such file')
+
+    slept, file = [], tmp_path / 'error.json'
+    monkeypatch.setattr(sys, 'argv', ['x.py'])
+    monkeypatch.setattr(config.time, 'sleep', slept.append)
+    monkeypatch.setenv('TORCHELASTIC_ERROR_FILE', str(file))
+    monkeypatch.setenv('RANK', str(rank))
+    with pytest.raises(SystemExit):
+        config.run(main)
+    assert slept == waits and capsys.readouterr().err == 'x.py: no such file\n'
+    failure = ProcessFailure(local_rank=rank, pid=1, exitcode=2, error_file=str(file))
+    assert 'traceback : x.py: no such file\n' in str(ChildFailedError('x', {rank: failure}))
 
 
 @pytest.mark.parametrize('error', [RuntimeError('shapes differ'), NotImplementedError('later')])

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 import config
+import finetune_sst2
 import prepare
 import run
 import train
@@ -470,6 +471,78 @@ def test_scratch_moves_an_earlier_run_aside(runs, script, capsys):
     assert all(f'run holds an earlier run: renamed to {path.name}' in out for path in moved)
 
 
+def test_either_checkpoint_is_an_earlier_run_and_a_link_is_followed(runs, script):
+    Path('decoder/ckpt.pt').unlink()
+    best = Path('decoder/ckpt_best.pt').read_bytes()
+    Path('link').symlink_to('decoder')
+    script(train, *SMALL, '--max_iters=1', '--out_dir=link')
+    aside, = Path().glob('decoder-2*')
+    assert (aside / 'ckpt_best.pt').read_bytes() == best and Path('link').is_symlink()
+    assert load_checkpoint('decoder/ckpt.pt')['step'] == 1
+
+
+@pytest.mark.parametrize('name', ['notes.txt', 'config.json', '.git', 'model.safetensors'])
+def test_what_no_run_wrote_is_left_alone(data, script, name):
+    Path('run').mkdir()
+    Path('run', name).write_text('mine')
+    for arguments in ([], ['--init_from=auto'], ['--out_dir=.']):
+        with pytest.raises(UserError, match='which no run wrote'):
+            script(train, *SMALL, *arguments)
+    assert Path('run', name).read_text() == 'mine' and not Path('data').exists()
+
+
+def test_a_folder_is_one_process_s(runs, script):
+    holder = run.claim(Path('decoder'))
+    before = {path.name: path.read_bytes() for path in Path('decoder').iterdir()}
+    Path('dev.tsv').write_text('sentence\tlabel\n' + 'good\t1\n' * 20)
+    shutil.copy('dev.tsv', 'train.tsv')
+    for module, arguments in ((train, SMALL), (train, [RESUME, '--max_iters=8']),
+                              (finetune_sst2, ['--data_dir=.', '--device=cpu', '--epochs=1'])):
+        with pytest.raises(UserError, match='decoder: another process works there'):
+            script(module, *arguments, '--out_dir=decoder')
+    assert {path.name: path.read_bytes() for path in Path('decoder').iterdir()} == before
+    holder.close()
+    script(train, RESUME, '--max_iters=8', '--out_dir=decoder')
+
+
+def test_a_login_that_is_missing_is_said_before_anything_is_written(runs, script, monkeypatch):
+    def login():
+        raise ValueError('No API key configured')
+
+    monkeypatch.setitem(sys.modules, 'wandb', SimpleNamespace(login=login))
+    before = sorted(runs.rglob('*'))
+    for module in (train, finetune_sst2):
+        with pytest.raises(UserError, match='--wandb=True: No API key configured: log in with'):
+            script(module, '--out_dir=decoder', '--wandb=True', *(SMALL[:-2] if module is train
+                                                                  else ['--device=cpu']))
+    assert sorted(runs.rglob('*')) == before
+
+
+@pytest.mark.parametrize('place, key, value', [
+    ([], 'model', None), ([], 'step', 'x'), ([], 'best', math.nan), ([], 'options', [1]),
+    ([], 'provenance', 'x'), ([], 'seconds', None), ([], 'optimizers', [1]), ([], 'optimizers', []),
+    (['options'], 'arch', 'x'), (['options'], 'n_layer', 'x'), (['options'], 'max_iters', None),
+    (['options'], 'learning_rate', math.nan), (['provenance'], 'data_sha256', 3),
+    (['optimizers', 0], 'state', 'x'), (['optimizers', 0, 'state', 0], 'exp_avg', 'x')])
+def test_an_edited_checkpoint_is_one_line(runs, script, place, key, value):
+    state = content = load_checkpoint('decoder/ckpt.pt')
+    for name in place:
+        content = content[name]
+    content[key] = value
+    save_checkpoint(Path('decoder/ckpt.pt'), state)
+    with pytest.raises(UserError):
+        script(train, RESUME, '--out_dir=decoder', '--max_iters=8')
+
+
+@pytest.mark.parametrize('key, value', [('step', 'x'), ('val_loss', 'x'), ('tokens', None)])
+def test_an_edited_log_is_one_line(runs, script, key, value):
+    lines = metrics('decoder')
+    lines[0][key] = value
+    Path('decoder/metrics.jsonl').write_text('\n'.join(map(json.dumps, lines)))
+    with pytest.raises(UserError, match=f'metrics.jsonl, line 1: damaged .{key}='):
+        script(train, RESUME, '--out_dir=decoder', '--max_iters=8')
+
+
 def test_starting_from_another_run(runs, script):
     script(train, '--init_from=decoder', '--out_dir=second', '--eval_iters=2', '--batch_size=8',
            '--max_iters=1')
@@ -695,6 +768,26 @@ def test_a_compiler_that_is_missing_is_one_line(data):
     assert '/nowhere/g++' in run.stderr and 'use --compile=False' in run.stderr
 
 
+@pytest.mark.parametrize('environment', [
+    'RANK=1', 'WORLD_SIZE=2', 'LOCAL_RANK=0', 'RANK=0 WORLD_SIZE=1', 'RANK=x LOCAL_RANK=0 '
+    'WORLD_SIZE=2 MASTER_ADDR=a MASTER_PORT=1', 'RANK=2 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=a '
+    'MASTER_PORT=1'])
+def test_half_an_environment_of_torchrun_is_refused(workspace, script, monkeypatch, environment):
+    for setting in environment.split():
+        monkeypatch.setenv(*setting.split('='))
+    with pytest.raises(UserError, match=f'has {environment}, which is .* unset RANK|WORLD|LOCAL'):
+        script(train, *SMALL)
+    assert not list(workspace.iterdir())
+
+
+def test_modules_of_one_s_own_do_not_hide_ours(workspace):
+    for name in ('config', 'model', 'run'):
+        Path(f'{name}.py').write_text('mine = True')
+    found = shell('-m', 'train', '--dry_run=True', '--vocab_size=300',
+                  env=os.environ | dict(PYTHONPATH=str(REPOSITORY)))
+    assert found.returncode == 0 and 'parameters' in found.stdout
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -716,7 +809,11 @@ def test_help_shows_what_a_config_sets(script, capsys):
     (['--gradient_accumulation_steps=4'], 'set micro_batch_size'),
     (['--wandb_log=True'], 'did you mean wandb?'),
     (['--arch=rnn'], "arch='rnn'"),
-    (['--block_size=100000'], 'block_size=100000: longer than the data'),
+    (['--block_size=100000'],
+     'block_size=100000: longer than the data, data/text-byte/train.bin has only'),
+    (['--learning_rate=1e-5', '--min_lr=1e-4'], 'min_lr=0.0001: above learning_rate=1e-05'),
+    (['--lr_decay_iters=2'], 'lr_decay_iters=2: not after the warmup, which takes 2 steps'),
+    (['--batch_size=8', '--out_dir=.'], 'which no run wrote'),
     (['--vocab_size=100'], 'vocab_size=100: the tokenizer of data/text-byte needs 257'),
     (['--n_embd=33'], 'not divisible by n_head'),
     (['--rope_dims=3'], 'rope_dims=3'),
