@@ -61,7 +61,7 @@ class FinetuneOptions(DeviceOptions):
     weight_decay: NotNegative = 0.0  # on matrices and embeddings
     log_interval: Count = 100  # steps between lines
     wandb: bool = False  # log to Weights & Biases too, project encoder-pretrain-sst2
-    predict: str | None = None  # classify this sentence with the fine-tuned run, then exit
+    predict: str = None  # classify this sentence (even 'None') with the fine-tuned run, then exit
 
     def __post_init__(self):
         if self.out_dir is None:
@@ -111,14 +111,14 @@ def read_sst2(options):
                 validation=[phrases[i] for i in order[:n_held_out]], test=test)
 
 
-def tokenize(examples, tokenizer, block_size):
+def tokenize(examples, tokenizer, block_size, name='data'):
     """[(sentence, label)] -> idx (N, T), lengths (N,), labels (N,), int64. A row of idx starts with
-    <|endoftext|>, is cut off at block_size, and ends in padding."""
+    <|endoftext|>, is cut off at block_size, and ends in padding. name: of the data, for a line."""
     ids = [torch.tensor([tokenizer.eot, *row])
            for row in tokenizer.encode_batch([text for text, _ in examples])]
     if n_cut := sum(len(row) > block_size for row in ids):
-        print(f'{n_cut} of {len(ids)} sentences are longer than the model can read: they are cut '
-              f'off after {block_size} tokens', file=sys.stderr)
+        print(f'{name}: {n_cut} of {len(ids)} sentences are longer than the model can read: they '
+              f'are cut off after {block_size} tokens', file=sys.stderr)
     idx = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.eot)
     lengths = torch.tensor([min(len(row), block_size) for row in ids])
     return idx[:, :block_size], lengths, torch.tensor([label for _, label in examples])
@@ -351,7 +351,9 @@ def predict(options, device):
     tokenizer = load_tokenizer(options.out_dir, state, model.config, path, 'fine-tune again')
     classifier = Classifier(model, options.classifier_dropout)
     load_weights(classifier, state, path)
-    data = tokenize([(text, 1)], tokenizer, model.config.block_size)
+    data = tokenize([(text, 1)], tokenizer, model.config.block_size, '--predict')
+    if (read := data[0][0].tolist()[1:]) != tokenizer.encode(text):
+        text = f'{tokenizer.decode(read)} [cut]'
     p = score(classifier.to(device.torch_device), data, device)[2].item()
     print(f'{"positive" if p > 0.5 else "negative"} (probability of positive {p:.3f}): {text}')
 
@@ -371,7 +373,7 @@ def main():
     print(f'{options.out_dir}{", with new weights" if options.from_scratch else ""}: '
           f'{len(texts["train"]):,} phrases to train on, {len(texts["validation"]):,} held out to '
           f'choose the epoch by, {len(texts["test"]):,} sentences to test on')
-    data = {split: tokenize(part, run[1], run[0].config.block_size)
+    data = {split: tokenize(part, run[1], run[0].config.block_size, split)
             for split, part in texts.items()}
     baseline, results, lines, wandb_run = bag_of_words(texts), [], [], None
 

@@ -13,6 +13,7 @@ the last tenth of each plain text, or a share of the documents of other data, se
 """
 
 import bz2
+import collections
 import contextlib
 import csv
 import glob
@@ -33,6 +34,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +60,7 @@ GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/
                '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')
 BPE_TRAINING_CHARACTERS = 2 ** 29  # a BPE is trained on the first documents, of this total length
 LARGEST_BPE = 2 ** 20  # ids; the library that trains a BPE reserves memory for all of them at once
+LONGEST_WORD = 1000  # bytes; it is cut to train a BPE, which takes the square of a word's length
 
 # {character: byte}, the inverse of GPT-2's bytes_to_unicode: a printable byte is its own character,
 # the n-th of the others is character 256 + n
@@ -201,16 +204,24 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
         final_sigma = Regex(r'(?<=\p{Cased})\u03A3(?!\p{Case_Ignorable}*\p{Cased})')
         library.normalizer = normalizers.Sequence([
             normalizers.Replace(final_sigma, '\u03C2'), normalizers.Lowercase()])
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     if kind == 'bpe':
-        library.train_from_iterator(first_characters(documents), trainers.BpeTrainer(
-            vocab_size=vocab_size - len(SPECIAL), show_progress=sys.stderr.isatty(),
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        cut = pre_tokenizers.FixedLength(LONGEST_WORD)
+        library.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        with ThreadPool(1) as pool:  # in this thread, Ctrl-C would have to wait
+            job = pool.apply_async(library.train_from_iterator,
+                                   (first_characters(documents), trainer))
+            while job.wait(10) or not job.ready():
+                print('training the tokenizer', file=sys.stderr)
+            job.get()
         reached = library.get_vocab_size() + len(SPECIAL)
         if reached < vocab_size:
             raise UserError(f'vocab_size={vocab_size}: the corpus is too small, it yields only '
                             f'{reached:,} tokens: lower vocab_size')
+    library.pre_tokenizer = words
     library.add_special_tokens(SPECIAL)
     return Tokenizer(json.loads(library.to_str()), kind=kind)
 
@@ -298,13 +309,14 @@ class PrepareOptions(DataOptions):
 
 
 def local_files(source):
-    """(training files, validation files) that --source, a file, a folder or a glob, names, sorted.
-    Files with val, valid, validation or dev as a word of their name are for validation, those with
-    test are left out. Raises UserError if none is for training."""
+    """(training files, validation files) that --source names, sorted. A single file is for
+    training. Of a folder or a glob, files with val, valid, validation or dev as a word of their
+    name are for validation, those with test are left out. Raises UserError if none is for
+    training."""
     path = os.path.expanduser(source)
-    pattern = glob.escape(path) if os.path.exists(path) else path  # a[1].txt can be a name
-    if os.path.isdir(path):
-        pattern = os.path.join(pattern, '*')
+    if os.path.isfile(path):  # a[1].txt can be a name
+        return [path], []
+    pattern = os.path.join(glob.escape(path), '*') if os.path.isdir(path) else path
     train, validation = [], []
     files = sorted(filter(os.path.isfile, glob.glob(pattern, recursive=True)))
     for file in files:
@@ -314,21 +326,24 @@ def local_files(source):
         elif 'test' not in words:
             train.append(file)
     if not train:
-        why = 'named val, valid, validation, dev or test' if files else 'there is no such file'
+        why = (f'{", ".join(files)[:200]}: named val, valid, validation, dev or test' if files else
+               'the folder holds no files; for those of its folders write --source=FOLDER/**/*.txt'
+               if os.path.isdir(path) else 'there is no such file')
         raise UserError(f'--source={source}: no file to train on ({why})')
     return train, validation
 
 
 OPENERS = {'.gz': gzip.open, '.bz2': bz2.open, '.xz': lzma.open}
 CSV = {'.csv': {}, '.tsv': dict(delimiter='\t', quoting=csv.QUOTE_NONE)}  # tsv as GLUE writes it
-JSON = '.json', '.jsonl', '.ndjson', '.jsonlines'
-TABLES = {'.parquet', *CSV, *JSON}
+TABLES = {'.parquet', '.json', *CSV}
 csv.field_size_limit(2 ** 31 - 1)  # characters in a cell
 
 
 def ending_of(file):
+    """The ending in lower case, without that of a compression; .json for all kinds of JSON."""
     path = Path(file.lower())
-    return path.with_suffix('').suffix if path.suffix in OPENERS else path.suffix
+    ending = path.with_suffix('').suffix if path.suffix in OPENERS else path.suffix
+    return '.json' if 'json' in ending or ending == '.jl' else ending
 
 
 def local_rows(file, by_line):
@@ -349,15 +364,16 @@ def local_rows(file, by_line):
                 if None in row:
                     raise ValueError('a row has more columns than the header')
                 yield row
-        elif ending in JSON:
-            is_list = lines.read(1) == '['
+        elif ending == '.json':
+            is_list = next(filter(str.strip, lines), '').lstrip().startswith('[')
             lines.seek(0)
             values = json.load(lines) if is_list else map(json.loads, filter(str.strip, lines))
             yield from (row if isinstance(row, dict) else {'text': row} for row in values)
-        elif by_line:
-            yield from ({'text': line} for line in lines)
         else:
-            yield {'text': lines.read()}
+            for text in lines if by_line else [lines.read()]:
+                if '\0' in text or text.startswith(('{"', '[{"', '%PDF-', '{\\rtf')):
+                    raise ValueError('it is no plain text, but JSON, PDF, RTF or binary')
+                yield {'text': text}
 
 
 def rows(dataset, file, split, remedy='--source=PATH_OR_GLOB'):
@@ -368,8 +384,11 @@ def rows(dataset, file, split, remedy='--source=PATH_OR_GLOB'):
     try:
         yield from local_rows(file, entry.join) if file else entry.rows(split)
     except Exception as error:  # anything that the user's files, or the network, may cause
+        if file and getattr(error, 'filename', None):  # the system's reason says enough
+            raise
         what = f'{type(error).__name__}: {error}'.split('\n')[0][:200]
-        check = ('check that the file is complete, that its ending fits and that its text is UTF-8'
+        check = ('check that the file is complete, that its ending fits (if compressed .gz, .bz2 '
+                 'or .xz) and that its text is UTF-8'
                  if file else 'check the network, pip install -r requirements.txt, or give local '
                  f'files with {remedy}')
         raise UserError(f'{file or dataset} cannot be read ({what}): {check}') from None
@@ -377,7 +396,7 @@ def rows(dataset, file, split, remedy='--source=PATH_OR_GLOB'):
 
 def documents(dataset, files, split):
     """Yields the documents of local files, or of a split of the data set if files is None. Rows
-    whose text is null are left out. Raises UserError if no column holds text."""
+    whose text is null are left out. Raises UserError if no column holds text, or no row."""
     entry = DATASETS[dataset]
 
     def texts():
@@ -386,22 +405,26 @@ def documents(dataset, files, split):
             for row in rows(dataset, file, split):
                 text = next((row[name] for name in names if name in row), row)
                 if isinstance(text, str):
-                    yield text
+                    yield text.encode(errors='replace').decode()  # JSON can hold lone surrogates
                 elif text is not None:
                     raise UserError(f'{file or dataset}: each row must have text in a column '
                                     f"'{entry.column}', not {text!r:.100}")
 
-    return filter(str.strip, entry.join(texts()) if entry.join else texts())
+    found = filter(str.strip, entry.join(texts()) if entry.join else texts())
+    if (first := next(found, None)) is None:
+        raise UserError(f'{split} would be empty: no text in {", ".join(files or [dataset])[:200]}')
+    yield first
+    yield from found
 
 
 def split_documents(options):
     """Yields (train or val, document). Raises UserError if the options name no data."""
     dataset, source, entry = options.dataset, options.source, DATASETS[options.dataset]
-    if not (source or entry.rows):
+    if source is None and not entry.rows:
         raise UserError(f'--dataset={dataset} reads your own files: name them with '
                         '--source=PATH_OR_GLOB')
-    train, validation = local_files(source) if source else (None, None)
-    if validation or entry.has_validation and not source:
+    train, validation = (None, None) if source is None else local_files(source)
+    if validation or entry.has_validation and source is None:
         yield from (('train', text) for text in documents(dataset, train, 'train'))
         yield from (('val', text) for text in documents(dataset, validation, 'validation'))
     elif not entry.rows and TABLES.isdisjoint(map(ending_of, train)):
@@ -446,7 +469,8 @@ def vocab_size_of(options):
 
 # A large file need not become one list of ids: it is cut before the space or newline in front of a
 # word, where GPT-2's pattern also separates words, so that the pieces have the tokens of the whole.
-PIECE = re.compile(r'.{65536}.*?(?=[ \n]\S)|.+', re.DOTALL)
+# Half a million spaces in a row are cut too, as tiktoken does not take a million.
+PIECE = re.compile(r'.{65536}.*?(?:(?=[ \n]\S)|(?<=\s{500000}))|.+', re.DOTALL)
 
 
 def write_tokens(folder, documents, tokenizer):
@@ -454,10 +478,17 @@ def write_tokens(folder, documents, tokenizer):
     meta.json says about each split."""
     dtype = np.min_scalar_type(tokenizer.vocab_size - 1)
     stats = {split: dict(documents=0, tokens=0, bytes=0) for split in ('train', 'val')}
-    documents = tqdm(documents, 'tokenizing', unit=' documents', disable=None)  # on a terminal
-    parts = ((split, match.start() == 0, match[0]) for split, text in documents
-             for match in PIECE.finditer(text))
-    with open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val:
+    special, literal = {tokenizer.eot_token, *SPECIAL}, collections.Counter()
+
+    def pieces():
+        for split, text in documents:
+            literal.update({token: text.count(token) for token in special})
+            yield from ((split, match.start() == 0, match[0]) for match in PIECE.finditer(text))
+
+    parts, in_log = pieces(), {} if sys.stderr.isatty() else dict(
+        delay=10, mininterval=10, bar_format='{desc}: {n_fmt} tokens in {elapsed}\n')
+    with (open(folder / 'train.bin', 'wb') as train, open(folder / 'val.bin', 'wb') as val,
+          tqdm(desc='tokenizing', unit=' tokens', unit_scale=True, **in_log) as progress):
         files = dict(train=train, val=val)
         while batch := list(itertools.islice(parts, 256)):
             all_ids = tokenizer.encode_batch([piece for _, _, piece in batch])
@@ -467,10 +498,11 @@ def write_tokens(folder, documents, tokenizer):
                 stats[split]['documents'] += is_first
                 stats[split]['tokens'] += len(ids)
                 stats[split]['bytes'] += len(piece.encode())
+                progress.update(len(ids))
+    for token, n in (+literal).items():
+        print(f'{n:,} literal {token} in the text were encoded as ordinary text: documents are '
+              'files, or rows of a csv, jsonl or parquet file', file=sys.stderr)
     for split in stats:
-        if not stats[split]['tokens']:
-            raise UserError(f'{split} would be empty: the data set has no text, or too few '
-                            'documents to hold some out: add documents, or a file named val')
         with open(folder / f'{split}.bin', 'rb') as file:
             stats[split]['sha256'] = hashlib.file_digest(file, 'sha256').hexdigest()
     return stats
@@ -510,6 +542,10 @@ def prepare(options, tokenizer=None):
                                        vocab_size_of(options))
         tokenizer.save(new / 'tokenizer.json')
         stats = write_tokens(new, split_documents(options), tokenizer)
+        for split in ('train', 'val'):
+            if not stats[split]['tokens']:
+                raise UserError(f'{split} would be empty: too few documents in {options.source}: '
+                                'add some, or a file named val, or --dataset=text for plain text')
         meta = asdict(options) | stats | dict(
             vocab_size=tokenizer.vocab_size,
             bytes_per_token=stats['val']['bytes'] / stats['val']['tokens'],

@@ -18,6 +18,9 @@ from pathlib import Path
 import numpy as np
 import pandas
 import pytest
+import tokenizers
+import tqdm
+from tokenizers import models, pre_tokenizers, trainers
 
 import prepare
 from config import UserError
@@ -83,7 +86,7 @@ def test_tables_are_rows_of_documents(workspace, script, packed, compress):
         table.to_csv(f'{i}.csv', index=False)
         table.to_csv(f'{i}.tsv', sep='\t', index=False, quoting=csv.QUOTE_NONE)
         table.to_json(f'{i}.json', orient='records')
-        for ending in ('jsonl', 'ndjson', 'jsonlines'):
+        for ending in ('jsonl', 'ndjson', 'JSONLINES', 'geojson', 'jl'):
             table.to_json(f'{i}.{ending}', orient='records', lines=True)
         if not packed:
             table.to_parquet(f'{i}.parquet')
@@ -146,6 +149,7 @@ def test_a_pattern_is_still_a_pattern(workspace, monkeypatch):
     assert prepare.local_files('a[12].txt') == (['a1.txt', 'a2.txt'], [])
     assert prepare.local_files('*.txt') == (['a1.txt', 'a2.txt', 'b1.txt'],
                                             ['b1-Val.txt', 'val2.txt'])
+    assert prepare.local_files('test.txt') == (['test.txt'], [])  # what is named alone is meant
     monkeypatch.setenv('HOME', str(workspace))
     assert prepare.local_files('~/b*.txt')[0] == [str(workspace / 'b1.txt')]
 
@@ -170,6 +174,44 @@ def test_rows_without_a_text_and_empty_files_are_left_out(workspace, script):
     (workspace / 'a.jsonl').write_text('\n\n'.join(map(json.dumps, rows)))
     script(prepare, '--dataset=text', '--source=*.jsonl', '--vocab_size=270')
     assert read_all(workspace / 'data/text-bpe270') == sorted(corpus(99))
+
+
+def test_a_lone_surrogate_becomes_a_question_mark(workspace, script):
+    (workspace / 'a.jsonl').write_text('"a\\ud800"\n' * 99)
+    script(prepare, *BYTES, '--source=a.jsonl')
+    assert read_all('data/text-byte') == ['a?'] * 99
+
+
+def test_special_tokens_written_out_are_counted(workspace, script, capsys):
+    (workspace / 'a.txt').write_text('<|endoftext|>some words' * 1200)
+    script(prepare, *BYTES, '--source=a.txt')
+    assert '1,200 literal <|endoftext|> in the text were encoded as' in capsys.readouterr().err
+    assert 256 not in read_tokens('data/text-byte', 'train')[1:]
+
+
+def test_runs_without_end(workspace, script, capsys, monkeypatch):
+    """A BPE takes the square of a word's length to train, tiktoken no million spaces. Off a terminal
+    a line now and then tells how far it is."""
+    text = f'{"".join(corpus(200))}{"a" * 300_000} b{" " * 1_100_000}'
+    (workspace / 'a.txt').write_text(text)
+    monkeypatch.setattr(prepare, 'tqdm', lambda **settings: tqdm.tqdm(
+        **settings | dict(delay=1e-9, mininterval=0)))
+    script(prepare, '--dataset=text', '--source=a.txt', '--vocab_size=300')
+    (train,), (val,) = decode('data/text-bpe300', 'train'), decode('data/text-bpe300', 'val')
+    assert train + val == text
+    assert re.search(r'tokenizing: [\d.]+[kM]? tokens in 00:\d\d\n', capsys.readouterr().err)
+
+
+def test_a_trained_tokenizer_is_that_of_the_library():
+    """No word of ordinary text is cut."""
+    library = tokenizers.Tokenizer(models.BPE(ignore_merges=True))
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.train_from_iterator(ODD + ['x' * 999] + corpus(99), trainers.BpeTrainer(
+        vocab_size=350, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    content = make_tokenizer('bpe', False, ODD + ['x' * 999] + corpus(99), 353).content
+    theirs = json.loads(library.to_str())
+    assert content['model'] == theirs['model'] and len(theirs['model']['vocab']) == 350
+    assert content['pre_tokenizer'] == theirs['pre_tokenizer']
 
 
 def test_wikitext_from_gzip_lines_with_its_own_validation_file(workspace, script):
@@ -283,7 +325,9 @@ def test_large_vocabularies_take_four_bytes(workspace, script, monkeypatch):
     (['--dataset=text'], '--source=PATH_OR_GLOB'),
     (['--dataset=text', '--source=nothere*'], 'there is no such file'),
     (['--dataset=text', f'--source={"long" * 2000}'], 'there is no such file'),
-    (['--dataset=text', '--source=dev.txt'], 'no file to train on (named val, valid,'),
+    (['--dataset=text', '--source=d*.txt'], 'no file to train on (dev.txt: named val, valid,'),
+    (['--dataset=text', '--source=empty'], 'the folder holds no files; for those of its folders'),
+    (['--source='], '--source=: no file to train on (there is no such file)'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=5000'], 'the corpus is too small'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=100'], 'must be from 259 to 1,048,576'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=1048577'], 'from 259 to 1,048,576'),
@@ -295,6 +339,7 @@ def test_large_vocabularies_take_four_bytes(workspace, script, monkeypatch):
 def test_refusals_leave_nothing_behind(workspace, script, arguments, message):
     (workspace / 'a.txt').write_text('some words ' * 50)
     (workspace / 'dev.txt').write_text('held out')
+    (workspace / 'empty').mkdir()
     with pytest.raises(UserError) as error:
         script(prepare, *arguments)
     assert message in str(error.value)
@@ -317,9 +362,12 @@ def table_of(value):
     ('deep.json', '[' * 100_000, 'deep.json cannot be read (RecursionError'),
     ('wide.csv', 'text\na, b\nc, d\n', 'wide.csv cannot be read (ValueError: a row has more'),
     ('torn.csv', 'text\na\n"b\nc', 'torn.csv cannot be read (Error: unexpected end'),
-    ('one.csv', 'text\nx\n', 'would be empty: the data set has no text, or too few documents to '
-     'hold some out: add documents, or a file named val'),
-    *[(name, content, 'train would be empty: the data set has no text') for name, content in [
+    ('one.csv', 'text\nx\n', 'val would be empty: too few documents in one.csv: add some'),
+    ('one.txt', 'x', 'train would be empty: too few documents in one.txt: add some'),
+    *[(name, content, 'it is no plain text, but') for name, content in [
+        ('a.tar', b'a.txt\0\0\0words'), ('le.txt', 'words'.encode('utf-16-le')), ('a.pdf', '%PDF-1'),
+        ('a.log', '{"text": "a"}\n'), ('a.gz', gzip.compress(b'[{"text": "a"}]', mtime=0))]],
+    *[(name, content, f'train would be empty: no text in {name}') for name, content in [
         ('a.txt', ''), ('a.txt.gz', gzip.compress(b'', mtime=0)), ('a.txt', ' \n'),
         ('a.jsonl', ''), ('a.json', '[]'), ('a.csv', ''), ('a.csv', 'text\n'),
         ('a.parquet', lambda path: table_of('x')[:0].to_parquet(path))]],
@@ -328,6 +376,7 @@ def table_of(value):
     ('a.jsonl', '{"text": "x"}\n{"text": 2.5}', "must have text in a column 'text', not 2.5"),
     ('a.json', '[1, 2]', "a.json: each row must have text in a column 'text', not 1"),
     ('a.parquet', lambda path: table_of(b'x').to_parquet(path), "in a column 'text', not b'x'"),
+    ('a.parquet', lambda path: table_of(7).to_parquet(path), "in a column 'text', not 7"),
     ('a.parquet', lambda path: table_of({'a': 1}).to_parquet(path), "not {'a': 1}"),
 ])
 def test_files_that_are_refused(workspace, script, name, write, message):
@@ -459,6 +508,18 @@ def test_ctrl_c_is_one_line(workspace):
     run.send_signal(signal.SIGINT)
     assert run.communicate()[1] == 'prepare.py: interrupted\n' and run.returncode == 130
     assert not list((workspace / 'data').iterdir())
+
+
+def test_ctrl_c_while_a_tokenizer_is_trained():
+    train = ('import sys, itertools; sys.path.insert(0, sys.argv[1]); import config, prepare; '
+             'documents = itertools.chain(map(print, ["started"]), itertools.repeat("words")); '
+             'documents = filter(None, documents); config.run(lambda: '
+             'prepare.make_tokenizer("bpe", False, documents, 300))')
+    run = subprocess.Popen([sys.executable, '-uc', train, REPOSITORY], stderr=subprocess.PIPE,
+                           stdout=subprocess.PIPE, text=True)
+    assert run.stdout.readline() == 'started\n'
+    run.send_signal(signal.SIGINT)
+    assert run.communicate(timeout=30)[1] == '-c: interrupted\n' and run.returncode == 130
 
 
 @pytest.mark.slow
