@@ -60,7 +60,6 @@ GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/
                '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')
 BPE_TRAINING_CHARACTERS = 2 ** 29  # a BPE is trained on the first documents, of this total length
 LARGEST_BPE = 2 ** 20  # ids; the library that trains a BPE reserves memory for all of them at once
-LONGEST_WORD = 1000  # bytes; it is cut to train a BPE, which takes the square of a word's length
 
 # {character: byte}, the inverse of GPT-2's bytes_to_unicode: a printable byte is its own character,
 # the n-th of the others is character 256 + n
@@ -207,14 +206,14 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     if kind == 'bpe':
-        cut = pre_tokenizers.FixedLength(LONGEST_WORD)
+        cut = pre_tokenizers.FixedLength(1000)  # bytes: training takes the square of a word's length
         library.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
         with ThreadPool(1) as pool:  # in this thread, Ctrl-C would have to wait
             job = pool.apply_async(library.train_from_iterator,
                                    (first_characters(documents), trainer))
-            while job.wait(10) or not job.ready():
+            while not (job.wait(10) or job.ready()):  # wait returns None
                 print('training the tokenizer', file=sys.stderr)
             job.get()
         reached = library.get_vocab_size() + len(SPECIAL)
@@ -310,9 +309,8 @@ class PrepareOptions(DataOptions):
 
 def local_files(source):
     """(training files, validation files) that --source names, sorted. A single file is for
-    training. Of a folder or a glob, files with val, valid, validation or dev as a word of their
-    name are for validation, those with test are left out. Raises UserError if none is for
-    training."""
+    training. Of more, those with val, valid, validation or dev as a word of their name are for
+    validation, those with test are left out. Raises UserError if none is for training."""
     path = os.path.expanduser(source)
     if os.path.isfile(path):  # a[1].txt can be a name
         return [path], []
@@ -372,7 +370,7 @@ def local_rows(file, by_line):
         else:
             for text in lines if by_line else [lines.read()]:
                 if '\0' in text or text.startswith(('{"', '[{"', '%PDF-', '{\\rtf')):
-                    raise ValueError('it is no plain text, but JSON, PDF, RTF or binary')
+                    raise ValueError('plain text has no NUL bytes, nor starts as JSON, PDF or RTF do')
                 yield {'text': text}
 
 
@@ -413,8 +411,7 @@ def documents(dataset, files, split):
     found = filter(str.strip, entry.join(texts()) if entry.join else texts())
     if (first := next(found, None)) is None:
         raise UserError(f'{split} would be empty: no text in {", ".join(files or [dataset])[:200]}')
-    yield first
-    yield from found
+    yield from itertools.chain([first], found)
 
 
 def split_documents(options):

@@ -190,8 +190,8 @@ def test_special_tokens_written_out_are_counted(workspace, script, capsys):
 
 
 def test_runs_without_end(workspace, script, capsys, monkeypatch):
-    """A BPE takes the square of a word's length to train, tiktoken no million spaces. Off a terminal
-    a line now and then tells how far it is."""
+    """Training a BPE takes the square of a word's length; tiktoken takes no million spaces. Off a
+    terminal a line now and then tells how far it is."""
     text = f'{"".join(corpus(200))}{"a" * 300_000} b{" " * 1_100_000}'
     (workspace / 'a.txt').write_text(text)
     monkeypatch.setattr(prepare, 'tqdm', lambda **settings: tqdm.tqdm(
@@ -364,9 +364,10 @@ def table_of(value):
     ('torn.csv', 'text\na\n"b\nc', 'torn.csv cannot be read (Error: unexpected end'),
     ('one.csv', 'text\nx\n', 'val would be empty: too few documents in one.csv: add some'),
     ('one.txt', 'x', 'train would be empty: too few documents in one.txt: add some'),
-    *[(name, content, 'it is no plain text, but') for name, content in [
-        ('a.tar', b'a.txt\0\0\0words'), ('le.txt', 'words'.encode('utf-16-le')), ('a.pdf', '%PDF-1'),
-        ('a.log', '{"text": "a"}\n'), ('a.gz', gzip.compress(b'[{"text": "a"}]', mtime=0))]],
+    *[(name, content, 'plain text has no NUL bytes, nor starts') for name, content in [
+        ('a.tar', b'a.txt\0\0\0words'), ('le.txt', 'words'.encode('utf-16-le')),
+        ('a.pdf', '%PDF-1'), ('a.log', '{"text": "a"}\n'),
+        ('a.gz', gzip.compress(b'[{"text": "a"}]', mtime=0))]],
     *[(name, content, f'train would be empty: no text in {name}') for name, content in [
         ('a.txt', ''), ('a.txt.gz', gzip.compress(b'', mtime=0)), ('a.txt', ' \n'),
         ('a.jsonl', ''), ('a.json', '[]'), ('a.csv', ''), ('a.csv', 'text\n'),
