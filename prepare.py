@@ -206,7 +206,7 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     if kind == 'bpe':
-        cut = pre_tokenizers.FixedLength(1000)  # bytes: training takes the square of a word's length
+        cut = pre_tokenizers.FixedLength(1000)  # bytes; a word takes the square of its length
         library.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -370,7 +370,7 @@ def local_rows(file, by_line):
         else:
             for text in lines if by_line else [lines.read()]:
                 if '\0' in text or text.startswith(('{"', '[{"', '%PDF-', '{\\rtf')):
-                    raise ValueError('plain text has no NUL bytes, nor starts as JSON, PDF or RTF do')
+                    raise ValueError('plain text has no NUL bytes, nor starts like JSON, PDF, RTF')
                 yield {'text': text}
 
 
