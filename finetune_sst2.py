@@ -61,7 +61,7 @@ class FinetuneOptions(DeviceOptions):
     weight_decay: NotNegative = 0.0  # on matrices and embeddings
     log_interval: Count = 100  # steps between lines
     wandb: bool = False  # log to Weights & Biases too, project encoder-pretrain-sst2
-    predict: str = None  # classify this sentence (even 'None') with the fine-tuned run, then exit
+    predict: str = None  # classify this sentence with the fine-tuned run, then exit
 
     def __post_init__(self):
         if self.out_dir is None:

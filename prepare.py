@@ -31,6 +31,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -210,11 +211,16 @@ def make_tokenizer(kind, lowercase=False, documents=(), vocab_size=None):
         library.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
         trainer = trainers.BpeTrainer(vocab_size=vocab_size - len(SPECIAL), show_progress=False,
                                       initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        stopped = threading.Event()
+        texts = itertools.takewhile(lambda _: not stopped.is_set(), first_characters(documents))
         with ThreadPool(1) as pool:  # in this thread, Ctrl-C would have to wait
-            job = pool.apply_async(library.train_from_iterator,
-                                   (first_characters(documents), trainer))
-            while not (job.wait(10) or job.ready()):  # wait returns None
-                print('training the tokenizer', file=sys.stderr)
+            job = pool.apply_async(library.train_from_iterator, (texts, trainer))
+            try:
+                while not (job.wait(10) or job.ready()):  # wait returns None
+                    print('training the tokenizer', file=sys.stderr)
+            except KeyboardInterrupt:  # the other thread must not read on while python ends
+                stopped.set(), job.wait(1)
+                raise
             job.get()
         reached = library.get_vocab_size() + len(SPECIAL)
         if reached < vocab_size:
@@ -369,8 +375,8 @@ def local_rows(file, by_line):
             yield from (row if isinstance(row, dict) else {'text': row} for row in values)
         else:
             for text in lines if by_line else [lines.read()]:
-                if '\0' in text or text.startswith(('{"', '[{"', '%PDF-', '{\\rtf')):
-                    raise ValueError('plain text has no NUL bytes, nor starts like JSON, PDF, RTF')
+                if '\0' in text:
+                    raise ValueError('plain text has no NUL bytes')
                 yield {'text': text}
 
 

@@ -28,7 +28,7 @@ tie_embeddings = False
 
 # recipe
 batch_size = 16
-max_iters = 500
+max_iters = 400
 optimizer = 'muon'
 learning_rate = 1e-2
 schedule = 'wsd'
