@@ -1,13 +1,13 @@
 """Fine-tunes and tests a run of train.py on SST-2: is a sentence of a film review positive?
 
-    python finetune_sst2.py --out_dir=out/mla_o --seeds=5              # the published protocol
+    python finetune_sst2.py --out_dir=out/mla_o --seeds=5              # as published, for encoders
     python finetune_sst2.py --out_dir=out/mla_o --from_scratch=True    # without its pre-training
     python finetune_sst2.py --out_dir=out/mla_o --predict="a gorgeous , witty , seductive movie"
 
 Writes into the run folder: sst2.json (accuracies of all seeds, and of a bag of words),
-sst2_predictions.tsv (text, label, probability that it is positive), sst2_metrics.jsonl and sst2.pt.
-With from_scratch their names begin with sst2_from_scratch. Earlier ones are renamed, with their
-date, when the first seed is done.
+sst2_predictions.tsv (text, label, probability that it is positive), sst2_metrics.jsonl and sst2.pt
+(weights of the seed that is best on the held-out tenth). With from_scratch their names begin with
+sst2_from_scratch. Earlier ones are renamed, with their date, when the first seed is done.
 
 SST-2's training split gives training and validation, 90/10 at random. It consists of sentences and
 of phrases from them, so the held-out tenth is easier than the test. The labels of SST-2's own test
@@ -48,7 +48,7 @@ PENALTIES = 10.0, 1.0, 0.1  # L2 penalties that are tried for the bag of words
 class FinetuneOptions(DeviceOptions):
     """Options"""
 
-    out_dir: str | None = None  # run folder of train.py, into which the results are written
+    out_dir: str | None = None  # a run of train.py, causal or not; takes the results, too
     data_dir: str | None = None  # folder with GLUE's train.tsv and dev.tsv; None = SST-2 of the hub
     seeds: Count = 1  # repetitions, with seed, seed + 1, ...
     seed: Seed = 1337  # of the classifier's first weights, the order of phrases, and dropout

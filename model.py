@@ -560,7 +560,7 @@ class BlockConfig:
     q_rank: Count | None = None  # tpa: rank of the queries; None = straight from x
     kv_rank: Count | None = None  # tpa: rank of the keys, and of the values
     window: Count | None = None  # causal: tokens that a query sees, its own included; None = all
-    layer_kinds: str = 'window'  # v4: of each layer in turn, as 'window csa hca'; see V4
+    layer_kinds: str = 'window'  # v4: of each layer in turn, as 'window csa hca': see class V4
     csa_group: Count = 4  # v4: tokens per entry in csa layers
     hca_group: Count = 128  # v4: tokens per entry in hca layers
     index_topk: Count | None = None  # v4: entries that a query reads in csa layers; None = all

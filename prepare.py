@@ -8,8 +8,9 @@ tokenizer.json.
 Tokens are stored as uint16, or as uint32 if the vocabulary needs it. Every document starts with
 <|endoftext|>. The folder appears as a whole or not at all.
 
-Validation is the split or the files of that name (or val, valid, dev) if there are any. Else it is
+Validation is a split, or files, called validation, val, valid or dev if there are any. Else it is
 the last tenth of each plain text, or a share of the documents of other data, selected by the seed.
+A single file is for training, whatever it is called.
 """
 
 import bz2
@@ -298,7 +299,7 @@ class DataOptions:
     dataset: Literal[*DATASETS] = 'wiki10k'  # text is your own, from a source
     source: str | None = None  # local txt, csv, tsv, jsonl, parquet, gz: file, folder, quoted glob
     tokenizer: Literal['bpe', 'gpt2', 'byte', 'given'] = 'bpe'  # given: the one of init_from
-    vocab_size: Count | None = None  # with the 3 special tokens; None = 8192 for bpe, else all
+    vocab_size: Count | None = None  # with special tokens; None = 8192 for bpe, else all
     lowercase: bool = False  # convert the text to lower case first (uncased encoders)
 
 

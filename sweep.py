@@ -1,4 +1,4 @@
-"""Grids of training runs, their tables and their pictures.
+"""Grids of training runs, their tables and their pictures. The first word is the command.
 
     python sweep.py sweep config/mha.py config/mla.py --seed=1,2,3 --jobs=2
     python sweep.py sweep config/quick.py --learning_rate=3e-3,6e-3 --finetune="--seeds=3"
@@ -6,9 +6,9 @@
     python sweep.py frontier config/zoo.py config/zoo_mla.py --learning_rate=4e-3,8e-3 --seed=1,2,3
 
 sweep: one run of train.py per config and combination of the values, which commas separate. A run's
-folder is out/sweep-CONFIG/OPTIONS. Finished runs are skipped, and interrupted ones go on. Runs side
-by side (--jobs) slow each other down: compare their losses at equal tokens, not at equal seconds.
---finetune also tests each run on SST-2: it takes options of finetune_sst2.py, in quotes.
+folder is out/sweep-CONFIG/OPTIONS. Finished runs are skipped, and interrupted ones are resumed.
+Runs side by side (--jobs) slow each other down: compare their losses at equal tokens, not at equal
+seconds. --finetune also tests each run on SST-2: it takes options of finetune_sst2.py, in quotes.
 
 compare: runs that differ only in their seed form a group. The table shows the mean over the seeds
 and half its 95% interval, or the values if there are fewer than three; the losses at equal tokens
@@ -61,7 +61,7 @@ FEWEST = 3  # values that get an interval; with two, half of it would be 13 stan
 class SweepOptions:
     """Options; sweep and frontier also take those of train.py"""
 
-    jobs: Count = 1  # runs at a time; they share the CPU cores, and each takes one of several GPUs
+    jobs: Count = 1  # parallel runs; they share the CPU cores, and each takes one of several GPUs
     finetune: str | None = None  # fine-tune each run, with these options of finetune_sst2.py
     results: str = 'out/bench'  # compare, frontier: folder for the csv file and the picture
     json: bool = False  # compare, frontier: print a list of dicts instead of the table

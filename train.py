@@ -1,6 +1,6 @@
 """Pre-training: masked-language modelling for encoders, next-token prediction for causal models.
 
-    python train.py config/quick.py                                  # five minutes on a laptop
+    python train.py config/quick.py                                  # minutes on two cores
     python train.py config/mla_o.py --batch_size=32 --max_iters=300  # any option, after the config
     torchrun --nproc_per_node=8 train.py config/mla_o.py             # one process per GPU
     python train.py config/grouped.py --help                         # its options and their values
@@ -60,12 +60,12 @@ class TrainOptions(DeviceOptions, DataOptions):
     batch_size: Count = 32  # sequences per step, over all processes and accumulation
     micro_batch_size: Count | None = None  # most sequences per device at a time; None = what fits
     max_iters: Count = 5000  # optimizer steps
-    max_seconds: Positive | None = None  # stop after this training time; the schedule follows it
+    max_seconds: Positive | None = None  # stop after this time, over which the rate decays
     learning_rate: Positive = 1e-3  # highest learning rate
     min_lr: NotNegative = 0.0  # where the schedule ends
     warmup_iters: CountOrZero | None = None  # steps of linear warmup; None = a tenth of the run
     lr_decay_iters: Count | None = None  # step at which the schedule ends; None = max_iters
-    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # decay; wsd: only in the last 40%
+    schedule: Literal['cosine', 'linear', 'wsd'] = 'cosine'  # wsd: falls in the last 40%
     optimizer: Literal['adamw', 'muon'] = 'adamw'  # muon: for hidden matrices, adamw for the rest
     weight_decay: NotNegative = 0.1  # of matrices and embeddings
     beta1: Share = 0.9  # of adamw
@@ -77,7 +77,7 @@ class TrainOptions(DeviceOptions, DataOptions):
     log_interval: Count = 10  # steps between printed lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
     o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent added to the init_from model
-    init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), or a folder: see README
+    init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), a run, a DeepSeek
     eval_only: bool = False  # evaluate the model of init_from, then exit
     export: str | None = None  # write the model of init_from here for transformers, then exit
     dry_run: bool = False  # print parameters, FLOPs and cache bytes, then exit; needs no data
@@ -190,7 +190,8 @@ def print_stats(options, stats):
     parts = [f'{total:,} parameters ({without:,} without positions, {active:,} per token)',
              f'{flops / 1e6:.1f} MFLOP per token in training']
     if stats['cache_bytes_per_token'] is not None:
-        parts.append(f'{stats["cache_bytes_per_token"]:,.0f} cache bytes per token')
+        parts.append(f'{stats["cache_bytes_per_token"]:,.0f} cache bytes per token in '
+                     'float32')
     if stats['cache_fixed_bytes']:
         parts.append(f'at most {stats["cache_fixed_bytes"]:,.0f} more per sequence')
     print(f'{options.arch}: {", ".join(parts)}')
