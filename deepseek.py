@@ -72,7 +72,7 @@ def row_orders(block, interleaved=True):
     rotated = torch.arange(r).view(2, -1).t().flatten() if interleaved else torch.arange(r)
     head = torch.cat((torch.arange(r, d), rotated))
     heads = (torch.arange(H)[:, None] * d + head).flatten()
-    k_b = torch.arange(H * (d - r)).view(H, -1)
+    k_b = torch.arange(H * (d - r)).view(H, d - r)
     v_b = H * (d - r) + torch.arange(H * (block.v_head_dim or d)).view(H, -1)
     return {'q_proj.weight': heads, 'q_b_proj.weight': heads,
             'kv_a_proj_with_mqa.weight': torch.cat((torch.arange(L), L + rotated)),
@@ -125,14 +125,15 @@ FAMILIES = dict(deepseek_v3=DEEPSEEK_V3, kimi_k2=DEEPSEEK_V3)
 
 def sizes_in(hf_config, names):
     """The sizes in a config.json as our options. names: {their name: our option}. Raises
-    ConfigError if one is not a positive int."""
+    ConfigError if one is not an integer, or too small."""
     sizes = {}
     for theirs, ours in names.items():
         value = hf_config.get(theirs)
         if value is None and theirs in OPTIONAL:
             continue
-        if type(value) is not int or value < 1:
-            raise ConfigError(f'{theirs}={value!r}: must be an integer >= 1')
+        least = 0 if theirs == 'qk_nope_head_dim' else 1  # all dimensions may be rotated
+        if type(value) is not int or value < least:
+            raise ConfigError(f'{theirs}={value!r}: must be an integer >= {least}')
         sizes[ours] = value
     return sizes
 

@@ -96,6 +96,10 @@ class Linear(nn.Linear):
         super().__init__(n_in // n_groups, n_out, bias=bias)
         self.residual_out, self.init_fan_in, self.n_groups = residual_out, init_fan_in, n_groups
 
+    def reset_parameters(self):
+        if self.weight.numel():  # torch warns of a matrix without elements, which MLA may have
+            super().reset_parameters()
+
     def forward(self, x):
         if self.n_groups == 1:
             return super().forward(x)
@@ -134,7 +138,8 @@ def rotate(x, table):
 
 
 def split_heads(x, n_head):
-    return x.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, T, H*d) -> (B, H, T, d)
+    d = x.size(-1) // n_head  # 0 if all of a key is rotated and shared
+    return x.unflatten(-1, (n_head, d)).transpose(1, 2)  # (B, T, H*d) -> (B, H, T, d)
 
 
 def join_heads(y):
@@ -336,6 +341,7 @@ class MLA(Attention):
         self.shared_key, self.kv_latent = config.rope_key == 'shared', config.kv_latent
         self.n_branches = config.kv_branches
         self.n_latents = config.kv_groups * config.kv_branches
+        # of each head's own key: none if all dimensions are rotated and shared
         k_head_dim = self.head_dim - self.rope_dims if self.shared_key else self.head_dim
         self.make_queries(config)
         latents = self.n_latents * self.kv_latent  # side by side
@@ -351,10 +357,9 @@ class MLA(Attention):
     def check(cls, config):
         require(config, 'kv_latent', 'the width of its key-value latent')
         require_divisible(config, 'n_head', 'kv_groups')
-        if config.rope_key == 'shared' and not 0 < config.rope_dims < config.head_dim:
-            raise ConfigError("rope_key='shared' needs rope_dims from 2 to "
-                              f'head_dim - 1 = {config.head_dim - 1}: the other dimensions of a '
-                              'key belong to its head')
+        if config.rope_key == 'shared' and not config.rope_dims:
+            raise ConfigError("rope_key='shared' needs rope_dims from 2 to head_dim = "
+                              f'{config.head_dim}: the shared key has as many dimensions')
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
                 scratch=None):
@@ -394,7 +399,8 @@ class MLA(Attention):
         the result, only the part that comes from latents is used. Causal models take no key_mask.
         q (B, n*H, 1, d), cached (B, S, r + n*g*L) = [k_rope | latent] -> (B, 1, n*H*dv).
         """
-        w_uk = self.k_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, d or d-r, L)
+        w_uk = self.k_b_proj.weight  # (n*H * d or d-r, L)
+        w_uk = w_uk.unflatten(0, (self.n_softmax, len(w_uk) // self.n_softmax))
         w_uv = self.v_b_proj.weight.unflatten(0, (self.n_softmax, -1))  # (n*H, dv, L)
         q_rope, q = q.split((self.rope_dims, self.head_dim - self.rope_dims), dim=-1)
         mask = None

@@ -22,6 +22,7 @@ YARN = dict(rope_type='yarn', rope_theta=1e4, factor=40.0, mscale=0.7, mscale_al
 SHAPES = {
     'base': {},
     'narrow_values': dict(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=8),
+    'all_rotated': MOE | dict(qk_nope_head_dim=0, n_group=1, tie_word_embeddings=True),
     'wide_values': dict(v_head_dim=40, rope_interleave=False),
     'tied': dict(tie_word_embeddings=True, rope_parameters=dict(rope_type='default',
                                                                 rope_theta=500.0)),

@@ -77,6 +77,7 @@ CAUSAL_VARIANTS = {
     'window': dict(ROPE, window=5, n_kv_head=2, sink=True),
     'window_mla': dict(MLA, window=5, rope_key='shared', kv_groups=2),
     'window_per_head': dict(MLA, window=5, sink=True),
+    'shared_key_alone': dict(MLA, rope_key='shared', rope_dims=8, kv_groups=2, kv_branches=2),
     'v4': dict(V4, layer_kinds='csa hca', csa_group=2, hca_group=5, o_latent=6, o_groups=2,
                sink=True),
     'v4_indexed': dict(V4, layer_kinds='window csa', csa_group=2, index_topk=2, index_n_head=3,
@@ -845,7 +846,6 @@ def test_the_relatives_start_as_large_as_plain_attention(options):
     (dict(MLA, bias=True), 'bias=True belongs to attention=mha'),
     (dict(MLA, o_norm='sum'), "o_norm='sum' belongs to o_latent: set that"),
     (dict(MLA, rope_key='shared', rope_dims=0), "rope_key='shared' needs rope_dims"),
-    (dict(MLA, rope_key='shared', rope_dims=8), "rope_key='shared' needs rope_dims"),
     (dict(n_kv_head=3), 'n_head=4 is not divisible by n_kv_head=3'),
     (dict(attention='gta', n_kv_head=3), 'not divisible by n_kv_head'),
     (dict(attention='tpa'), 'needs kv_rank'),
@@ -881,8 +881,8 @@ def test_contradictions_are_refused(options, message):
     (dict(embedding_loss_coeff=8.0), 'belongs to embedding_loss: set that'),
     (dict(embedding_loss_affine=False), 'belongs to embedding_loss: set that'),
     (dict(n_dense=2, n_decoder_layer=1), 'n_dense=2 is more than n_decoder_layer=1'),
-    (dict(MLA, rope_key='shared', rope_dims=4),
-     "cross-attention, cross_n_head=8: rope_key='shared' needs rope_dims"),
+    (dict(MLA, rope_key='shared', rope_dims=4, cross_n_head=32),
+     "cross-attention, cross_n_head=32: rope_key='shared' needs rope_dims"),
     (dict(subtract_next_position=True, learned_positions=False), 'needs learned_positions=True'),
 ])
 def test_contradictions_of_the_encoder_decoder_are_refused(options, message):
