@@ -3,11 +3,14 @@
     python finetune_sst2.py --out_dir=out/mla_o --seeds=5              # as published, for encoders
     python finetune_sst2.py --out_dir=out/mla_o --from_scratch=True    # without its pre-training
     python finetune_sst2.py --out_dir=out/mla_o --predict="a gorgeous , witty , seductive movie"
+    python finetune_sst2.py --out_dir=out/deepseek_tiny --as_text=True --epochs=6 \\
+        --batch_size=256 --learning_rate=5e-5 --weight_decay=0.05  # published for decoders
 
 Writes into the run folder: sst2.json (accuracies of all seeds, and of a bag of words),
 sst2_predictions.tsv (text, label, probability that it is positive), sst2_metrics.jsonl and sst2.pt
-(weights of the seed that is best on the held-out tenth). With from_scratch their names begin with
-sst2_from_scratch. Earlier ones are renamed, with their date, when the first seed is done.
+(weights of the seed that is best on the held-out tenth). With as_text or from_scratch their names
+say so, as in sst2_as_text.json. Earlier ones are renamed, with their date, when the first seed is
+done.
 
 SST-2's training split gives training and validation, 90/10 at random. It consists of sentences and
 of phrases from them, so the held-out tenth is easier than the test. The labels of SST-2's own test
@@ -42,6 +45,9 @@ from train import TrainOptions, make_optimizers, stop_if_not_finite
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
 EVAL_BATCH = 64
 PENALTIES = 10.0, 1.0, 0.1  # L2 penalties that are tried for the bag of words
+# as_text: what a causal model reads before and after a sentence, and what it should go on with
+BEFORE = 'a warm , clever film - positive\na long and lifeless film - negative\n'
+AFTER, ANSWERS = ' -', (' negative', ' positive')
 
 
 @dataclass
@@ -53,6 +59,7 @@ class FinetuneOptions(DeviceOptions):
     seeds: Count = 1  # repetitions, with seed, seed + 1, ...
     seed: Seed = 1337  # of the classifier's first weights, the order of phrases, and dropout
     from_scratch: bool = False  # new weights instead of the run's: did pre-training help?
+    as_text: bool = False  # no classifier: a causal model writes " positive" or " negative"
     train_examples: Count | None = None  # train on a fixed subset of so many phrases; None = all
     epochs: Count = 3  # passes over the phrases; the best one on the held-out tenth is tested
     batch_size: Count = 16  # phrases per step
@@ -71,7 +78,8 @@ class FinetuneOptions(DeviceOptions):
 
     def file(self, ending):
         """A file of results in the run folder."""
-        return Path(self.out_dir, f'sst2{"_from_scratch" * self.from_scratch}{ending}')
+        kind = '_as_text' * self.as_text + '_from_scratch' * self.from_scratch
+        return Path(self.out_dir, f'sst2{kind}{ending}')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -111,17 +119,22 @@ def read_sst2(options):
                 validation=[phrases[i] for i in order[:n_held_out]], test=test)
 
 
-def tokenize(examples, tokenizer, block_size, name='data'):
+def tokenize(examples, tokenizer, block_size, name='data', as_text=False):
     """[(sentence, label)] -> idx (N, T), lengths (N,), labels (N,), int64. A row of idx starts with
-    <|endoftext|>, is cut off at block_size, and ends in padding. name: of the data, for a line."""
-    ids = [torch.tensor([tokenizer.eot, *row])
-           for row in tokenizer.encode_batch([text for text, _ in examples])]
-    if n_cut := sum(len(row) > block_size for row in ids):
-        print(f'{name}: {n_cut} of {len(ids)} sentences are longer than the model can read: they '
-              f'are cut off after {block_size} tokens', file=sys.stderr)
+    <|endoftext|>, is cut off at block_size, and ends in padding. name: of the data, for a line.
+    as_text: BEFORE and AFTER surround the sentence, the end of which is cut off instead."""
+    before, after = (tokenizer.encode(part) if as_text else [] for part in (BEFORE, AFTER))
+    room = block_size - 1 - len(before) - len(after)
+    if room < 1:
+        raise UserError(f'block_size={block_size}: too short for the examples of as_text')
+    rows = tokenizer.encode_batch([text for text, _ in examples])
+    if n_cut := sum(len(row) > room for row in rows):
+        print(f'{name}: {n_cut} of {len(rows)} sentences are longer than the model can read: they '
+              f'are cut off after {room} tokens', file=sys.stderr)
+    ids = [torch.tensor([tokenizer.eot, *before, *row[:room], *after]) for row in rows]
     idx = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=tokenizer.eot)
-    lengths = torch.tensor([min(len(row), block_size) for row in ids])
-    return idx[:, :block_size], lengths, torch.tensor([label for _, label in examples])
+    lengths = torch.tensor([len(row) for row in ids])
+    return idx, lengths, torch.tensor([label for _, label in examples])
 
 
 def batches_by_length(lengths, batch_size, rng=None):
@@ -191,6 +204,8 @@ class Classifier(nn.Module):
     token, through a tanh pooler (BERT, arXiv 1810.04805); a causal model at the last token, the
     only one that has seen all the others."""
 
+    answers = 0, 1  # the indices, among the logits, of a negative and a positive label
+
     def __init__(self, model, dropout):
         super().__init__()
         self.model, self.config = model, model.config
@@ -215,14 +230,33 @@ class Classifier(nn.Module):
         return self.classifier(self.dropout(self.pooler(x)))
 
 
+class TextClassifier(nn.Module):
+    """A causal model that answers in words: its logits are those of the token after AFTER."""
+
+    def __init__(self, model, tokenizer):
+        super().__init__()
+        words = [tokenizer.encode(word) for word in ANSWERS]
+        if not model.config.causal or any(len(word) > 1 for word in words):
+            raise UserError('as_text: needs a causal model, and a tokenizer in which '
+                            f'{ANSWERS[0]!r} and {ANSWERS[1]!r} are one token each, such as gpt2')
+        self.model, self.config, self.answers = model, model.config, sum(words, [])
+
+    def forward(self, idx, lengths):
+        """idx (B, T) int64, padded at the end, lengths (B,) -> logits (B, vocab_size)."""
+        return self.model(idx, positions=lengths[:, None] - 1)[:, 0]
+
+
 def make_classifier(run, options, seed):
     """A classifier on the model of a run, or from scratch on a new one of its shape. run: what
     load_run returned."""
-    model, _, run_options = run
+    model, tokenizer, run_options = run
     torch.manual_seed(seed)
     if options.from_scratch:
         model = build(run_options['arch'], model_options_of(run_options))
-    return Classifier(copy.deepcopy(model), options.classifier_dropout)
+    model = copy.deepcopy(model)
+    if options.as_text:
+        return TextClassifier(model, tokenizer)
+    return Classifier(model, options.classifier_dropout)
 
 
 @torch.no_grad()
@@ -230,11 +264,11 @@ def score(classifier, data, device):
     """(loss, accuracy, probability of a positive label per sentence). data: see `tokenize`."""
     classifier.eval()
     _, lengths, labels = data
-    logits = torch.zeros(len(labels), 2)
+    logits, answers = torch.zeros(len(labels), 2), list(classifier.answers)
     for chosen in batches_by_length(lengths, EVAL_BATCH):
         batch, batch_lengths, _ = device.put(take(data, chosen))
         with device.autocast():
-            logits[chosen] = classifier(batch, batch_lengths).float().cpu()
+            logits[chosen] = classifier(batch, batch_lengths)[:, answers].float().cpu()
     classifier.train()
     probabilities = logits.softmax(dim=-1)[:, 1]
     accuracy = ((probabilities > 0.5) == labels).double().mean().item()
@@ -243,8 +277,10 @@ def score(classifier, data, device):
 
 def train_step(classifier, optimizer, batch, device):
     idx, lengths, labels = device.put(batch)
+    negative, positive = classifier.answers
     with device.autocast():
-        loss = F.cross_entropy(classifier(idx, lengths).float(), labels)
+        loss = F.cross_entropy(classifier(idx, lengths).float(),
+                               torch.where(labels == 1, positive, negative))
     loss.backward()
     norm = nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
     optimizer.step()
@@ -349,11 +385,14 @@ def predict(options, device):
     state = load_checkpoint(path)
     model = build(state['options']['arch'], model_options_of(state['options']))
     tokenizer = load_tokenizer(options.out_dir, state, model.config, path, 'fine-tune again')
-    classifier = Classifier(model, options.classifier_dropout)
+    classifier = make_classifier((model, tokenizer, state['options']), options, seed=0)
     load_weights(classifier, state, path)
-    data = tokenize([(text, 1)], tokenizer, model.config.block_size, '--predict')
-    if (read := data[0][0].tolist()[1:]) != tokenizer.encode(text):
-        text = f'{tokenizer.decode(read)} [cut]'
+    data, (_, around, _) = (
+        tokenize([(shown, 1)], tokenizer, model.config.block_size, '--predict', options.as_text)
+        for shown in (text, ''))  # around a sentence stands what is around none
+    ids, n_read = tokenizer.encode(text), data[1] - around
+    if n_read < len(ids):
+        text = f'{tokenizer.decode(ids[:n_read])} [cut]'
     p = score(classifier.to(device.torch_device), data, device)[2].item()
     print(f'{"positive" if p > 0.5 else "negative"} (probability of positive {p:.3f}): {text}')
 
@@ -373,7 +412,7 @@ def main():
     print(f'{options.out_dir}{", with new weights" if options.from_scratch else ""}: '
           f'{len(texts["train"]):,} phrases to train on, {len(texts["validation"]):,} held out to '
           f'choose the epoch by, {len(texts["test"]):,} sentences to test on')
-    data = {split: tokenize(part, run[1], run[0].config.block_size, split)
+    data = {split: tokenize(part, run[1], run[0].config.block_size, split, options.as_text)
             for split, part in texts.items()}
     baseline, results, lines, wandb_run = bag_of_words(texts), [], [], None
 

@@ -47,7 +47,11 @@ def runs(tmp_path_factory):
     """A folder with an encoder, a causal model (run, causal) and sentences (sst2)."""
     folder = tmp_path_factory.mktemp('runs')
     write_sst2(folder / 'sst2')
-    return train_runs(folder, SMALL, dict(run=['--causal=False'], causal=['--causal=True']))
+    (folder / 'answers.csv').write_text('text\n' + 'a positive\na negative\n' * 800)
+    words = ['--causal=True', '--source=answers.csv', '--tokenizer=bpe', '--vocab_size=272',
+             '--block_size=128']
+    return train_runs(folder, SMALL, dict(run=['--causal=False'], causal=['--causal=True'],
+                                          words=words))
 
 
 @pytest.fixture
@@ -142,6 +146,31 @@ def test_from_scratch_takes_nothing_from_the_run_but_its_shape(folder, script):
     endings = '.json', '.pt', '_metrics.jsonl', '_predictions.tsv'
     assert {path.name for path in Path('run').glob('sst2*')} == {
         f'sst2_from_scratch{ending}' for ending in endings}
+
+
+def test_a_causal_model_answers_in_words(folder, script, capsys):
+    common = ['--out_dir=words', '--as_text=True']
+    script(finetune_sst2, *QUICK, *common, '--epochs=1')
+    rows = [line.split('\t') for line in read_lines('words/sst2_as_text_predictions.tsv')[1:]]
+    right = [int(label) == (float(p) > 0.5) for _, label, p in rows]
+    summary = json.loads(Path('words/sst2_as_text.json').read_text())
+    assert summary['mean'] == pytest.approx(np.mean(right))
+    # which is the model's own probability of one word next to the other
+    tuned = torch.load('words/sst2_as_text.pt')['model']
+    model, tokenizer, _ = load_run('words')
+    model.load_state_dict({name.removeprefix('model.'): w for name, w in tuned.items()})
+    sentence = read_sst2(FinetuneOptions(out_dir='words', data_dir='sst2'))['test'][0][0]
+    ids = tokenizer.encode(f'{finetune_sst2.BEFORE}{sentence} -')
+    words = tokenizer.encode(' negative positive')
+    with torch.no_grad():
+        logits = model(torch.tensor([[tokenizer.eot, *ids]]))[0, -1]
+    assert len(words) == 2
+    assert logits[words].softmax(0)[1].item() == pytest.approx(float(rows[0][2]), 1e-4)
+    loss = json.loads(read_lines('words/sst2_as_text_metrics.jsonl')[0])['train_loss']
+    assert loss > 2  # of the whole vocabulary at the one position, not of two words
+    script(finetune_sst2, *common, f'--predict={"long " * 40}good')  # the end of it is cut off
+    out, err = capsys.readouterr()
+    assert 'probability of positive' in out and '1 of 1 sentences' in err
 
 
 @pytest.mark.parametrize('run', ['run', 'causal'])
