@@ -23,6 +23,7 @@ import sweep
 import train
 from config import UserError
 from conftest import REPOSITORY, train_runs, write_corpus
+from results import published
 from run import FORMAT, load_checkpoint
 
 QUICK, DECODER = REPOSITORY / 'config/quick.py', REPOSITORY / 'config/decoder.py'
@@ -417,6 +418,29 @@ def test_names_in_the_picture_do_not_cover_each_other(tmp_path):
     assert not any(a.overlaps(b) for a, b in zip(boxes, boxes[1:] + boxes[:1]))
     assert axes.texts[1].xyann[1] == 0 < axes.texts[2].xyann[1]
     sweep.save_figure(figure, tmp_path / 'names.png')
+
+
+def test_the_published_tables(workspace, in_process, script, capfd):
+    write_corpus(workspace, 100)
+    (workspace / 'sst2').mkdir()
+    for name, n in (('train', 60), ('dev', 20)):
+        rows = ''.join(f'the river runs {i}\t{i % 2}\n' for i in range(n))
+        (workspace / f'sst2/{name}.tsv').write_text('sentence\tlabel\n' + rows)
+    small = SMALL | dict(n_embd=32, n_head=4, rope_dims=4, tokenizer='bpe', vocab_size=300)
+    command = [*map(str, (REPOSITORY / path for path in published.ENCODERS)),
+               *sweep.flags(small), '--finetune=--seeds=3 --data_dir=sst2 --epochs=1']
+    script(published, *command)
+    out = capfd.readouterr().out
+    row, = re.findall(r'^[|] `mla_o.py` [|].*', out, re.MULTILINE)
+    means = json.loads(next(Path('out/sweep-mla_o').glob('*/sst2.json')).read_text())['mean']
+    assert f'{100 * means:.2f} ± ' in row and '(3 seeds)' in row and row.endswith('| 84.63 |')
+    assert '| 65,536,000 | 4.954, 0.314 |' in out
+    for name in ('published.md', 'pretraining.png', 'sst2.png'):
+        assert Path('out/published', name).stat().st_size > 500
+    n_done = len(in_process)
+    assert n_done == 6
+    script(published, *command)  # nothing is left to do
+    assert len(in_process) == n_done
 
 
 def test_help_is_one_screen(script, capsys):
