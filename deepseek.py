@@ -1,5 +1,5 @@
-"""Checkpoints of other people: DeepSeek-V3's format, in and out, and output latents for models that
-were trained without one.
+"""Checkpoints of other people: the format of DeepSeek-V3 and V2, in and out, and output latents for
+models that were trained without one.
 
     weights, hf_config = to_deepseek(model)             # a Transformer with MLA in their format
     model = from_deepseek(weights, hf_config)           # and back, with the same logits
@@ -7,16 +7,18 @@ were trained without one.
     add_output_latent(model, rank=64)                   # one of ours, or one of transformers
     attention, gain = read_attention(Checkpoint(folder), 30)
 
-The tables below have the names of their tensors, and row_orders has the order of their rows. Both
-directions use them, and so does read_attention, with which svd.py reads a checkpoint of any size
-layer by layer (DeepSeek-V3, Kimi-K2, Llama, Qwen3).
+RENAMED has the names of their tensors, row_orders the order of their rows, and FAMILIES the models
+that can be loaded. Both directions use them, and so does read_attention, with which svd.py reads a
+checkpoint of any size layer by layer (all of FAMILIES, Llama, Qwen3).
 """
 
 import contextlib
 import json
 import math
 import re
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -45,13 +47,14 @@ RENAMED = {
     'router': 'gate', 'router_bias': 'gate.e_score_correction_bias', 'shared': 'shared_experts'}
 
 
-def layout_of(module, orders):
+def layout_of(module, orders, o_parts={}):
     """{their name: ([our tensors], order)} for a module with the tensor names of a Transformer.
     Their tensor is torch.cat(ours)[order], or torch.cat(ours) if order is None. Our tensors share
-    memory with the module. orders: what row_orders returns, or {}."""
-    layout = {}
+    memory with the module. orders: what row_orders returns, or {}. o_parts: names of the parts of
+    an output latent, see sequential_latent."""
+    layout, renamed = {}, RENAMED | o_parts
     for name, weight in module.state_dict().items():
-        theirs = '.'.join(RENAMED.get(part, part) for part in name.split('.'))
+        theirs = '.'.join(renamed.get(part, part) for part in name.split('.'))
         if weight.dim() == 3:  # all experts, each of which is a tensor there
             layout |= {theirs.replace('.mlp.', f'.mlp.experts.{i}.') + '.weight': ([expert], None)
                        for i, expert in enumerate(weight)}
@@ -77,6 +80,18 @@ def row_orders(block, interleaved=True):
     return {'q_proj.weight': heads, 'q_b_proj.weight': heads,
             'kv_a_proj_with_mqa.weight': torch.cat((torch.arange(L), L + rotated)),
             'kv_b_proj.weight': torch.cat((k_b, v_b), dim=1).flatten()}
+
+
+def sequential_latent(tensors):
+    """(our options, {our part: theirs}) of output latents that are an nn.Sequential there, as in
+    deepseek-tiny-mla-o: a matrix, a norm if there are three parts, and a matrix. ({}, {}) if the
+    tensors have none."""
+    first = next((name for name in tensors if name.endswith('.self_attn.o_proj.0.weight')), None)
+    if first is None:
+        return {}, {}
+    has_norm = first.replace('.0.weight', '.2.weight') in tensors
+    return (dict(o_latent=len(tensors[first]), o_norm='sum' if has_norm else 'none'),
+            dict(o_a_proj='0', o_norm='1', o_b_proj='2' if has_norm else '1'))
 
 
 def load_tensors(layout, tensors):
@@ -110,17 +125,38 @@ MOE_SIZES = dict(n_routed_experts='n_routed_experts', num_experts_per_tok='n_exp
 OPTIONAL = {'q_lora_rank', 'o_latent', 'n_shared_experts', 'n_group', 'topk_group',
             'num_key_value_heads', 'head_dim'}  # null or missing means the default of our option
 
-# values of theirs that no option here stands for: only these can be loaded
-FIXED = dict(rms_norm_eps=1e-6, attention_bias=False, hidden_act='silu', norm_topk_prob=True,
-             scoring_func='sigmoid', topk_method='noaux_tc', moe_layer_freq=1)
 # options of ours that no value there stands for: only these can be exported
 OURS = dict(causal=True, attention='mla', rope_key='shared', norm='rms', final_norm=True,
             bias=False, learned_positions=False, mlp_bias=False, mlp_rank=None, vocab_rank=None,
             n_dense=0, kv_groups=1, kv_branches=1, gate=False, sink=False, o_groups=1, window=None)
-# {model_type: what transformers takes for values that its config.json leaves out}
-DEEPSEEK_V3 = FIXED | dict(first_k_dense_replace=3, routed_scaling_factor=2.5, n_group=8,
-                           topk_group=4, tie_word_embeddings=False, rope_interleave=True)
-FAMILIES = dict(deepseek_v3=DEEPSEEK_V3, kimi_k2=DEEPSEEK_V3)
+
+
+class Family(NamedTuple):
+    """What transformers makes of a config.json with one model_type."""
+
+    router: str  # our option
+    defaults: dict  # what it takes for values that are left out
+    fixed: dict  # values that no option of ours stands for: only these can be loaded
+    ignored: dict = {}  # what it computes whatever config.json says
+
+
+FIXED = dict(attention_bias=False, hidden_act='silu')
+SIGMOID = dict(scoring_func='sigmoid', topk_method='noaux_tc', moe_layer_freq=1)
+V3 = Family('sigmoid', dict(rms_norm_eps=1e-6, rope_interleave=True, tie_word_embeddings=False,
+                            first_k_dense_replace=3, n_group=8, topk_group=4,
+                            routed_scaling_factor=2.5), FIXED | dict(norm_topk_prob=True), SIGMOID)
+FAMILIES = dict(  # by model_type
+    deepseek_v3=V3,  # and Moonlight, deepseek-tiny
+    deepseek_v2=Family('softmax', V3.defaults | dict(
+        first_k_dense_replace=0, n_group=1, topk_group=1, routed_scaling_factor=1.0,
+        topk_method='greedy'), FIXED | dict(scoring_func='softmax', moe_layer_freq=1,
+                                            norm_topk_prob=False, rope_interleave=True)),
+    kimi_k2=V3._replace(fixed=V3.fixed | SIGMOID, ignored={}),  # not in transformers: its own code
+    glm4_moe_lite=V3._replace(defaults=V3.defaults | dict(
+        rms_norm_eps=1e-5, n_group=1, topk_group=1, routed_scaling_factor=1.8),
+        ignored=SIGMOID | dict(first_k_dense_replace=1)),  # mlp_layer_types says it instead
+    youtu=V3._replace(defaults=V3.defaults | dict(tie_word_embeddings=True),
+                      ignored=SIGMOID | dict(n_routed_experts=None)))
 
 
 def sizes_in(hf_config, names):
@@ -138,12 +174,13 @@ def sizes_in(hf_config, names):
     return sizes
 
 
-def mla_options(hf_config):
+def mla_options(hf_config, tensors):
     """The attention of a DeepSeek-V3 as options of a BlockConfig. Raises ConfigError."""
     options = sizes_in(hf_config, MLA_SIZES | dict(o_latent='o_latent'))
     options['head_dim'] += options['rope_dims']
     o_norm = hf_config.get('o_norm', 'none')
-    return options | dict(attention='mla', rope_key='shared', o_norm=o_norm)
+    options |= dict(attention='mla', rope_key='shared', o_norm=o_norm)
+    return options | sequential_latent(tensors)[0]
 
 
 def llama_options(hf_config, qk_norm):
@@ -158,6 +195,8 @@ def rope_options(c):
     """The rotary angles of a config.json as our options. Raises ConfigError."""
     rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})  # new name, old name
     options = dict(rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))))
+    if (part := rope.get('partial_rotary_factor', c.get('partial_rotary_factor', 1))) != 1:
+        raise ConfigError(f'partial_rotary_factor={part}: only 1 can be loaded')
     kind, factor = rope.get('type') or rope.get('rope_type') or 'default', rope.get('factor')
     if kind == 'default':
         return options
@@ -173,32 +212,58 @@ def rope_options(c):
     if angles != 1.0 and (angles or not all_dims or rope.get('mscale') != all_dims):
         raise ConfigError('YaRN that scales rotated dimensions alone (attention_factor, or an '
                           'mscale other than mscale_all_dim) cannot be loaded')
-    for name, wanted in (('beta_fast', 32), ('beta_slow', 1), ('truncate', True)):
-        if (rope.get(name) or wanted) != wanted:
-            raise ConfigError(f'YaRN with {name}={rope[name]}: only {wanted} can be loaded')
-    return options | sizes_in(rope, dict(original_max_position_embeddings='rope_trained_length'))
+    if not rope.get('truncate', True):
+        raise ConfigError('YaRN with truncate=False cannot be loaded')
+    options |= sizes_in(rope, dict(original_max_position_embeddings='rope_trained_length'))
+    return options | dict(rope_beta_fast=rope.get('beta_fast') or 32,
+                          rope_beta_slow=rope.get('beta_slow') or 1)
 
 
-def options_of_deepseek(hf_config):
-    """The options of a Transformer that computes what a config.json describes. Raises ConfigError
-    if no options do."""
+def in_full(hf_config):
+    """A config.json with what it leaves out, and with what transformers takes instead of what it
+    says. Raises ConfigError if no options of a Transformer compute the same."""
     kind = str(hf_config.get('model_type'))
     if kind not in FAMILIES:
-        raise ConfigError(f'model_type={kind!r:.40}: only {" and ".join(FAMILIES)} can be loaded, '
+        raise ConfigError(f'model_type={kind!r:.40}: only {", ".join(FAMILIES)} can be loaded, '
                           'other models compute something else')
-    c = FAMILIES[kind] | hf_config
-    if c.get('quantization_config'):
-        raise ConfigError('quantised weights: convert the checkpoint to bfloat16 first')
-    for name, wanted in FIXED.items():
+    family = FAMILIES[kind]
+    c = family.fixed | family.defaults | hf_config | family.ignored
+    for name, wanted in family.fixed.items():
         if c[name] != wanted:
             raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
-    options = OURS | sizes_in(c, MODEL_SIZES) | mla_options(c) | rope_options(c) | dict(
-        mlp='swiglu', tie_embeddings=c['tie_word_embeddings'])
+    found = c.get('quantization_config') or {}
+    if found and (found.get('quant_method') != 'fp8'
+                  or found.get('weight_block_size') != [FP8_BLOCK, FP8_BLOCK]):
+        raise ConfigError(f'quantised weights: only fp8 in blocks of {FP8_BLOCK} x {FP8_BLOCK} can '
+                          'be loaded: convert the checkpoint to bfloat16 first')
+    if c['topk_method'] == 'greedy':
+        c |= dict(n_group=1, topk_group=1)
+    elif kind == 'deepseek_v2' and c['topk_method'] != 'group_limited_greedy':
+        raise ConfigError(f'topk_method={c["topk_method"]}: only greedy and group_limited_greedy '
+                          'can be loaded')
+    if kind == 'glm4_moe_lite' and (kinds := c.get('mlp_layer_types')):
+        c['first_k_dense_replace'] = n = kinds.count('dense')
+        if kinds != ['dense'] * n + ['sparse'] * (len(kinds) - n):
+            raise ConfigError('mlp_layer_types: only dense layers first can be loaded')
+    return c
+
+
+def options_of_deepseek(hf_config, tensors):
+    """The options of a Transformer that computes what a config.json describes, with the tensors of
+    from_deepseek. Raises ConfigError if no options do."""
+    c = in_full(hf_config)
+    family = FAMILIES[c['model_type']]
+    if wrong := {name: hf_config[name] for name, value in family.ignored.items()
+                 if hf_config.get(name, value) != value}:
+        print(f'config.json: {wrong} has no effect, because transformers does not read it in a '
+              f'{c["model_type"]}', file=sys.stderr)
+    options = OURS | sizes_in(c, MODEL_SIZES) | mla_options(c, tensors) | rope_options(c) | dict(
+        mlp='swiglu', tie_embeddings=c['tie_word_embeddings'], norm_eps=c['rms_norm_eps'])
     first_k_dense = c['first_k_dense_replace']
     if c.get('n_routed_experts') and first_k_dense < options['n_layer']:
         options |= sizes_in(c, MOE_SIZES) | dict(
-            mlp='moe', first_k_dense=first_k_dense,
-            routed_scaling=float(c['routed_scaling_factor']))
+            mlp='moe', router=family.router, first_k_dense=first_k_dense,
+            routed_scaling=c['routed_scaling_factor'])
     return options
 
 
@@ -217,21 +282,31 @@ def config_for_deepseek(config):
         raise ConfigError(f'softmax_factor={softmax_factor}: DeepSeek-V3 has one only with a '
                           'rope_factor')
     sizes = MODEL_SIZES | MLA_SIZES | (MOE_SIZES if has_experts else {})
-    hf_config = DEEPSEEK_V3 | {theirs: options[ours] for theirs, ours in sizes.items()} | dict(
-        architectures=['DeepseekV3ForCausalLM'], model_type='deepseek_v3',
+    kind = 'deepseek_v2' if options['router'] == 'softmax' else 'deepseek_v3'
+    _, defaults, fixed, ignored = FAMILIES[kind]
+    hf_config = defaults | fixed | ignored | {
+        theirs: options[ours] for theirs, ours in sizes.items()} | dict(
+        architectures=[f'DeepseekV{kind[-1]}ForCausalLM'], model_type=kind,
         num_key_value_heads=options['n_head'], rope_theta=options['rope_theta'],
         qk_nope_head_dim=options['head_dim'] - options['rope_dims'],
         v_head_dim=options['v_head_dim'] or options['head_dim'],
         first_k_dense_replace=options['first_k_dense' if has_experts else 'n_layer'],
         routed_scaling_factor=options['routed_scaling'],
-        tie_word_embeddings=options['tie_embeddings'],
+        tie_word_embeddings=options['tie_embeddings'], rms_norm_eps=options['norm_eps'],
         bos_token_id=None, eos_token_id=None, pad_token_id=None)  # the tokenizer's own
+    if kind == 'deepseek_v2':
+        hf_config['topk_method'] = 'group_limited_greedy' if options['n_group'] > 1 else 'greedy'
+        if options['n_embd'] % options['n_head']:
+            raise ConfigError('n_embd={n_embd}: DeepSeek-V2, the family with a softmax router, '
+                              'needs a multiple of n_head={n_head}'.format(**options))
     if factor != 1:
         hf_config['rope_scaling'] = scaling = dict(
             rope_type='linear', factor=factor,
             mscale_all_dim=(softmax_factor ** 0.5 - 1) / (0.1 * math.log(factor)))
         if options['rope_trained_length']:
-            scaling |= dict(rope_type='yarn', beta_fast=32, beta_slow=1, attention_factor=1.0,
+            scaling |= dict(rope_type='yarn', attention_factor=1.0,
+                            beta_fast=options['rope_beta_fast'],
+                            beta_slow=options['rope_beta_slow'],
                             original_max_position_embeddings=options['rope_trained_length'])
     return hf_config
 
@@ -241,7 +316,7 @@ def config_for_deepseek(config):
 
 
 def from_deepseek(state_dict, hf_config):
-    """A Transformer with the logits of a DeepSeek-V3, in float32 and in eval mode.
+    """A Transformer with the logits of a model of FAMILIES, in float32 and in eval mode.
 
     state_dict: its tensors in any precision, with experts apart, as in files, or stacked, as in a
     model of transformers; or a Checkpoint, which is read one tensor at a time. hf_config: its
@@ -249,18 +324,18 @@ def from_deepseek(state_dict, hf_config):
     and on tensors that are missing, unknown or of another shape.
     """
     hf_config = hf_config if isinstance(hf_config, dict) else hf_config.to_dict()
-    model = make_model('transformer', **options_of_deepseek(hf_config))
     if not isinstance(state_dict, Checkpoint):
         state_dict = unstacked(state_dict)
+    model = make_model('transformer', **options_of_deepseek(hf_config, state_dict))
     load_deepseek(model, state_dict, hf_config)
     return model.eval()
 
 
 def load_deepseek(model, tensors, hf_config):
-    """Copies the weights of a DeepSeek-V3 into a Transformer of its sizes, one tensor at a time.
+    """Copies the weights of one of FAMILIES into a Transformer of its sizes, one tensor at a time.
     tensors: {their name: tensor}, or a Checkpoint. Raises ConfigError as from_deepseek does."""
-    orders = row_orders(model.config, hf_config.get('rope_interleave', True))
-    layout = layout_of(model, orders)
+    orders = row_orders(model.config, in_full(hf_config)['rope_interleave'])
+    layout = layout_of(model, orders, sequential_latent(tensors)[1])
     for name in tensors:
         layer = re.match(r'model\.layers\.\d+\.', name)
         ignored = (name.endswith('rotary_emb.inv_freq')
@@ -285,7 +360,8 @@ def unstacked(state_dict):
 
 
 def to_deepseek(model, split=False):
-    """(state_dict, dict of the config.json) of a DeepSeek-V3 with the logits of a Transformer.
+    """(state_dict, dict of the config.json) of a DeepSeek-V3 with the logits of a Transformer, or
+    of a DeepSeek-V2 if its router is a softmax.
 
     The two matrices of an output latent are merged. With split=True they stay apart, for a model
     that add_output_latent has changed. Raises ConfigError on what DeepSeek-V3 cannot compute.
@@ -423,7 +499,7 @@ class Checkpoint:
                             'a checkpoint has either')
 
     def __iter__(self):
-        return iter(self.files)
+        return (name for name in self.files if not name.endswith('_scale_inv'))
 
     def __contains__(self, name):
         return name in self.files
@@ -432,7 +508,8 @@ class Checkpoint:
         with open_shard(self.files[name]) as shard:
             weight = shard.get_tensor(name)
         if f'{name}_scale_inv' in self:
-            scale = self[f'{name}_scale_inv']
+            with open_shard(self.files[f'{name}_scale_inv']) as shard:
+                scale = shard.get_tensor(f'{name}_scale_inv').float()
             if weight.dim() != 2 or list(scale.shape) != [-(-n // FP8_BLOCK) for n in weight.shape]:
                 raise UserError(f'{self.folder}: {name}_scale_inv has the shape '
                                 f'{tuple(scale.shape)}, which is not a scale for each block of '
@@ -467,13 +544,14 @@ def read_attention(checkpoint, i):
     c, qk_norm = checkpoint.config, f'model.layers.{i}.self_attn.q_norm.weight' in checkpoint
     is_mla = 'kv_lora_rank' in c
     try:
-        config = BlockConfig(**(mla_options(c) if is_mla else llama_options(c, qk_norm)))
+        config = BlockConfig(**(mla_options(c, checkpoint) if is_mla
+                                else llama_options(c, qk_norm)))
         with torch.device('meta'):  # shapes only: no time is spent on initial weights
             block = nn.ModuleDict(dict(attn=make_attention(config),
                                        attn_norm=nn.RMSNorm(config.n_embd)))
         model = nn.ModuleDict(dict(blocks=nn.ModuleDict({str(i): block}))).to_empty(device='cpu')
         orders = row_orders(config, c.get('rope_interleave', True)) if is_mla else {}
-        load_tensors(layout_of(model, orders), checkpoint)
+        load_tensors(layout_of(model, orders, sequential_latent(checkpoint)[1]), checkpoint)
     except (ConfigError, RuntimeError, TypeError) as error:  # torch's: sizes beyond its reach
         raise UserError(f'{checkpoint.folder}: layer {i} does not fit config.json, or has '
                         f'another attention than DeepSeek-V3 and Llama ({error})') from None

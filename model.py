@@ -45,14 +45,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class RMSNorm(nn.RMSNorm):
-    """RMSNorm with eps 1e-6. The result has the precision of the input.
+    """RMSNorm. The result has the precision of the input.
 
     latent_of: the width that a latent replaces, if this norm is for a latent (see init_weights).
     n_parts: the input is this many vectors of `width` side by side, each normed separately.
     """
 
-    def __init__(self, width, latent_of=None, n_parts=1):
-        super().__init__(width, eps=1e-6)
+    def __init__(self, width, eps=1e-6, latent_of=None, n_parts=1):
+        super().__init__(width, eps)
         self.latent_of, self.n_parts = latent_of, n_parts
         self.weight = nn.Parameter(torch.ones(n_parts * width))
 
@@ -65,8 +65,10 @@ class RMSNorm(nn.RMSNorm):
         return (parts * gain).type_as(x)
 
 
-def make_norm(kind, width):
-    return RMSNorm(width) if kind == 'rms' else nn.LayerNorm(width, eps=1e-5, bias=False)
+def make_norm(config, width):
+    if config.norm == 'rms':
+        return RMSNorm(width, config.norm_eps)
+    return nn.LayerNorm(width, eps=1e-5, bias=False)
 
 
 class Dropout(nn.Dropout):
@@ -112,15 +114,17 @@ def grouped_linear(x, weight, n_groups):
     return torch.einsum('...gi,goi->...go', x, weight).flatten(-2)
 
 
-def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None):
+def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None, turns=(32, 1)):
     """Cosine and sine, (2, length, rope_dims/2), of the angle position * theta^(-2i/rope_dims) of
     each rotated pair i (RoFormer, section 3.2.2). None if rope_dims is 0. factor divides the
     angles, so that positions beyond those of training stay within range; with trained_length only
-    those of slow pairs, see yarn_share (Part IV)."""
+    those of slow pairs, see yarn_share (Part IV), which takes `turns`."""
     if not rope_dims:
         return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
-    share = yarn_share(rope_dims, theta, trained_length) if trained_length else 1.0
+    share = 1.0
+    if trained_length:
+        share = yarn_share(rope_dims, theta, trained_length, turns)
     frequency = frequency * (1 - share + share / factor)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()
@@ -501,9 +505,9 @@ class Block(nn.Module):
 
     def __init__(self, config, kv_width=None):
         super().__init__()
-        self.attn_norm = make_norm(config.norm, config.n_embd)
+        self.attn_norm = make_norm(config, config.n_embd)
         self.attn = make_attention(config, kv_width)
-        self.mlp_norm = make_norm(config.norm, config.n_embd)
+        self.mlp_norm = make_norm(config, config.n_embd)
         self.mlp = MoE(config) if config.mlp == 'moe' else MLP(config)
         self.dropout = make_dropout(config.dropout)
 
@@ -581,6 +585,7 @@ class BlockConfig:
     softmax_factor: Positive = 1.0  # multiplies the attention scores q.k / sqrt(head_dim)
     rope_dims: CountOrZero = 0  # rotated dimensions per head, its first ones; 0 = none
     norm: Literal['layer', 'rms'] = 'layer'  # LayerNorm without bias, or RMSNorm
+    norm_eps: Positive = 1e-6  # rms: added to the mean square, except in norms inside of attentions
     mlp: Literal['gelu', 'swiglu', 'relu2', 'moe'] = 'gelu'  # feed-forward; moe = experts
     mlp_hidden: Count | None = None  # hidden width of the feed-forward; None = 4 n_embd
     mlp_bias: bool = False  # biases in the feed-forward
@@ -592,6 +597,7 @@ class BlockConfig:
     n_group: Count = 1  # moe: groups of experts
     topk_group: Count = 1  # moe: groups that the experts of one token may come from
     routed_scaling: Positive = 1.0  # moe: factor on the output of the routed experts
+    router: Literal['sigmoid', 'softmax'] = 'sigmoid'  # moe: DeepSeek-V3's, or V2's; see MoE
     balance_rate: NotNegative = 0.001  # moe: step of an expert's bias after each optimizer step
 
     def __post_init__(self):
@@ -634,6 +640,8 @@ class ModelConfig(BlockConfig):
     rope_theta: Positive = 10000.0  # rotary base
     rope_factor: Annotated[float, Range(least=1)] = 1.0  # rotary angles are divided by this
     rope_trained_length: Count | None = None  # YaRN: original block_size; only slow angles divided
+    rope_beta_fast: Positive = 32.0  # YaRN: turns in that length from which nothing is divided
+    rope_beta_slow: Positive = 1.0  # YaRN: turns up to which all is divided
     final_norm: bool = True  # a norm before the vocabulary
     vocab_rank: Count | None = None  # embedding and head of this rank; None = dense
     tie_embeddings: bool = True  # the head is the transposed embedding
@@ -720,7 +728,7 @@ class LanguageModel(nn.Module):
         if c.vocab_rank:
             self.vocab_proj = Linear(c.vocab_rank, D, init_fan_in=c.vocab_rank)
         self.dropout = make_dropout(c.dropout)
-        self.norm = make_norm(c.norm, D) if c.final_norm else identity
+        self.norm = make_norm(c, D) if c.final_norm else identity
         if not c.tie_embeddings:
             self.lm_head = Linear(D, c.vocab_size)
         if c.learned_positions:  # one more position, if the next one is to be subtracted
@@ -730,7 +738,8 @@ class LanguageModel(nn.Module):
         """Registers a rotary table of `length` positions, or of those at `times`, as a buffer that
         is not saved; None if rope_dims is 0."""
         c = self.config
-        table = rope_table(length, rope_dims, c.rope_theta, c.rope_factor, c.rope_trained_length)
+        table = rope_table(length, rope_dims, c.rope_theta, c.rope_factor, c.rope_trained_length,
+                           (c.rope_beta_fast, c.rope_beta_slow))
         self.register_buffer(name, None if table is None else table[:, times], persistent=False)
 
     def body(self, x, end, key_mask, cache):
@@ -1326,7 +1335,9 @@ class MoE(nn.Module):
                   routed_scaling
 
     No gradient reaches the bias: after a step, `balance` raises it by balance_rate for experts with
-    fewer tokens than the mean, and lowers it for the others.
+    fewer tokens than the mean, and lowers it for the others. router='softmax' is DeepSeek-V2's
+    (2405.04434, section 2.2.1): scores are softmax(router x), without a bias, so nothing balances
+    the experts; weights are the scores times routed_scaling; a group counts as its best expert.
     """
 
     residual_out = True  # see init_weights
@@ -1338,7 +1349,8 @@ class MoE(nn.Module):
         self.n_group, self.topk_group = c.n_group, c.topk_group
         self.scaling, self.balance_rate = c.routed_scaling, c.balance_rate
         self.router = Linear(D, E)
-        self.register_buffer('router_bias', torch.zeros(E))
+        self.softmax = c.router == 'softmax'
+        self.register_buffer('router_bias', None if self.softmax else torch.zeros(E))
         self.register_buffer('load', torch.zeros(E), persistent=False)  # tokens since `balance`
         self.register_buffer('last_load', torch.zeros(E), persistent=False)  # and before it
         self.in_proj = nn.Parameter(torch.empty(E, hidden, D))
@@ -1384,21 +1396,26 @@ class MoE(nn.Module):
         device = 'cpu' if rows.is_meta else rows.device.type
         with torch.autocast(device, enabled=False):  # a choice must not be rounded
             high = torch.promote_types(rows.dtype, torch.float32)
-            scores = F.linear(rows.to(high), self.router.weight.to(high)).sigmoid()  # (N, E)
-            choice = (scores + self.router_bias).detach()
+            scores = F.linear(rows.to(high), self.router.weight.to(high))  # (N, E)
+            scores = scores.softmax(dim=-1) if self.softmax else scores.sigmoid()
+            choice = (scores if self.softmax else scores + self.router_bias).detach()
             if self.n_group > 1:
                 groups = choice.unflatten(-1, (self.n_group, -1))  # (N, groups, E/groups)
-                best = groups.topk(2, dim=-1).values.sum(-1).topk(self.topk_group, dim=-1).indices
+                best = groups.topk(1 if self.softmax else 2, dim=-1).values.sum(-1)  # (N, groups)
+                best = best.topk(self.topk_group, dim=-1).indices
                 out = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(-1, best, False)
                 choice = groups.masked_fill(out[..., None], -math.inf).flatten(-2)
             experts = choice.topk(self.n_chosen, dim=-1).indices
             weights = scores.gather(-1, experts)
-            return weights / (weights.sum(dim=-1, keepdim=True) + 1e-20) * self.scaling, experts
+            if not self.softmax:
+                weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+            return weights * self.scaling, experts
 
     @torch.no_grad()
     def balance(self):
         """Moves the bias by the load since the last call, and forgets the load."""
-        self.router_bias += self.balance_rate * torch.sign(self.load.mean() - self.load)
+        if not self.softmax:
+            self.router_bias += self.balance_rate * torch.sign(self.load.mean() - self.load)
         self.last_load.copy_(self.load)
         self.load.zero_()
 
@@ -1462,8 +1479,8 @@ class CrossBlock(Block):
 
     def __init__(self, config, cross_config):
         super().__init__(config)
-        self.cross_norm = make_norm(config.norm, config.n_embd)
-        self.kv_norm = make_norm(config.norm, config.n_embd)
+        self.cross_norm = make_norm(config, config.n_embd)
+        self.kv_norm = make_norm(config, config.n_embd)
         self.cross = make_attention(cross_config)
 
     def forward(self, x, x_kv, cross_rope, rope, **context):
@@ -1818,7 +1835,7 @@ class PoolBlock(Block):
 
     def __init__(self, config, kv_width=None):
         super().__init__(config, kv_width)
-        self.kv_norm = make_norm(config.norm, kv_width) if kv_width else None
+        self.kv_norm = make_norm(config, kv_width) if kv_width else None
 
     def forward(self, x, x_kv, **context):
         x_kv = (self.kv_norm or self.attn_norm)(x_kv)
@@ -1864,7 +1881,7 @@ class Up(nn.Module):
         self.level, self.upsample = level, config.upsample
         width, width_above = config.widths[level:level + 2]
         n_slots, n = config.sizes[level:level + 2]  # per group: slots here, latents above
-        self.latent_norm = make_norm(config.norm, width_above)
+        self.latent_norm = make_norm(config, width_above)
         self.before_emb = nn.Embedding(n, width_above)
         # which latents a slot reads, of the n of the group before followed by the n of its own
         slot, first = torch.arange(n_slots), n_slots - n  # `first` stands with the first latent
@@ -1873,7 +1890,7 @@ class Up(nn.Module):
             reads = torch.where(slot < first, (slot - first) % n, n + slot - first)
             self.register_buffer('reads', reads, persistent=False)
         else:
-            self.query_norm = make_norm(config.norm, width)
+            self.query_norm = make_norm(config, width)
             self.up = make_attention(config.block_at(level, causal=False), width_above)
             own = slot[:, None] >= first + torch.arange(n)
             sees = torch.cat((torch.ones(n_slots, n, dtype=torch.bool), own), dim=1)
@@ -1929,7 +1946,7 @@ class ChannelBlock(nn.Module):
         c, C = config.block_at(-1), config.n_channels
         narrow = replace(c, mlp_hidden=max(1, round(config.channel_mlp_mult * 4 * c.n_embd / C)))
         self.merge = config.merge
-        self.attn_norm, self.mlp_norm = (make_norm(c.norm, c.n_embd) for _ in range(2))
+        self.attn_norm, self.mlp_norm = (make_norm(c, c.n_embd) for _ in range(2))
         self.attn = nn.ModuleList(make_attention(c) for _ in range(C))
         self.mlp = nn.ModuleList(MLP(narrow) for _ in range(C))
         self.shared = nn.ModuleList(MLP(narrow) for _ in range(config.n_shared_mlp))
@@ -2011,13 +2028,13 @@ def init_weights(model):
                 nn.init.constant_(module.weight, (module.latent_of / L) ** 0.5)
 
 
-def yarn_share(rope_dims, theta, trained_length):
-    """The share of each angle that YaRN (arXiv 2309.00071) divides, (rope_dims/2,): all for pairs
-    that turn less than once in trained_length positions, none for those that turn 32 times or more,
-    and in between linear in the number of the pair. YaRN's factor on the softmax is the option
-    softmax_factor."""
-    first, last = (math.log(trained_length / (turns * 2 * math.pi)) * rope_dims
-                   / (2 * math.log(theta)) for turns in (32, 1))  # the pairs with so many turns
+def yarn_share(rope_dims, theta, trained_length, turns):
+    """The share of each angle that YaRN (arXiv 2309.00071) divides, (rope_dims/2,), turns = (32, 1)
+    in the paper: all for pairs that turn less than once in trained_length positions, none for those
+    that turn 32 times or more, and in between linear in the number of the pair. YaRN's factor on
+    the softmax is the option softmax_factor."""
+    first, last = (math.log(trained_length / (n * 2 * math.pi)) * rope_dims
+                   / (2 * math.log(theta)) for n in turns)  # the pairs with so many turns
     first, last = max(math.floor(first), 0), min(math.ceil(last), rope_dims - 1)
     pair = torch.arange(rope_dims // 2, dtype=torch.float64)
     return ((pair - first) / max(last - first, 0.001)).clamp(0, 1)
@@ -2337,7 +2354,7 @@ ARCHITECTURES = {'transformer': (Transformer, TransformerConfig),
                  'encoder_decoder': (EncoderDecoder, EncoderDecoderConfig),
                  'grouped_latent': (GroupedLatent, GroupedLatentConfig)}
 MOE_OPTIONS = ('n_routed_experts', 'n_experts_per_tok', 'n_shared_experts', 'expert_hidden',
-               'n_group', 'topk_group', 'routed_scaling', 'balance_rate')
+               'n_group', 'topk_group', 'routed_scaling', 'router', 'balance_rate')
 
 # {option: (the option without which it means nothing, the values that one must have; [] = any but
 # its default)}. What belongs to an attention is in its class, see Attention.options.
@@ -2345,6 +2362,8 @@ BELONGS_TO = {
     **dict.fromkeys((*MOE_OPTIONS, 'first_k_dense'), ('mlp', ['moe'])),
     **dict.fromkeys(('o_norm', 'o_groups'), ('o_latent', [])),
     'rope_trained_length': ('rope_factor', []),
+    **dict.fromkeys(('rope_beta_fast', 'rope_beta_slow'), ('rope_trained_length', [])),
+    'norm_eps': ('norm', ['rms']),
     **dict.fromkeys(('embedding_loss_coeff', 'embedding_loss_affine'), ('embedding_loss', [])),
     'n_compress': ('compress', ['transformer']),
     'latent_loss_coeff': ('latent_loss', []),

@@ -221,7 +221,8 @@ def state_of_folder(folder):
     `model` is a Checkpoint, from which load_weights reads one tensor at a time."""
     checkpoint = Checkpoint(folder)
     try:
-        model_config = make_config('transformer', **options_of_deepseek(checkpoint.config))
+        options = options_of_deepseek(checkpoint.config, checkpoint)
+        model_config = make_config('transformer', **options)
     except ConfigError as error:
         raise UserError(f'{folder}/config.json: {error}') from None
     options = dict(arch='transformer', tokenizer='given') | model_config.options()

@@ -6,7 +6,7 @@ import torch
 import transformers
 
 from deepseek import (Checkpoint, add_output_latent, from_deepseek, read_attention, to_deepseek,
-                      write_checkpoint)
+                      unstacked, write_checkpoint)
 from model import ConfigError, MoE, OutputLatent, make_model, rope_table
 from test_model import tokens
 
@@ -19,6 +19,8 @@ MOE = dict(first_k_dense_replace=1, n_routed_experts=8, n_group=2, topk_group=1,
            num_experts_per_tok=2, moe_intermediate_size=32)
 YARN = dict(rope_type='yarn', rope_theta=1e4, factor=40.0, mscale=0.7, mscale_all_dim=0.7,
             beta_fast=32, beta_slow=1, original_max_position_embeddings=16)
+V2 = dict(family='DeepseekV2', first_k_dense_replace=1, n_routed_experts=8, num_experts_per_tok=2,
+          moe_intermediate_size=32, routed_scaling_factor=1.7, rope_parameters=YARN)
 SHAPES = {
     'base': {},
     'narrow_values': dict(qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=8),
@@ -35,13 +37,22 @@ SHAPES = {
                                        first_k_dense_replace=0, n_shared_experts=2),
     'experts_scaled': MOE | dict(n_group=4, topk_group=2, routed_scaling_factor=2.5,
                                  q_lora_rank=None, rope_parameters=YARN),
+    'moonlight': MOE | dict(rms_norm_eps=0.02, q_lora_rank=None, n_group=1),
+    'kimi_k2': dict(rope_parameters=YARN | dict(
+        beta_fast=1, beta_slow=1, original_max_position_embeddings=4000)),
+    'glm4_moe_lite': dict(MOE, family='Glm4MoeLite', first_k_dense_replace=2, n_group=1),
+    'glm4_moe_lite_dense': dict(family='Glm4MoeLite', mlp_layer_types=['dense', 'dense']),
+    'youtu': dict(family='Youtu', tie_word_embeddings=True),
+    'v2': V2 | dict(n_group=2, topk_group=1),
+    'v2_groups': V2 | dict(n_group=4, topk_group=2, topk_method='group_limited_greedy',
+                           num_experts_per_tok=3, q_lora_rank=None, n_shared_experts=1),
 }
 
 
 def theirs(family='DeepseekV3', **options):
     """A model of transformers with every weight random, gains too."""
     torch.manual_seed(0)
-    options = BASE | (DEEPSEEK if family == 'DeepseekV3' else {}) | options
+    options = BASE | ({} if family in ('Llama', 'Qwen3') else DEEPSEEK) | options
     config = getattr(transformers, f'{family}Config')(**options, attn_implementation='eager')
     model = getattr(transformers, f'{family}ForCausalLM')(config).eval()
     for parameter in model.parameters():
@@ -72,6 +83,49 @@ def test_logits_and_greedy_text_are_theirs_both_ways(name, tmp_path):
         assert_close(back.eval()(idx).logits, original(idx).logits)
         again = from_deepseek(Checkpoint(tmp_path), hf_config)
         assert torch.equal(again(idx), model(idx))
+
+
+@pytest.mark.parametrize('has_norm', [False, True])
+def test_deepseek_tiny_and_its_twin_with_an_output_latent(tmp_path, capsys, has_norm):
+    """With keys in config.json that V3 of transformers does not read, and o_proj in parts."""
+    original, idx = theirs(**SHAPES['all_rotated']), tokens(2, 20)
+    for layer in original.model.layers:
+        norm = [torch.nn.RMSNorm(12, eps=1e-6)] if has_norm else []
+        layer.self_attn.o_proj = o_proj = torch.nn.Sequential(
+            torch.nn.Linear(96, 12, bias=False), *norm, torch.nn.Linear(12, 64, bias=False))
+        torch.nn.init.normal_(o_proj[1].weight, std=0.2)
+    original.save_pretrained(tmp_path)
+    checkpoint = Checkpoint(tmp_path)
+    model = from_deepseek(checkpoint, checkpoint.config | dict(
+        scoring_func='softmax', topk_method='greedy', moe_layer_freq=1))
+    assert (model.config.o_latent, model.config.o_norm) == (12, 'sum' if has_norm else 'none')
+    line, = [text for text in capsys.readouterr().err.splitlines() if 'config.json' in text]
+    assert "{'scoring_func': 'softmax', 'topk_method': 'greedy'} has no effect" in line
+    with torch.no_grad():
+        assert_close(model(idx), original(idx).logits)
+    o_proj = read_attention(checkpoint, 1)[0].o_proj
+    assert torch.equal(o_proj.o_a_proj.weight, model.blocks[1].attn.o_proj.o_a_proj.weight)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float8_e8m0fnu])
+def test_fp8_in_blocks(tmp_path, dtype):
+    original, idx, quantised = theirs(**MOE, hidden_size=160), tokens(2, 20), {}
+    weights = unstacked(original.state_dict())
+    for name, weight in weights.items():
+        if '_proj' in name:  # the matrices of DeepSeek-V3 that are in fp8
+            scale = torch.tensor([0.5, 4.0]).repeat(-(-weight.size(0) // 128), 1)
+            scale = scale[:, :-(-weight.size(1) // 128)]
+            whole = scale.repeat_interleave(128, 1)[0, :weight.size(1)]
+            small = (weight / whole).to(torch.float8_e4m3fn)
+            quantised |= {name: small, f'{name}_scale_inv': scale.to(dtype, copy=True)}
+            weight.copy_(small.float() * whole)
+    hf_config = original.config.to_dict() | dict(quantization_config=dict(
+        quant_method='fp8', weight_block_size=[128, 128]))
+    write_checkpoint(tmp_path, weights | quantised, hf_config)
+    with torch.no_grad():
+        model = from_deepseek(Checkpoint(tmp_path), hf_config)
+        assert_close(model(idx), original(idx).logits)
+    assert 'quantization_config' not in to_deepseek(model)[1]
 
 
 @pytest.mark.parametrize('name', ['experts', 'experts_scaled'])
@@ -208,17 +262,23 @@ def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options):
 
 
 @pytest.mark.parametrize('options, message', [
-    (dict(model_type='deepseek_v32'), "model_type='deepseek_v32': only deepseek_v3 and kimi_k2"),
-    (dict(model_type=['llama']), 'model_type=.*llama.*: only deepseek_v3 and kimi_k2'),
-    (dict(MOE, scoring_func='softmax'), 'scoring_func=softmax: only sigmoid'),
+    (dict(model_type='deepseek_v32'), "model_type='deepseek_v32': only deepseek_v3, deepseek_v2"),
+    (dict(model_type=['llama']), 'model_type=.*llama.*: only deepseek_v3, deepseek_v2'),
+    (dict(MOE, model_type='kimi_k2', scoring_func='softmax'), 'scoring_func=softmax: only sigmoid'),
+    (dict(model_type='deepseek_v2', norm_topk_prob=False, topk_method='noaux_tc'),
+     'topk_method=noaux_tc: only greedy'),
+    (dict(model_type='deepseek_v2', norm_topk_prob=True), 'norm_topk_prob=True: only False'),
+    (dict(model_type='glm4_moe_lite', mlp_layer_types=['sparse', 'dense']), 'only dense layers fi'),
+    (dict(partial_rotary_factor=0.5), 'partial_rotary_factor=0.5: only 1'),
     (dict(MOE, num_experts_per_tok=5), 'n_experts_per_tok=5 is more than the 4 experts'),
     (dict(rope_scaling=dict(type='llama3', factor=8)), "rotary scaling 'llama3'"),
     (dict(rope_scaling=dict(type='linear')), "rotary scaling 'linear' with the factor None"),
     (dict(rope_scaling=dict(type='yarn', factor=40)), 'YaRN that scales rotated dimensions alone'),
     (dict(rope_parameters=YARN | dict(mscale=1.0)), 'YaRN that scales rotated dimensions alone'),
-    (dict(rope_parameters=YARN | dict(beta_fast=16)), 'YaRN with beta_fast=16: only 32'),
-    (dict(quantization_config=dict(quant_method='fp8')), 'convert the checkpoint to bfloat16'),
-    (dict(rms_norm_eps=1e-5), 'rms_norm_eps=1e-05: only 1e-06'),
+    (dict(rope_parameters=YARN | dict(truncate=False)), 'YaRN with truncate=False'),
+    (dict(quantization_config=dict(quant_method='fp8', weight_block_size=[64, 64])),
+     'only fp8 in blocks of 128 x 128 can be loaded: convert'),
+    (dict(rms_norm_eps='1e-5'), "norm_eps='1e-5': must be a number > 0"),
     (dict(kv_lora_rank=None), 'kv_lora_rank=None: must be an integer >= 1'),
     (dict(kv_lora_rank=8), r'kv_a_proj_with_mqa.weight: has the shape \(24, 64\), but config.json '
                            r'asks for \(16, 64\)'),
@@ -253,6 +313,8 @@ def test_tensors_that_are_missing_unknown_or_ignored():
     (dict(softmax_factor=2.0), 'softmax_factor=2.0: DeepSeek-V3 has one only with a rope_factor'),
     (dict(gate=True), 'gate=True: DeepSeek-V3 has False'),
     (dict(o_latent=12, o_groups=2), 'o_groups=2: DeepSeek-V3 has 1'),
+    (dict(n_embd=66, head_dim=24, mlp='moe', router='softmax', n_routed_experts=4,
+          expert_hidden=8), 'n_embd=66: DeepSeek-V2.*needs a multiple of n_head=4'),
 ])
 def test_to_deepseek_refuses(options, message):
     with pytest.raises(ConfigError, match=message):

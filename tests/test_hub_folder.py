@@ -192,7 +192,7 @@ def weights():
     (lambda: Path('hub/tokenizer.json').write_text('{"mod'), 'hub/tokenizer.json: damaged'),
     (lambda: Path('hub/tokenizer_config.json').unlink(), 'for the end of a sequence'),
     (lambda: edit('hub/config.json', eos_token_id=999), 'for the end of a sequence'),
-    (lambda: edit('hub/config.json', rms_norm_eps=1e-5), 'hub/config.json: rms_norm_eps=1e-05'),
+    (lambda: edit('hub/config.json', hidden_act='gelu'), 'hub/config.json: hidden_act=gelu'),
     (lambda: edit('hub/config.json', vocab_size=340),
      'hub: model.embed_tokens.weight: has the shape'),
     (lambda: theirs(vocab_size=280).save_pretrained('hub'),
