@@ -8,7 +8,11 @@ The matrices are Q, K, V, O, QK (how a head compares tokens) and VO (what it cop
 with all heads stacked, each divided by its largest singular value. Rotated dimensions are separate:
 q_rope, k_rope, and qk_rope, their product at distance zero. Gains of norms are multiplied in. The
 effective rank is the smallest k for which the singular values after the first k hold at most 1%, or
-0.1%, of the energy, the sum of squares. Next to it is that of Gaussian noise of the same shapes.
+0.1%, of the energy, the sum of squares.
+
+Next to it is that of the weights from which a run of train.py started, made again from its options
+and seed: a matrix that started at zero has no more than the rank of its updates. For other weights
+it is that of Gaussian noise of the same shapes.
 
 Writes svd.json with all singular values, layers.png, heads.png, and with --plot_heads=True a plot
 per layer. svd.jsonl keeps each layer when it is finished: after a kill, or with other layers,
@@ -35,7 +39,8 @@ from config import UserError
 from deepseek import Checkpoint, read_attention
 from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlock, OutputLatent,
                    PoolBlock, Range, Up)
-from run import Seed, best_checkpoint, load_run, pyplot, save_figure, save_text
+from run import (Seed, best_checkpoint, build, load_checkpoint, load_run, model_options_of, pyplot,
+                 save_figure, save_text)
 
 # what has singular values: parts, and products of two, which are stacked on the side of the first
 KINDS = dict(q=['q'], k=['k'], qk=['q', 'k'], v=['v'], o=['o'], vo=['o', 'v'],
@@ -145,18 +150,31 @@ class Layer(NamedTuple):
     name: str
     read: Callable  # returns its parts, as `matrices` does
     files: list = []  # paths of the files with its weights
+    start: Callable | None = None  # like read, before training; None = not known
 
     def load(self, device):
         return {name: [matrix.to(device) for matrix in part] for name, part in self.read().items()}
 
 
 def layers_of_run(folder):
-    """A Layer per attention of a run."""
-    layers, (model, _, _) = [], load_run(folder)
+    """(a Layer per attention of a run, a line on its training)."""
+    path, (model, _, options) = best_checkpoint(folder), load_run(folder)
+    state, starts = load_checkpoint(path), {}
+    tokens = state['step'] * options['batch_size'] * options['block_size']
+    trained = f'after {state["step"]:,} steps, {tokens:,} tokens'
+    if state['provenance'].get('started_from') == 'scratch':
+        torch.manual_seed(options['seed'])  # as train.py does
+        starts = attentions(build(options['arch'], model_options_of(options)))
+    return [Layer(name, read, [path], starts.get(name))
+            for name, read in attentions(model).items()], trained
+
+
+def attentions(model):
+    """{name: function that returns the parts, as `matrices` does} of the attentions of a model."""
+    found = {}
 
     def add(name, attention, norm, kv_norm):
-        read = partial(matrices, attention, norm.weight, kv_norm.weight)
-        layers.append(Layer(name, read, [best_checkpoint(folder)]))
+        found[name] = partial(matrices, attention, norm.weight, kv_norm.weight)
 
     for name, block in model.requires_grad_(False).named_modules():
         if isinstance(block, ChannelBlock):
@@ -169,7 +187,7 @@ def layers_of_run(folder):
             add(f'{name}.cross', block.cross, block.cross_norm, block.kv_norm)
         if isinstance(block, Up) and block.upsample == 'attention':
             add(f'{name}.up', block.up, block.query_norm, block.latent_norm)
-    return layers
+    return found
 
 
 def layers_of_checkpoint(folder):
@@ -350,24 +368,31 @@ class Analysis:
 
 
 def analyse_layers(layers, numbers, path, options):
-    """(found, noise): what is found in the layers of these numbers, a list, and in noise of their
-    shapes, {shapes: found}. Prints it. path: of svd.jsonl."""
+    """What is found in the layers of these numbers: a list of dicts, whose `reference` is what is
+    found in the weights before training or, where these are not known, in noise of the same shapes.
+    Prints it. path: of svd.jsonl."""
     analysis, found, noise = Analysis(path, options), [], {}
     for number in numbers:
         with_next = options.align and number + 1 in numbers
         pair = layers[number:number + 1 + with_next]
         files = {file.name: [file.stat().st_size, file.stat().st_mtime_ns]
                  for layer in pair for file in layer.files}
-        line, took = analysis.of(*pair, number=number, with_next=with_next, files=files)
-        found.append(dict(number=number) | line)
+        state = dict(number=number, with_next=with_next, files=files)
+        line, took = analysis.of(*pair, **state)
         shapes = line['shapes']
-        if shapes not in noise:
+        if is_new := shapes not in noise:
+            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
+        if layers[number].start:
+            noise[shapes], _ = analysis.of(*(
+                Layer(f'{layer.name}, start', layer.start) for layer in pair), **state, start=True)
+        elif is_new:
             pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
             noise[shapes], _ = analysis.of(*pair, shapes=shapes)
-            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
+        if is_new or layers[number].start:
             print(table_rows(noise[shapes], options.discarded))
         print(table_rows(line, options.discarded, took), flush=True)
-    return found, noise
+        found.append(dict(number=number, reference=noise[shapes]) | line)
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
@@ -426,53 +451,62 @@ def plot_ranks(path, title, xlabel, points):
         color, label = f'C{len(curves[kind]) // 2}', f'{percent(share)} of the energy left out'
         curves[kind] += [(x, ranks, dict(color=color, label=label, marker='o', clip_on=False)),
                          (x, of_noise, dict(color=color, linestyle='--'))]
-    plot(path, f'{title}; dashed: Gaussian noise of the same shapes', curves,
+    plot(path, f'{title}; dashed: before training, or noise of the same shapes', curves,
          xlabel=xlabel, ylabel='effective rank', ylim=(0, None))
 
 
-def plot_spectra(path, title, layer, noise, shares):
+def plot_spectra(path, title, layer, shares):
     """A curve per head: the energy that the first k singular values leave out, which falls to a
     share at the effective rank."""
     floor = min(shares) / 10  # all singular values leave out nothing, which has no logarithm
     ticks, curves, color = [1, *shares], {}, pyplot().cm.viridis
     for kind in layer['kinds']:
-        heads, of_noise = (energy_left(found['kinds'][kind]['heads']).clamp(min=floor)
-                           for found in (layer, noise))
-        k, mean = range(heads.size(1)), of_noise.mean(dim=0)
+        heads, before = (energy_left(found['kinds'][kind]['heads']).clamp(min=floor)
+                         for found in (layer, layer['reference']))
+        k, mean = range(heads.size(1)), before.mean(dim=0)
         curves[kind] = [(k, y, dict(color=color(h / len(heads)))) for h, y in enumerate(heads)]
-        curves[kind].append((k, mean, dict(color='black', linestyle='--', label='mean of noise')))
+        curves[kind].append((k, mean, dict(color='black', linestyle='--',
+                                           label='mean before training, or of noise')))
     plot(path, f'{title}, from the first head (dark) to the last', curves, ylim=(floor, 1),
          xlabel='singular values kept', ylabel='energy left out', yscale='log', yticks=ticks,
          yticklabels=[percent(share) for share in ticks])
 
 
-def report(folder, title, found, noise, middle, options):
-    """Writes svd.json and the plots, and prints in how many layers each kind is clearly below
-    noise, stacked or in the mean over heads. middle: the layer in heads.png."""
+def report(folder, title, trained, found, middle, options):
+    """Writes svd.json and the plots, and prints in how many layers each kind is clearly below its
+    reference, stacked or in the mean over heads. trained: for how long. middle: the layer in
+    heads.png."""
     over_layers, over_heads, below = collections.defaultdict(list), {}, collections.Counter()
+    from_zero = set()
     for layer in found:
-        number, of_noise = layer['number'], noise[layer['shapes']]
+        number, reference = layer['number'], layer['reference']
         for kind, share in itertools.product(layer['kinds'], options.discarded):
-            both = [one['kinds'][kind] for one in (layer, of_noise)]
-            ranks, noise_ranks = (ranks_of(values, share) for values in both)
-            over_layers[kind, share].append((number, ranks[0], noise_ranks[0]))
+            both = [one['kinds'][kind] for one in (layer, reference)]
+            ranks, others = (ranks_of(values, share) for values in both)
+            over_layers[kind, share].append((number, ranks[0], others[0]))
+            if not any(others):
+                from_zero.add(kind)
             if share == options.discarded[0]:
-                below[kind] += any(a <= CLEARLY_BELOW * b for a, b in zip(ranks, noise_ranks))
+                below[kind] += any(a <= CLEARLY_BELOW * b for a, b in zip(ranks, others))
             if number == middle:
                 heads = [values['effective_rank'][str(share)]['heads'] for values in both]
                 over_heads[kind, share] = zip(itertools.count(), *heads)
         if options.plot_heads:
             plot_spectra(folder / f'spectra-{number}.png', f'{title}, {layer["layer"]}', layer,
-                         of_noise, options.discarded)
+                         options.discarded)
     what = 'heads stacked' if options.stacked else 'mean over heads'
     plot_ranks(folder / 'layers.png', f'{title}, {what}', 'layer', over_layers)
     plot_ranks(folder / 'heads.png', f'{title}, layer {middle}', 'head', over_heads)
-    results = dict(source=title, noise=noise, layers=found)
+    results = dict(source=title, trained=trained, layers=found)
     save_text(folder / 'svd.json', json.dumps(results) + '\n')
     counts = ', '.join(f'{kind} in {n} of {len(found)} layers' for kind, n in below.items() if n)
-    print(f'\nclearly below noise (at most {CLEARLY_BELOW:.0%} of its rank with '
-          f'{percent(options.discarded[0])} of the energy left out): {counts or "nothing"}\n'
-          f'{folder}: svd.json, layers.png, heads.png'
+    other = 'noise' if found[0]['reference']['layer'] == 'noise' else 'where it started'
+    print(f'\n{trained}: clearly below {other} (at most {CLEARLY_BELOW:.0%} of its rank with '
+          f'{percent(options.discarded[0])} of the energy left out): {counts or "nothing"}')
+    if from_zero:
+        print(f'{", ".join(sorted(from_zero))}: zero before training, so the rank is that of the '
+              'updates')
+    print(f'{folder}: svd.json, layers.png, heads.png'
           f'{", a spectra-N.png per layer" if options.plot_heads else ""}')
 
 
@@ -499,7 +533,8 @@ def main():
     check_device(options.device)
     source = Path(paths[0])
     is_run, title = best_checkpoint(source).is_file(), source.resolve().name
-    layers = layers_of_run(source) if is_run else layers_of_checkpoint(source)
+    layers, trained = (layers_of_run(source) if is_run else
+                       (layers_of_checkpoint(source), 'trained elsewhere'))
     numbers = sorted(options.layers or range(len(layers)))
     middle = numbers[len(numbers) // 2] if options.heads_of is None else options.heads_of
     numbers = sorted({*numbers, middle})
@@ -511,8 +546,8 @@ def main():
     if options.align:
         print('aligned: mean squared cosine of the principal angles (1: the same subspace) between '
               'what a head writes\nand what other heads write, its layer reads or the next reads')
-    found, noise = analyse_layers(layers, numbers, folder / 'svd.jsonl', options)
-    report(folder, title, found, noise, middle, options)
+    found = analyse_layers(layers, numbers, folder / 'svd.jsonl', options)
+    report(folder, title, trained, found, middle, options)
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@ planted ranks are found, and checkpoints are read or refused."""
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+import conftest
 import model
 import svd
 from config import UserError
@@ -96,7 +98,9 @@ def as_run(workspace, monkeypatch):
             torch.nn.init.normal_(weight, mean=1.0 if weight.dim() == 1 else 0.0, std=0.3)
         (workspace / name).mkdir()
         (workspace / name / 'ckpt.pt').touch()
-        monkeypatch.setattr(svd, 'load_run', lambda folder: (model, None, None))
+        options = dict(batch_size=1, block_size=1)
+        monkeypatch.setattr(svd, 'load_run', lambda folder: (model, None, options))
+        monkeypatch.setattr(svd, 'load_checkpoint', lambda path: dict(step=1, provenance={}))
         return name
     return call
 
@@ -296,6 +300,22 @@ def test_a_run_and_its_deepseek_twin(script, as_run):
             assert np.allclose(found['stacked'], of_twin['stacked'], rtol=1e-4, atol=1e-6)
 
 
+def test_a_run_is_compared_with_its_own_start(workspace, script, capsys):
+    still = [*conftest.SMALL, '--learning_rate=1e-30', '--weight_decay=0',
+             '--zero_init_residual=True']
+    conftest.train_runs(workspace, still, dict(still=[], moved=['--learning_rate=1e-2']))
+    for run in ('still', 'moved'):
+        script(svd, run)
+        out = capsys.readouterr().out
+        assert re.search(r'after \d steps, [\d,]+ tokens: clearly below where it started', out)
+        assert 'o, vo: zero before training, so the rank is that of the updates' in out
+        for layer in read_result(run)['layers']:
+            kinds, before = layer['kinds'], layer['reference']['kinds']
+            same = [np.allclose(kinds[kind]['heads'], before[kind]['heads']) for kind in 'qkv']
+            assert same == [run == 'still'] * 3
+            assert not np.any(before['o']['heads'])
+
+
 def test_cross_attention_has_the_gains_of_two_norms(script, as_run):
     model = make_model('encoder_decoder', **SMALL, n_head=2, n_embd=16)
     folder, block = as_run(model), model.decoder[0]
@@ -358,7 +378,7 @@ def test_a_planted_rank_is_found(workspace, script, capsys, planted):
             f'{below}\n') in capsys.readouterr().out
     if planted:
         result = read_result('out/svd-planted')
-        noise, = (layer['kinds']['o'] for layer in result['noise'].values())
+        noise, _ = (layer['reference']['kinds']['o'] for layer in result['layers'])
         for layer in result['layers']:
             found = layer['kinds']['o']
             assert 0.7 * plant <= found['effective_rank']['0.001']['stacked'][0] <= plant
