@@ -32,10 +32,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated
 
+import config  # before torch: from here on Ctrl-C is one line
+
 import pandas as pd
 import torch
 
-import config
 from model import (Cache, Count, Range, count_flops, make_attention, make_config, on_meta,
                    rope_table, training_flops)
 from run import Device, DeviceOptions, build, pyplot, save_figure, save_text
@@ -340,7 +341,7 @@ def main():
         config.load(['--help'], BenchOptions, doc=__doc__)
     options, paths, overrides = split_arguments(arguments, BenchOptions)
     if options.profile:
-        open(options.profile, 'w').close()  # fails now if it cannot be written
+        open(options.profile, 'a').close()  # fails now if it cannot be written
     paths = paths or sorted(Path(__file__).parent.glob('config/[!_]*.py'))
     lines = measure_configs(paths, overrides, options)
     if options.json:

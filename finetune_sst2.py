@@ -28,12 +28,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import config  # before torch: from here on Ctrl-C is one line
+
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import config
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
@@ -403,7 +404,7 @@ def main():
     device = Device(options)
     if options.predict is not None:
         return predict(options, device)
-    folder = Path(options.out_dir).resolve()
+    folder = Path(os.path.realpath(options.out_dir))
     if options.wandb:
         pretraining = config.read_json(folder / 'run.json', 'restore it')
         open_wandb()

@@ -40,6 +40,8 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Literal
 
+import config  # before torch: from here on Ctrl-C is one line
+
 import numpy as np
 import tiktoken
 import tokenizers
@@ -47,7 +49,6 @@ from tiktoken.load import read_file_cached
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tqdm import tqdm
 
-import config
 from config import UserError
 from model import Count, CountOrZero
 
@@ -428,6 +429,8 @@ def split_documents(options):
         raise UserError(f'--dataset={dataset} reads your own files: name them with '
                         '--source=PATH_OR_GLOB')
     train, validation = (None, None) if source is None else local_files(source)
+    if validation:
+        print(f'for validation: {", ".join(validation)[:500]}')
     if validation or entry.has_validation and source is None:
         yield from (('train', text) for text in documents(dataset, train, 'train'))
         yield from (('val', text) for text in documents(dataset, validation, 'validation'))
@@ -536,7 +539,7 @@ def prepare(options, tokenizer=None):
                         'its own vocabulary, leave vocab_size out')
     if folder.exists() and not (folder / 'meta.json').exists():
         raise UserError(f'{folder}: is there already, but is not prepared data: move it away')
-    place = folder.resolve()  # if it is a link, its target is replaced
+    place = Path(os.path.realpath(folder))  # if it is a link, its target is replaced
     with partial_folder(place) as temporary:
         new = Path(temporary, 'new')
         new.mkdir()

@@ -87,7 +87,10 @@ class Device:
         if self.cuda:
             torch.cuda.set_device(self.torch_device)
         if self.world > 1:
-            store, _, _ = next(dist.rendezvous('env://'))
+            try:
+                store, _, _ = next(dist.rendezvous('env://'))
+            except (ValueError, RuntimeError) as error:  # no such port, or it is in use
+                raise UserError(f'MASTER_ADDR and MASTER_PORT: {error}'.split('\n')[0]) from None
             # torchrun's store outlives a restart, with the addresses of dead processes in it
             store = dist.PrefixStore(os.environ.get('TORCHELASTIC_RESTART_COUNT', '0'), store)
             # gloo, because what `total` adds up must not wait for a GPU
@@ -170,8 +173,10 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
+    except BaseException as error:  # Ctrl-C, too; torch.save makes a RuntimeError of a full disk
         partial.unlink(missing_ok=True)
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         raise UserError(f'{path}: cannot be written ({error}); what was there before is '
                         'kept') from None
 
@@ -298,7 +303,7 @@ def load_tokenizer(folder, state, model_config, path, remedy):
 def export(model, tokenizer, folder):
     """Writes a model and its tokenizer into a new folder in the layout of transformers, whole or
     not at all. Raises UserError for what that layout cannot hold."""
-    folder = Path(folder).resolve()
+    folder = Path(os.path.realpath(folder))
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f'{folder}: is there already, and not empty: export into a new folder')
     try:
@@ -340,7 +345,7 @@ class Run:
         checkpoints. checkpoint: the one to go on from; if None, an earlier run in this folder is
         moved out of the way. wandb_project: None = no Weights & Biases."""
         # if it is a link, the target is set aside and not the link
-        self.folder, self.flat, self.stats = Path(folder).resolve(), flat, stats
+        self.folder, self.flat, self.stats = Path(os.path.realpath(folder)), flat, stats
         self.writes, self.wandb = writes, None
         if not writes:
             return
@@ -473,8 +478,7 @@ def mean_and_interval(values):
 
 def pyplot():
     """matplotlib.pyplot for files, imported only when something is plotted: it takes a second."""
-    import matplotlib
-    matplotlib.use('Agg')
+    os.environ['MPLBACKEND'] = 'agg'  # whatever else it names
     import matplotlib.pyplot as plt
     plt.rcParams['text.parse_math'] = False  # a $ in the name of a folder is a $
     return plt

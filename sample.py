@@ -13,9 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import config  # before torch: from here on Ctrl-C is one line
+
 import torch
 
-import config
 from config import UserError
 from model import Count, NotNegative, Positive, cache_bytes
 from run import Device, DeviceOptions, Seed, load_run
@@ -48,7 +49,7 @@ def read_start(start):
     if not start.startswith('FILE:'):
         return start
     try:
-        text = Path(start.removeprefix('FILE:')).read_text(encoding='utf-8-sig')
+        text = Path(start.removeprefix('FILE:')).expanduser().read_text(encoding='utf-8-sig')
     except UnicodeDecodeError as error:
         raise UserError(f'--start={start}: not a text file ({error})') from None
     return text.removesuffix('\n')

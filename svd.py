@@ -31,10 +31,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import config  # before torch: from here on Ctrl-C is one line
+
 import torch
 import torch.nn.functional as F
 
-import config
 from config import UserError
 from deepseek import Checkpoint, read_attention
 from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlock, OutputLatent,

@@ -38,16 +38,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import config  # before torch: from here on Ctrl-C is one line
+
 import numpy as np
 import pandas as pd
 import torch
 
 import bench
-import config
 import train
 from bench import print_table, split_arguments, subplots, text
 from config import UserError
-from finetune_sst2 import FinetuneOptions
+from finetune_sst2 import FinetuneOptions, read_sst2
 from model import Count, make_config
 from run import METRICS, build, check_format, mean_and_interval, save_figure, save_text
 
@@ -87,8 +88,13 @@ def read_grid(command, arguments):
     # commas inside brackets belong to a value
     grid = {name: list(dict.fromkeys(re.split(r',(?![^([]*[)\]])', text)))
             for name, _, text in (argument[2:].partition('=') for argument in others)}
-    for name in {'out_dir', 'init_from'} & {*grid}:
-        raise UserError(f'{name}: {command} chooses it for each run: leave it out')
+    for name in {'out_dir', 'init_from', 'dry_run', 'eval_only', 'export'} & {*grid}:
+        raise UserError(f'{name}: {command} trains each run in a folder of its own: leave it out')
+    if options.finetune is not None:  # what is wrong with it should not show after the training
+        values, _ = config.load([*shlex.split(options.finetune), '--out_dir=.'], FinetuneOptions,
+                                takes_config=False)
+        if values.get('data_dir'):
+            read_sst2(FinetuneOptions(**values))
     return options, paths, grid
 
 
@@ -118,6 +124,9 @@ def plan_runs(paths, grid):
         chosen = dict(zip(grid, values))
         folder = folder_of(path, chosen)
         asked, file = full_options(path, chosen), folder / 'config.json'
+        if asked['init_from'] != 'scratch':
+            raise UserError(f'{path}: sets init_from={asked["init_from"]}, but each run of a sweep '
+                            'starts from scratch')
         saved = config.read_json(file, 'remove that folder') if file.exists() else asked
         for name, value in asked.items():
             if name not in INCIDENTAL and saved.get(name) != value:
@@ -377,7 +386,7 @@ def compare(arguments):
     options, folders, others = split_arguments(arguments, SweepOptions)
     if others:
         raise UserError(f'{others[0]}: compare has no such option')
-    groups = group_runs(read_runs(dict.fromkeys(folders)))
+    groups = group_runs(read_runs({os.path.realpath(path): path for path in folders}.values()))
     publish('compare', compare_groups(groups), plot_groups(groups), options)
 
 
@@ -420,6 +429,7 @@ def frontier(arguments):
         raise UserError('frontier takes several values only of learning_rate and seed')
     if not all(full_options(path, fixed).get('causal', True) for path in paths):
         raise UserError('frontier is for causal configs: an encoder has no cache')
+    Path(options.results).mkdir(parents=True, exist_ok=True)
     chosen = tuned_runs(options, paths, grid)
     runs = [run for runs in chosen.values() for run in runs]
     train_runs(runs, options)

@@ -21,16 +21,17 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Literal
 
+# else `python -m train` would import the config.py or model.py of the folder where it is started
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+
+import config  # before torch: from here on Ctrl-C is one line
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.nn.parallel import DistributedDataParallel
 
-# else `python -m train` would import the config.py or model.py of the folder where it is started
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-
-import config
 import prepare
 from config import UserError
 from deepseek import add_output_latent
@@ -314,6 +315,7 @@ def open_data(options, model_config, device, tokenizer=None):
         time.sleep(1)
     meta, tokenizer = prepare.read_meta(folder), Tokenizer.load(folder / 'tokenizer.json')
     if options.source not in (None, meta['source']):
+        prepare.local_files(options.source)  # raises UserError if there are none
         raise UserError(f'{folder} was prepared from {meta["source"]}, not {options.source}: '
                         'remove that folder, or run prepare.py with this source, which replaces it')
     needed = tokenizer.ids_needed(model_config.causal)
@@ -653,6 +655,12 @@ def train(options, model, forward, checkpoint, device, data, micro, n_accumulati
     before = checkpoint['provenance'] if checkpoint else dict(started_from=options.init_from)
     started_from = before.get('started_from')
     stats |= provenance(device, data.meta, data.tokenizer) | dict(started_from=started_from)
+    signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
+    if forward is not model:
+        # A step without optimizers compiles the model and changes no weights, so that the minutes
+        # of compiling are not training time. (Evaluation compiles while the clock is paused.) If it
+        # fails, an earlier run is still in its place.
+        train_step(runner, [], batches, step, options, device, micro, n_accumulation)
     project = 'causal-pretrain' if model.config.causal else 'encoder-pretrain'
     run = Run(options.out_dir, dataclasses.asdict(options) | model.config.options(), stats,
               data.tokenizer, device.first, checkpoint, project if options.wandb else None)
@@ -660,11 +668,8 @@ def train(options, model, forward, checkpoint, device, data, micro, n_accumulati
             f'{"" if forward is model else ", compiled"}, {device.world} processes x '
             f'{n_accumulation} micro-batches x {micro} sequences of {T} tokens per step; run '
             f'folder {options.out_dir}')
-    signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
-    if forward is not model:
-        # A step without optimizers compiles the model and changes no weights, so that the minutes
-        # of compiling are not training time. (Evaluation compiles while the clock is paused.)
-        train_step(runner, [], batches, step, options, device, micro, n_accumulation)
+    if step >= options.max_iters:
+        run.log(f'nothing is left to do: the checkpoint is at step {step}')
     watch, first_step, reported = Stopwatch(seconds), step, (step, seconds)
 
     while True:

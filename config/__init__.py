@@ -19,6 +19,15 @@ import time
 from dataclasses import MISSING, fields
 from pathlib import Path
 
+
+def quiet_interrupt(kind, error, traceback):
+    if kind is KeyboardInterrupt:
+        return print(f'{Path(sys.argv[0]).name}: interrupted', file=sys.stderr)
+    sys.__excepthook__(kind, error, traceback)
+
+
+sys.excepthook = quiet_interrupt  # from here on, as torch takes seconds to import
+
 from model import ConfigError, allows, check_value, describe
 
 PATHS = 'out_dir', 'init_from', 'source', 'export', 'data_dir', 'results', 'profile'  # options
@@ -56,12 +65,13 @@ def run(main):
             raise
     line = f'{Path(sys.argv[0]).name}: {" ".join(message.split())}'
     report = os.environ.get('TORCHELASTIC_ERROR_FILE')  # torchrun prints at its end what this holds
-    if report and status == 2 and os.environ.get('RANK') != '0':
+    if report and status == 2 and os.environ.get('RANK', '0') != '0':
         time.sleep(10)  # unless only this one found it, rank 0 says it, and torchrun ends this one
     print(line, file=sys.stderr)
     if report:
         content = dict(message=line, extraInfo=dict(timestamp=int(time.time())))
-        Path(report).write_text(json.dumps(dict(message=content)))
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps(dict(message=content)))
     sys.exit(status)
 
 
@@ -107,6 +117,9 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
         if not equals:
             example = 'True' if allows(known[name].type, True) else 'VALUE'
             raise UserError(f'--{name}: write --{name}={example}')
+    for path in paths:
+        if path.lstrip('-\u2013\u2014').partition('=')[0] in known:
+            raise UserError(f'{path}: options are written --key=value')
     if len(paths) > takes_config:
         also = ', after at most one config file' if takes_config else ''
         raise UserError(f'{paths[-1]}: options are written --key=value{also}')
@@ -116,8 +129,10 @@ def load(argv, *classes, doc='', takes_config=True, refused={}, shown=None):
             check_name(name, known, refused)
             values[name] = convert(value, known[name].type, typed=path is None)
             check_value(name, values[name], known[name].type)
-            if name in PATHS and values[name]:  # shells leave the ~ of --key=~/x alone
-                values[name] = os.path.expanduser(values[name])
+            if name in PATHS and values[name] is not None:
+                if not values[name]:  # as of --key=$UNSET
+                    raise UserError(f'{name}: is empty: name a file or folder, or leave it out')
+                values[name] = os.path.expanduser(values[name])  # shells leave the ~ of --key=~/x
         except (UserError, ConfigError) as error:
             raise UserError(f'{path}: {error}' if path else str(error)) from None
     if len(arguments) < len(argv):
@@ -157,7 +172,7 @@ def print_help(doc, classes, values):
     """Prints options with the values that have been set, or their defaults: those that a class
     declares itself, then those that it inherits. What a class has in `derived`, because it sets
     these fields itself, is left out."""
-    print(doc.strip())
+    print((doc or '').strip())
     if values:
         print('\n* is set by the config file or the command line')
     groups = dict.fromkeys(base for cls in classes for base in cls.__mro__ if base is not object)

@@ -4,8 +4,8 @@ All 32 dimensions of a head are rotated and none is left, so all heads share one
 Asks: what does an output latent cost a decoder (deepseek_tiny_mla_o.py)? Published for
 WikiText-103: perplexity 28.89 at length 1,024 after 12,500 steps of 1,024 sequences (MLA-o 29.33)
 and 39.21 at length 128 (40.94); on SST-2, answered as text, 87.96% and 87.04% (MLA-o 86.24 and
-85.78). For the second length: --block_size=128. Parameters: 17,053,120. Sizes, rate and weight decay are the
-published ones; the schedule, the initial weights and the balance of experts are ours.
+85.78). For the second length: --block_size=128. Parameters: 17,053,120. Sizes, rate and weight
+decay are the published ones; the schedule, the initial weights and the balance of experts are ours.
 """
 
 # data

@@ -106,6 +106,8 @@ def test_right_values():
     (['--n_layer', '4'], '--n_layer: write --n_layer=VALUE'),
     (['--old_name=1'], 'old_name: use name'),
     (['nothere.py'], 'nothere.py: there is no such config file'),
+    (['n_layer=2'], 'n_layer=2: options are written --key=value'),
+    (['-n_layer=2'], '-n_layer=2: options are written --key=value'),
     (['config/mla_0.py'], 'no such config file; did you mean ../config/mla_o.py?'),
     (['a.py', 'b.py'], 'b.py: options are written --key=value, after at most one config file'),
 ])
@@ -304,3 +306,12 @@ def test_only_the_last_line_of_a_jsonl_file_may_be_cut_off(tmp_path):
         path.write_text(damaged)
         with pytest.raises(UserError, match='some.jsonl: damaged in line 2 '):
             config.read_json_lines(path)
+
+
+def test_ctrl_c_while_torch_loads_is_one_line():
+    started = 'import sys; sys.path.insert(0, sys.argv[1]); import _thread, builtins; ' \
+              'real = builtins.__import__; ' \
+              'builtins.__import__ = lambda name, *a: ' \
+              '_thread.interrupt_main() if name == "torch" else real(name, *a); import train'
+    run = shell('-c', started, REPOSITORY)
+    assert run.stderr == '-c: interrupted\n' and run.returncode not in (0, 1)

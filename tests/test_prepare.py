@@ -327,7 +327,7 @@ def test_large_vocabularies_take_four_bytes(workspace, script, monkeypatch):
     (['--dataset=text', f'--source={"long" * 2000}'], 'there is no such file'),
     (['--dataset=text', '--source=d*.txt'], 'no file to train on (dev.txt: named val, valid,'),
     (['--dataset=text', '--source=empty'], 'the folder holds no files; for those of its folders'),
-    (['--source='], '--source=: no file to train on (there is no such file)'),
+    (['--source='], 'source: is empty: name a file or folder'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=5000'], 'the corpus is too small'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=100'], 'must be from 259 to 1,048,576'),
     (['--dataset=text', '--source=a.txt', '--vocab_size=1048577'], 'from 259 to 1,048,576'),

@@ -457,9 +457,12 @@ def test_help_is_one_screen(script, capsys):
     (['sweep'], 'which config? python sweep.py sweep'),
     (['sweep', QUICK, '--lerning_rate=1,2'], 'did you mean learning_rate'),
     (['sweep', QUICK, '--learning_rate=1e-3,fast'], "learning_rate='fast': must be a number"),
-    (['sweep', QUICK, '--out_dir=x'], 'out_dir: sweep chooses it for each run'),
+    (['sweep', QUICK, '--out_dir=x'], 'out_dir: sweep trains each run in a folder of its own'),
     (['sweep', QUICK, '--n_head=4,3'], 'not divisible'),
     (['sweep', QUICK, '--jobs=0'], 'jobs=0'),
+    (['sweep', QUICK, '--dry_run=True'], 'dry_run: sweep trains each run in a folder of its own'),
+    (['sweep', QUICK, '--finetune=--epochs=0'], 'epochs=0'),
+    (['compare', 'one', './one', 'one/'], 'compares two runs or more'),
     (['sweep', QUICK, QUICK], 'two configs with the same name'),
     (['frontier'], 'which config? python sweep.py frontier'),
     (['frontier', QUICK], 'an encoder has no cache'),
@@ -472,3 +475,9 @@ def test_refusals(workspace, script, arguments, message):
     with pytest.raises(UserError) as error:
         script(sweep, *arguments)
     assert message in str(error.value)
+
+
+def test_runs_of_a_sweep_start_from_scratch(runs, script):
+    Path('further.py').write_text("init_from = 'decoder'\n")
+    with pytest.raises(UserError, match='further.py: sets init_from=decoder, but each run'):
+        script(sweep, 'sweep', 'further.py', '--seed=1')
