@@ -5,7 +5,7 @@ models that were trained without one.
     model = from_deepseek(weights, hf_config)           # and back, with the same logits
     write_checkpoint(folder, weights, hf_config)        # a folder that transformers loads
     add_output_latent(model, rank=64)                   # one of ours, or one of transformers
-    attention, gain = read_attention(Checkpoint(folder), 30)
+    attention, gain = read_attention(Checkpoint(folder), 'model.layers.30.self_attn')
 
 RENAMED has the names of their tensors, row_orders the order of their rows, and FAMILIES the models
 that can be loaded. Both directions use them, and so does read_attention, with which svd.py reads a
@@ -30,6 +30,7 @@ from model import (ARCHITECTURES, BlockConfig, ConfigError, LanguageModel, Outpu
                    Transformer, make_attention, make_model)
 
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have one scale per block of 128 x 128
+GAIN_FROM_1 = 'gemma', 'gemma2', 'gemma3', 'gemma3_text', 'nemotron'  # a gain of w means 1 + w
 SHARD_BYTES = 5 * 10 ** 9  # largest file of weights, as in transformers
 
 
@@ -99,7 +100,10 @@ def load_tensors(layout, tensors):
     ConfigError if one is missing or has another shape."""
     for name, (ours, order) in layout.items():
         if name not in tensors:
-            raise ConfigError(f'{name}: missing from the checkpoint')
+            packed = [other for other in tensors if other.startswith(name.removesuffix('weight'))]
+            raise ConfigError(f'{packed[0]} instead of {name}: quantised weights must be converted '
+                              'to bfloat16 first' if packed else f'{name}: missing from the '
+                              'checkpoint')
         theirs, n_rows = tensors[name], [len(part) for part in ours]
         shape = sum(n_rows), *ours[0].shape[1:]
         if theirs.shape != shape:
@@ -134,29 +138,29 @@ OURS = dict(causal=True, attention='mla', rope_key='shared', norm='rms', final_n
 class Family(NamedTuple):
     """What transformers makes of a config.json with one model_type."""
 
-    router: str  # our option
     defaults: dict  # what it takes for values that are left out
     fixed: dict  # values that no option of ours stands for: only these can be loaded
     ignored: dict = {}  # what it computes whatever config.json says
 
 
 FIXED = dict(attention_bias=False, hidden_act='silu')
-SIGMOID = dict(scoring_func='sigmoid', topk_method='noaux_tc', moe_layer_freq=1)
-V3 = Family('sigmoid', dict(rms_norm_eps=1e-6, rope_interleave=True, tie_word_embeddings=False,
-                            first_k_dense_replace=3, n_group=8, topk_group=4,
-                            routed_scaling_factor=2.5), FIXED | dict(norm_topk_prob=True), SIGMOID)
+ROUTER = dict(scoring_func='sigmoid', topk_method='noaux_tc', moe_layer_freq=1)
+V3 = Family(dict(rms_norm_eps=1e-6, rope_interleave=True, tie_word_embeddings=False, n_group=8,
+                 topk_group=4, first_k_dense_replace=3, routed_scaling_factor=2.5),
+            FIXED | dict(norm_topk_prob=True), ROUTER)
+V2 = Family(V3.defaults | dict(n_group=1, topk_group=1, first_k_dense_replace=0,
+                               routed_scaling_factor=1.0, topk_method='greedy'),
+            FIXED | dict(norm_topk_prob=False, scoring_func='softmax', moe_layer_freq=1,
+                         rope_interleave=True))
 FAMILIES = dict(  # by model_type
-    deepseek_v3=V3,  # and Moonlight, deepseek-tiny
-    deepseek_v2=Family('softmax', V3.defaults | dict(
-        first_k_dense_replace=0, n_group=1, topk_group=1, routed_scaling_factor=1.0,
-        topk_method='greedy'), FIXED | dict(scoring_func='softmax', moe_layer_freq=1,
-                                            norm_topk_prob=False, rope_interleave=True)),
-    kimi_k2=V3._replace(fixed=V3.fixed | SIGMOID, ignored={}),  # not in transformers: its own code
-    glm4_moe_lite=V3._replace(defaults=V3.defaults | dict(
-        rms_norm_eps=1e-5, n_group=1, topk_group=1, routed_scaling_factor=1.8),
-        ignored=SIGMOID | dict(first_k_dense_replace=1)),  # mlp_layer_types says it instead
-    youtu=V3._replace(defaults=V3.defaults | dict(tie_word_embeddings=True),
-                      ignored=SIGMOID | dict(n_routed_experts=None)))
+    deepseek_v3=V3,  # Moonlight and deepseek-tiny too
+    deepseek_v2=V2,
+    kimi_k2=Family(V3.defaults, V3.fixed | ROUTER),  # not in transformers; its own code reads these
+    glm4_moe_lite=Family(V3.defaults | dict(rms_norm_eps=1e-5, n_group=1, topk_group=1,
+                                            routed_scaling_factor=1.8),
+                         V3.fixed, ROUTER | dict(first_k_dense_replace=1)),  # see mlp_layer_types
+    youtu=Family(V3.defaults | dict(tie_word_embeddings=True), V3.fixed,
+                 ROUTER | dict(n_routed_experts=None)))
 
 
 def sizes_in(hf_config, names):
@@ -178,8 +182,7 @@ def mla_options(hf_config, tensors):
     """The attention of a DeepSeek-V3 as options of a BlockConfig. Raises ConfigError."""
     options = sizes_in(hf_config, MLA_SIZES | dict(o_latent='o_latent'))
     options['head_dim'] += options['rope_dims']
-    o_norm = hf_config.get('o_norm', 'none')
-    options |= dict(attention='mla', rope_key='shared', o_norm=o_norm)
+    options |= dict(attention='mla', rope_key='shared', o_norm=hf_config.get('o_norm', 'none'))
     return options | sequential_latent(tensors)[0]
 
 
@@ -187,16 +190,16 @@ def llama_options(hf_config, qk_norm):
     """The attention of a Llama as options of a BlockConfig. Raises ConfigError."""
     options = sizes_in(hf_config, dict(hidden_size='n_embd', num_attention_heads='n_head',
                                        num_key_value_heads='n_kv_head', head_dim='head_dim'))
-    return dict(rope_dims=options.get('head_dim') or options['n_embd'] // options['n_head'],
-                attention='mha', qk_norm=qk_norm) | options
+    head_dim = options.get('head_dim') or options['n_embd'] // options['n_head']
+    c = hf_config | (hf_config.get('rope_parameters') or {})
+    return dict(rope_dims=int(head_dim * c.get('partial_rotary_factor', 1)), attention='mha',
+                qk_norm=qk_norm) | options
 
 
 def rope_options(c):
     """The rotary angles of a config.json as our options. Raises ConfigError."""
     rope = (c.get('rope_parameters') or {}) | (c.get('rope_scaling') or {})  # new name, old name
     options = dict(rope_theta=float(rope.get('rope_theta', c.get('rope_theta', 10000.0))))
-    if (part := rope.get('partial_rotary_factor', c.get('partial_rotary_factor', 1))) != 1:
-        raise ConfigError(f'partial_rotary_factor={part}: only 1 can be loaded')
     kind, factor = rope.get('type') or rope.get('rope_type') or 'default', rope.get('factor')
     if kind == 'default':
         return options
@@ -209,19 +212,18 @@ def rope_options(c):
     if kind == 'linear':
         return options
     angles = rope.get('attention_factor')
-    if angles != 1.0 and (angles or not all_dims or rope.get('mscale') != all_dims):
+    if (angles != 1.0 and (angles or not all_dims or rope.get('mscale') != all_dims)
+            or not rope.get('truncate', True)):
         raise ConfigError('YaRN that scales rotated dimensions alone (attention_factor, or an '
-                          'mscale other than mscale_all_dim) cannot be loaded')
-    if not rope.get('truncate', True):
-        raise ConfigError('YaRN with truncate=False cannot be loaded')
+                          'mscale other than mscale_all_dim) or has truncate=False')
     options |= sizes_in(rope, dict(original_max_position_embeddings='rope_trained_length'))
     return options | dict(rope_beta_fast=rope.get('beta_fast') or 32,
                           rope_beta_slow=rope.get('beta_slow') or 1)
 
 
 def in_full(hf_config):
-    """A config.json with what it leaves out, and with what transformers takes instead of what it
-    says. Raises ConfigError if no options of a Transformer compute the same."""
+    """A config.json with what it leaves out, and what transformers takes instead of what it says.
+    Raises ConfigError if no options of a Transformer compute the same."""
     kind = str(hf_config.get('model_type'))
     if kind not in FAMILIES:
         raise ConfigError(f'model_type={kind!r:.40}: only {", ".join(FAMILIES)} can be loaded, '
@@ -231,19 +233,15 @@ def in_full(hf_config):
     for name, wanted in family.fixed.items():
         if c[name] != wanted:
             raise ConfigError(f'{name}={c[name]}: only {wanted} can be loaded')
-    found = c.get('quantization_config') or {}
-    if found and (found.get('quant_method') != 'fp8'
-                  or found.get('weight_block_size') != [FP8_BLOCK, FP8_BLOCK]):
-        raise ConfigError(f'quantised weights: only fp8 in blocks of {FP8_BLOCK} x {FP8_BLOCK} can '
-                          'be loaded: convert the checkpoint to bfloat16 first')
+    wanted = dict(quant_method='fp8', weight_block_size=[FP8_BLOCK, FP8_BLOCK])
+    if (found := c.get('quantization_config')) and found != found | wanted:
+        raise ConfigError(f'quantised weights other than fp8 in blocks of {FP8_BLOCK} x {FP8_BLOCK}'
+                          ': convert the checkpoint to bfloat16 first')
     if c['topk_method'] == 'greedy':
         c |= dict(n_group=1, topk_group=1)
-    elif kind == 'deepseek_v2' and c['topk_method'] != 'group_limited_greedy':
-        raise ConfigError(f'topk_method={c["topk_method"]}: only greedy and group_limited_greedy '
-                          'can be loaded')
     if kind == 'glm4_moe_lite' and (kinds := c.get('mlp_layer_types')):
         c['first_k_dense_replace'] = n = kinds.count('dense')
-        if kinds != ['dense'] * n + ['sparse'] * (len(kinds) - n):
+        if 'dense' in kinds[n:]:
             raise ConfigError('mlp_layer_types: only dense layers first can be loaded')
     return c
 
@@ -252,17 +250,15 @@ def options_of_deepseek(hf_config, tensors):
     """The options of a Transformer that computes what a config.json describes, with the tensors of
     from_deepseek. Raises ConfigError if no options do."""
     c = in_full(hf_config)
-    family = FAMILIES[c['model_type']]
-    if wrong := {name: hf_config[name] for name, value in family.ignored.items()
-                 if hf_config.get(name, value) != value}:
-        print(f'config.json: {wrong} has no effect, because transformers does not read it in a '
-              f'{c["model_type"]}', file=sys.stderr)
+    if unread := {name: hf_config[name] for name, value in FAMILIES[c['model_type']].ignored.items()
+                  if hf_config.get(name, value) != value}:
+        print(f'config.json: {unread} has no effect: transformers ignores it', file=sys.stderr)
     options = OURS | sizes_in(c, MODEL_SIZES) | mla_options(c, tensors) | rope_options(c) | dict(
         mlp='swiglu', tie_embeddings=c['tie_word_embeddings'], norm_eps=c['rms_norm_eps'])
     first_k_dense = c['first_k_dense_replace']
     if c.get('n_routed_experts') and first_k_dense < options['n_layer']:
         options |= sizes_in(c, MOE_SIZES) | dict(
-            mlp='moe', router=family.router, first_k_dense=first_k_dense,
+            mlp='moe', router=c['scoring_func'], first_k_dense=first_k_dense,
             routed_scaling=c['routed_scaling_factor'])
     return options
 
@@ -279,13 +275,12 @@ def config_for_deepseek(config):
                           'or moe, with a shared expert'.format(**options))
     factor, softmax_factor = options['rope_factor'], options['softmax_factor']
     if factor == 1 and softmax_factor != 1:
-        raise ConfigError(f'softmax_factor={softmax_factor}: DeepSeek-V3 has one only with a '
-                          'rope_factor')
+        raise ConfigError(f'softmax_factor={softmax_factor}: DeepSeek-V3 needs a rope_factor too')
     sizes = MODEL_SIZES | MLA_SIZES | (MOE_SIZES if has_experts else {})
     kind = 'deepseek_v2' if options['router'] == 'softmax' else 'deepseek_v3'
-    _, defaults, fixed, ignored = FAMILIES[kind]
-    hf_config = defaults | fixed | ignored | {
-        theirs: options[ours] for theirs, ours in sizes.items()} | dict(
+    defaults, fixed, ignored = FAMILIES[kind]
+    sizes = {theirs: options[ours] for theirs, ours in sizes.items()}
+    hf_config = defaults | fixed | ignored | sizes | dict(
         architectures=[f'DeepseekV{kind[-1]}ForCausalLM'], model_type=kind,
         num_key_value_heads=options['n_head'], rope_theta=options['rope_theta'],
         qk_nope_head_dim=options['head_dim'] - options['rope_dims'],
@@ -316,7 +311,7 @@ def config_for_deepseek(config):
 
 
 def from_deepseek(state_dict, hf_config):
-    """A Transformer with the logits of a model of FAMILIES, in float32 and in eval mode.
+    """A Transformer with the logits of one of FAMILIES, in float32 and in eval mode.
 
     state_dict: its tensors in any precision, with experts apart, as in files, or stacked, as in a
     model of transformers; or a Checkpoint, which is read one tensor at a time. hf_config: its
@@ -360,8 +355,7 @@ def unstacked(state_dict):
 
 
 def to_deepseek(model, split=False):
-    """(state_dict, dict of the config.json) of a DeepSeek-V3 with the logits of a Transformer, or
-    of a DeepSeek-V2 if its router is a softmax.
+    """(state_dict, dict of the config.json) of a DeepSeek-V3, or V2, with a Transformer's logits.
 
     The two matrices of an output latent are merged. With split=True they stay apart, for a model
     that add_output_latent has changed. Raises ConfigError on what DeepSeek-V3 cannot compute.
@@ -477,12 +471,14 @@ class Checkpoint:
     """A folder of config.json and safetensors, sharded or not. checkpoint[name] is a tensor in
     float32, read when it is asked for. Raises UserError on what is missing or damaged.
 
-    config: the dict of config.json. files: {name of a tensor: path of the file with it}.
+    config: the dict of config.json; language: its part for the language model. files: {name of a
+    tensor: path of the file with it}.
     """
 
     def __init__(self, folder):
         self.folder = Path(folder)
         self.config = read_json(self.folder / 'config.json', 'download it again')
+        self.language = self.config.get('text_config', self.config)
         self.files = {}
         if (index := self.folder / 'model.safetensors.index.json').exists():
             weight_map = read_json(index, 'download it again').get('weight_map')
@@ -533,27 +529,32 @@ def open_shard(path):
         raise UserError(f'{path}: missing or damaged ({error}): download it again') from None
 
 
-def read_attention(checkpoint, i):
-    """(attention, gain) of layer i of a Checkpoint: an MLA if its config.json looks like DeepSeek's
-    and an MHA if it looks like Llama's, and the gain (D,) of the norm before it. Raises UserError.
+def read_attention(checkpoint, name):
+    """(attention, gain): the attention of this name in a Checkpoint, an MLA if its config.json
+    looks like DeepSeek's and an MHA if it looks like Llama's, and the gain (D,) of the norm before
+    it. Raises UserError.
 
     Llama's includes grouped queries, and Qwen3's norms of queries and keys. Unlike from_deepseek
     this reads any model with such attentions, in fp8 too: rotary scaling, experts and whatever else
     the model has do not matter. Biases of the projections are left out.
     """
-    c, qk_norm = checkpoint.config, f'model.layers.{i}.self_attn.q_norm.weight' in checkpoint
-    is_mla = 'kv_lora_rank' in c
+    c, norm = checkpoint.language, name.replace('self_attn', 'input_layernorm')
+    is_mla, qk_norm = 'kv_lora_rank' in c, f'{name}.q_norm.weight' in checkpoint
     try:
         config = BlockConfig(**(mla_options(c, checkpoint) if is_mla
                                 else llama_options(c, qk_norm)))
         with torch.device('meta'):  # shapes only: no time is spent on initial weights
             block = nn.ModuleDict(dict(attn=make_attention(config),
                                        attn_norm=nn.RMSNorm(config.n_embd)))
-        model = nn.ModuleDict(dict(blocks=nn.ModuleDict({str(i): block}))).to_empty(device='cpu')
+        block = block.to_empty(device='cpu').requires_grad_(False)
         orders = row_orders(config, c.get('rope_interleave', True)) if is_mla else {}
-        load_tensors(layout_of(model, orders, sequential_latent(checkpoint)[1]), checkpoint)
+        layout = layout_of(block, orders, sequential_latent(checkpoint)[1])
+        load_tensors({theirs.replace('self_attn', name).replace('input_layernorm', norm): ours
+                      for theirs, ours in layout.items()}, checkpoint)
     except (ConfigError, RuntimeError, TypeError) as error:  # torch's: sizes beyond its reach
-        raise UserError(f'{checkpoint.folder}: layer {i} does not fit config.json, or has '
-                        f'another attention than DeepSeek-V3 and Llama ({error})') from None
-    model.requires_grad_(False)
+        raise UserError(f'{checkpoint.folder}: {name} does not fit config.json, or is another '
+                        f'attention than those of DeepSeek-V3 and Llama ({error})') from None
+    if c.get('model_type') in GAIN_FROM_1:
+        for gain in (weight for weight in block.parameters() if weight.dim() == 1):
+            gain += 1
     return block['attn'], block['attn_norm'].weight

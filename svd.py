@@ -22,6 +22,7 @@ shares or plots, the same command computes only what is missing.
 import collections
 import itertools
 import json
+import re
 import statistics
 import sys
 import time
@@ -192,17 +193,34 @@ def attentions(model):
 
 
 def layers_of_checkpoint(folder):
-    """A Layer per layer of a checkpoint in transformers' layout."""
-    layers, checkpoint = [], Checkpoint(folder)
-    n_layer, n_tensors = checkpoint.config.get('num_hidden_layers'), len(checkpoint.files)
+    """A Layer per attention of a checkpoint in transformers' layout. Prints which of its layers
+    have none that can be read."""
+    checkpoint, layers, attentions = Checkpoint(folder), [], collections.defaultdict(set)
+    c, n_tensors = checkpoint.language, len(checkpoint.files)
+    n_layer = c.get('num_hidden_layers', c.get('num_layers'))
     if type(n_layer) is not int or not 0 < n_layer <= n_tensors:
         raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40} must be the '
                         f'number of layers that its {n_tensors} tensors belong to')
+    key = 'kv_a_proj_with_mqa' if 'kv_lora_rank' in c else 'k_proj'
+    for name in checkpoint:
+        if found := re.match(r'(?:(?:model|language_model)\.)*layers\.(\d+)\.', name):
+            attention, has_key, _ = name.partition(f'.{key}.')
+            attentions[int(found[1])] |= {attention} if has_key else set()
     for i in range(n_layer):
-        names = f'model.layers.{i}.self_attn.', f'model.layers.{i}.input_layernorm.'
-        files = {path for name, path in checkpoint.files.items() if name.startswith(names)}
-        layers.append(Layer(f'layer {i}', lambda i=i: matrices(*read_attention(checkpoint, i)),
-                            [Path(folder) / 'config.json', *sorted(files)]))
+        if i not in attentions:
+            raise UserError(f'{folder}: model.layers.{i}.self_attn is missing')
+        for name in sorted(attentions[i]):
+            norm = name.replace('self_attn', 'input_layernorm')
+            files = {path for tensor, path in checkpoint.files.items()
+                     if tensor.startswith((f'{name}.', f'{norm}.'))}
+            layers.append(Layer(f'layer {i}{name.partition("self_attn")[2]}',
+                                lambda name=name: matrices(*read_attention(checkpoint, name)),
+                                [Path(folder) / 'config.json', *sorted(files)]))
+    if not layers:
+        raise UserError(f"{folder}: no layer has an attention like DeepSeek-V3's or Llama's")
+    if others := [str(i) for i in range(n_layer) if not attentions[i]]:
+        print(f'left out, and not counted in --layers, because they have another attention: '
+              f'layers {", ".join(others)}')
     return layers
 
 

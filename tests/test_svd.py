@@ -521,10 +521,10 @@ def test_refusals(checkpoint, script, arguments, message):
 @pytest.mark.parametrize('changes, message', [
     (dict(num_attention_heads=0), 'num_attention_heads=0'),
     (dict(num_attention_heads=4.0), 'num_attention_heads=4.0'),
-    (dict(num_attention_heads=10 ** 12), 'layer 0 does not fit config.json'),
+    (dict(num_attention_heads=10 ** 12), 'layers.0.self_attn does not fit config.json'),
     (dict(q_lora_rank=[24]), 'q_lora_rank=.24.'),
     (dict(qk_nope_head_dim=None), 'qk_nope_head_dim'),
-    (dict(hidden_size=41), 'layer 0 does not fit config.json'),
+    (dict(hidden_size=41), 'layers.0.self_attn does not fit config.json'),
     (dict(num_hidden_layers=True), 'num_hidden_layers=True must be the number of'),
     (dict(num_hidden_layers=0), 'num_hidden_layers=0 must be the number of layers'),
     (dict(num_hidden_layers=10 ** 12), 'layers that its 16 tensors belong to'),
@@ -537,7 +537,7 @@ def test_refuses_a_config_that_contradicts_the_tensors(checkpoint, script, chang
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(num_attention_heads=5), 'layer 0 does not fit config.json'),
+    (dict(num_attention_heads=5), 'layers.0.self_attn does not fit config.json'),
     (dict(num_key_value_heads=3), 'n_head=4 is not divisible by n_kv_head=3'),
     (dict(num_key_value_heads=4), r'k_proj.weight: has the shape \(16, 32\)'),
     (dict(head_dim=16), 'q_proj.weight: has the shape'),
@@ -581,6 +581,10 @@ DAMAGES = {
     'config.json.*': lambda folder: (folder / 'config.json').write_text('[]'),
     'o_proj.weight is torch.float8_e4m3fn without': lambda folder: change(folder, **{
         O_PROJ: torch.zeros(40, 48).to(torch.float8_e4m3fn)}),
+    'o_proj.qweight instead of .*o_proj.weight: quantised': lambda folder: change(folder, **{
+        O_PROJ: None, O_PROJ.replace('.weight', '.qweight'): torch.ones(5, 48).int()}),
+    'no layer has an attention like': lambda folder: (folder / 'config.json').write_text(json.dumps(
+        dict(num_hidden_layers=2))),
     'not a scale for each block': lambda folder: change(folder, **{
         f'{O_PROJ}_scale_inv': torch.ones(1)}),
     'o_proj.weight holds numbers that are not finite': lambda folder: change(folder, **{
@@ -617,6 +621,33 @@ def test_refuses_scales_that_are_not_finite(workspace, weight, scale):
         dict(a=weight.to(torch.float8_e4m3fn), a_scale_inv=scale)])
     with pytest.raises(UserError, match='not finite|not a scale for each block'):
         Checkpoint(folder)['a']
+
+
+def test_names_of_other_families(checkpoint, script, capsys):
+    """A language model inside of another, with layers that have another attention; and LongCat's
+    layers, which have two attentions each."""
+    folder, layers = checkpoint
+    script(svd, folder)
+    wanted = [layer['kinds'] for layer in read_result('out/svd-deepseek')['layers']]
+    inside = {name.replace('model.layers.1', 'model.language_model.layers.2').replace(
+        'model.layers.0', 'model.language_model.layers.0'): value
+        for layer in layers for name, value in layer.items()}
+    inside |= {'model.language_model.layers.1.self_attn.k_proj.weight': torch.ones(2, 40),
+               'model.vision.layers.1.self_attn.kv_a_proj_with_mqa.weight': torch.ones(2, 2)}
+    write_shards(Path('inside'), dict(text_config=HF | dict(num_hidden_layers=3)), [inside])
+    twice = {name.replace(f'layers.{i}.self_attn', f'layers.0.self_attn.{i}').replace(
+        f'layers.{i}.input_layernorm', f'layers.0.input_layernorm.{i}'): value
+        for i, layer in enumerate(layers) for name, value in layer.items()}
+    c = {name: value for name, value in HF.items() if name != 'num_hidden_layers'}
+    write_shards(Path('longcat'), c | dict(num_layers=1), [twice])
+    for name, labels in (('inside', ['0', '2']), ('longcat', ['0.0', '0.1'])):
+        capsys.readouterr()
+        script(svd, name)
+        found = read_result(f'out/svd-{name}')['layers']
+        assert [layer['layer'] for layer in found] == [f'layer {label}' for label in labels]
+        assert [layer['kinds'] for layer in found] == wanted
+        skipped = 'have another attention: layers 1\n' in capsys.readouterr().out
+        assert skipped == (name == 'inside')
 
 
 @pytest.mark.slow
