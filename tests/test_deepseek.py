@@ -131,7 +131,7 @@ def test_fp8_in_blocks(tmp_path, dtype):
     assert 'quantization_config' not in to_deepseek(model)[1]
 
 
-@pytest.mark.parametrize('name', ['experts', 'experts_scaled'])
+@pytest.mark.parametrize('name', ['experts', 'experts_scaled', 'v2_groups'])
 def test_gradients_are_theirs(name):
     original, idx = theirs(**SHAPES[name]), tokens(2, 20)
     model = from_deepseek(original.state_dict(), original.config)
