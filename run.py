@@ -226,8 +226,8 @@ def state_of_folder(folder):
     `model` is a Checkpoint, from which load_weights reads one tensor at a time."""
     checkpoint = Checkpoint(folder)
     try:
-        options = options_of_deepseek(checkpoint.config, checkpoint)
-        model_config = make_config('transformer', **options)
+        model_config = make_config('transformer',
+                                   **options_of_deepseek(checkpoint.config, checkpoint))
     except ConfigError as error:
         raise UserError(f'{folder}/config.json: {error}') from None
     options = dict(arch='transformer', tokenizer='given') | model_config.options()

@@ -203,10 +203,10 @@ def layers_of_checkpoint(folder):
         raise UserError(f'{folder}/config.json: num_hidden_layers={n_layer!r:.40} must be the '
                         f'number of layers that its {n_tensors} tensors belong to')
     key = 'kv_a_proj_with_mqa' if 'kv_lora_rank' in c else 'k_proj'
+    part = rf'(?:(?:model|language_model)\.)*layers\.(\d+)\.(self_attn(\.\d+)?(?=\.{key}\.))?'
     for name in checkpoint:
-        if found := re.match(r'(?:(?:model|language_model)\.)*layers\.(\d+)\.', name):
-            attention, has_key, _ = name.partition(f'.{key}.')
-            attentions[int(found[1])] |= {attention} if has_key else set()
+        if found := re.match(part, name):
+            attentions[int(found[1])] |= {found[0]} if found[2] else set()
     for i in range(n_layer):
         if i not in attentions:
             raise UserError(f'{folder}: model.layers.{i}.self_attn is missing')
@@ -220,7 +220,7 @@ def layers_of_checkpoint(folder):
     if not layers:
         raise UserError(f"{folder}: no layer has an attention like DeepSeek-V3's or Llama's")
     if others := [str(i) for i in range(n_layer) if not attentions[i]]:
-        print(f'left out, and not counted in --layers, because they have another attention: '
+        print('left out, and not counted in --layers, because they have another attention: '
               f'layers {", ".join(others)}')
     return layers
 
