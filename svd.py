@@ -42,8 +42,8 @@ from config import UserError
 from deepseek import Checkpoint, read_attention
 from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlock, OutputLatent,
                    PoolBlock, Range, Up)
-from run import (Seed, best_checkpoint, build, load_checkpoint, load_run, model_options_of, pyplot,
-                 save_figure, save_text)
+from run import (Seed, best_checkpoint, build, load_checkpoint, load_weights, model_options_of,
+                 pyplot, save_figure, save_text)
 
 # what has singular values: parts, and products of two, which are stacked on the side of the first
 KINDS = dict(q=['q'], k=['k'], qk=['q', 'k'], v=['v'], o=['o'], vo=['o', 'v'],
@@ -161,8 +161,11 @@ class Layer(NamedTuple):
 
 def layers_of_run(folder):
     """(a Layer per attention of a run, a line on its training)."""
-    path, (model, _, options) = best_checkpoint(folder), load_run(folder)
-    state, starts = load_checkpoint(path), {}
+    path, starts = best_checkpoint(folder), {}
+    state = load_checkpoint(path)
+    options = state['options']
+    model = build(options['arch'], model_options_of(options))
+    load_weights(model, state, path)
     tokens = state['step'] * options['batch_size'] * options['block_size']
     trained = f'after {state["step"]:,} steps, {tokens:,} tokens'
     if state['provenance'].get('started_from') == 'scratch':
@@ -196,7 +199,7 @@ def attentions(model):
 def layers_of_checkpoint(folder):
     """A Layer per attention of a checkpoint in transformers' layout. Prints which of its layers
     have none that can be read."""
-    checkpoint, layers, attentions = Checkpoint(folder), [], collections.defaultdict(set)
+    checkpoint, layers, names_of = Checkpoint(folder), [], collections.defaultdict(set)
     c, n_tensors = checkpoint.language, len(checkpoint.files)
     n_layer = c.get('num_hidden_layers', c.get('num_layers'))
     if type(n_layer) is not int or not 0 < n_layer <= n_tensors:
@@ -206,11 +209,11 @@ def layers_of_checkpoint(folder):
     part = rf'(?:(?:model|language_model)\.)*layers\.(\d+)\.(self_attn(\.\d+)?(?=\.{key}\.))?'
     for name in checkpoint:
         if found := re.match(part, name):
-            attentions[int(found[1])] |= {found[0]} if found[2] else set()
+            names_of[int(found[1])] |= {found[0]} if found[2] else set()
     for i in range(n_layer):
-        if i not in attentions:
+        if i not in names_of:
             raise UserError(f'{folder}: model.layers.{i}.self_attn is missing')
-        for name in sorted(attentions[i]):
+        for name in sorted(names_of[i]):
             norm = name.replace('self_attn', 'input_layernorm')
             files = {path for tensor, path in checkpoint.files.items()
                      if tensor.startswith((f'{name}.', f'{norm}.'))}
@@ -219,7 +222,7 @@ def layers_of_checkpoint(folder):
                                 [Path(folder) / 'config.json', *sorted(files)]))
     if not layers:
         raise UserError(f"{folder}: no layer has an attention like DeepSeek-V3's or Llama's")
-    if others := [str(i) for i in range(n_layer) if not attentions[i]]:
+    if others := [str(i) for i in range(n_layer) if not names_of[i]]:
         print('left out, and not counted in --layers, because they have another attention: '
               f'layers {", ".join(others)}')
     return layers
@@ -377,21 +380,22 @@ class Analysis:
             if options.align:
                 next_parts = following.load(options.device) if following else {}
                 line['alignment'] = alignment(parts, next_parts)
+            self.lines[json.dumps(state)] = line
             with open(self.path, 'a') as file:
                 file.write(json.dumps(line) + '\n')
             took = f'{time.perf_counter() - start:.1f} s'
-        for values in line['kinds'].values():
-            values['effective_rank'] = {
-                str(share): {name: effective_rank(found, share) for name, found in values.items()}
-                for share in (*PUBLISHED, *options.discarded)}
-        return line, took
+        kinds = {kind: values | dict(effective_rank={
+            str(share): {name: effective_rank(found, share) for name, found in values.items()}
+            for share in (*PUBLISHED, *options.discarded)})
+                 for kind, values in line['kinds'].items()}
+        return line | dict(kinds=kinds), took
 
 
 def analyse_layers(layers, numbers, path, options):
     """What is found in the layers of these numbers: a list of dicts, whose `reference` is what is
     found in the weights before training or, where these are not known, in noise of the same shapes.
     Prints it. path: of svd.jsonl."""
-    analysis, found, noise = Analysis(path, options), [], {}
+    analysis, found, shown = Analysis(path, options), [], set()
     for number in numbers:
         with_next = options.align and number + 1 in numbers
         pair = layers[number:number + 1 + with_next]
@@ -399,19 +403,20 @@ def analyse_layers(layers, numbers, path, options):
                  for layer in pair for file in layer.files}
         state = dict(number=number, with_next=with_next, files=files)
         line, took = analysis.of(*pair, **state)
-        shapes = line['shapes']
-        if is_new := shapes not in noise:
-            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
-        if layers[number].start:
-            noise[shapes], _ = analysis.of(*(
-                Layer(f'{layer.name}, start', layer.start) for layer in pair), **state, start=True)
-        elif is_new:
+        shapes, start = line['shapes'], layers[number].start
+        if start:
+            pair = [Layer(f'{layer.name}, start', layer.start) for layer in pair]
+            reference, _ = analysis.of(*pair, **state, start=True)
+        else:
             pair = [Layer('noise', partial(noise_like, shapes, options.seed + i)) for i in (0, 1)]
-            noise[shapes], _ = analysis.of(*pair, shapes=shapes)
-        if is_new or layers[number].start:
-            print(table_rows(noise[shapes], options.discarded))
+            reference, _ = analysis.of(*pair, shapes=shapes)
+        if shapes not in shown:
+            print(f'\n{"left out":>28}' + ''.join(f'{kind:>15}' for kind in line['kinds']))
+        if start or shapes not in shown:
+            print(table_rows(reference, options.discarded))
+        shown.add(shapes)
         print(table_rows(line, options.discarded, took), flush=True)
-        found.append(dict(number=number, reference=noise[shapes]) | line)
+        found.append(dict(number=number, reference=reference) | line)
     return found
 
 

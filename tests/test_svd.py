@@ -18,7 +18,8 @@ import model
 import svd
 from config import UserError
 from deepseek import Checkpoint, to_deepseek, write_checkpoint
-from model import BlockConfig, ChannelBlock, make_attention, make_model
+from model import ARCHITECTURES, BlockConfig, ChannelBlock, make_attention, make_model
+from run import save_checkpoint
 
 HF = dict(model_type='deepseek_v3', num_hidden_layers=2, num_attention_heads=4, hidden_size=40,
           q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=12)
@@ -91,16 +92,16 @@ def checkpoint(workspace):
 
 
 @pytest.fixture
-def as_run(workspace, monkeypatch):
+def as_run(workspace):
     """Makes a model look like a run of train.py, in a folder that it returns."""
     def call(model, name='run'):
-        for weight in model.parameters():
+        for weight in model.requires_grad_(False).parameters():
             torch.nn.init.normal_(weight, mean=1.0 if weight.dim() == 1 else 0.0, std=0.3)
         (workspace / name).mkdir()
-        (workspace / name / 'ckpt.pt').touch()
-        options = dict(batch_size=1, block_size=1)
-        monkeypatch.setattr(svd, 'load_run', lambda folder: (model, None, options))
-        monkeypatch.setattr(svd, 'load_checkpoint', lambda path: dict(step=1, provenance={}))
+        arch, = (arch for arch, (kind, _) in ARCHITECTURES.items() if type(model) is kind)
+        save_checkpoint(workspace / name / 'ckpt.pt', dict(
+            model=model.state_dict(), step=1, provenance={},
+            options=model.config.options() | dict(arch=arch, batch_size=1)))
         return name
     return call
 
