@@ -7,26 +7,10 @@ and 39.21 at length 128 (40.94); on SST-2, answered as text, 87.96% and 87.04% (
 85.78). For the second length: --block_size=128. Parameters: 17,053,120. Sizes, rate and weight
 decay are the published ones; the schedule, the initial weights and the balance of experts are ours.
 """
+from config.decoder_mla import *
 
-# data
-dataset = 'wikitext103'
-tokenizer = 'gpt2'
-vocab_size = 50257
-block_size = 1024
-
-# model
-arch = 'transformer'
-causal = True
-attention = 'mla'
-n_layer = 6
-n_embd = 256
-n_head = 8
-q_latent = 96
-kv_latent = 64
-rope_key = 'shared'
 rope_dims = 32
-learned_positions = False
-norm = 'rms'
+
 mlp = 'moe'
 first_k_dense = 1  # the first layer is a swiglu
 mlp_hidden = 1024
@@ -35,13 +19,12 @@ n_experts_per_tok = 2
 n_shared_experts = 1
 expert_hidden = 128
 
-# recipe
 batch_size = 1024
 max_iters = 12_500
 learning_rate = 5e-4
 schedule = 'linear'
+min_lr = 0.0
+warmup_iters = None
 weight_decay = 0.01
 beta2 = 0.999
 eval_interval = 500
-eval_iters = 1
-log_interval = 10
