@@ -91,11 +91,17 @@ def read_grid(command, arguments):
     for name in {'out_dir', 'init_from', 'dry_run', 'eval_only', 'export'} & {*grid}:
         raise UserError(f'{name}: {command} trains each run in a folder of its own: leave it out')
     if options.finetune is not None:  # what is wrong with it should not show after the training
-        values, _ = config.load([*shlex.split(options.finetune), '--out_dir=.'], FinetuneOptions,
-                                takes_config=False)
-        if values.get('data_dir'):
-            read_sst2(FinetuneOptions(**values))
+        asked = finetune_options(options.finetune, '.')
+        if asked.data_dir:
+            read_sst2(asked)
     return options, paths, grid
+
+
+def finetune_options(arguments, folder):
+    """The FinetuneOptions for the run in a folder. arguments: the value of --finetune."""
+    values, _ = config.load([*shlex.split(arguments), f'--out_dir={folder}'], FinetuneOptions,
+                            takes_config=False)
+    return FinetuneOptions(**values)
 
 
 def flags(options):
@@ -143,13 +149,11 @@ def remaining(run, finetune):
         stages.append(('training', ['train.py', run.path, *flags(run.options), '--init_from=auto',
                                     here]))
     if finetune is not None:
-        arguments = [*shlex.split(finetune), here]
-        values, _ = config.load(arguments, FinetuneOptions, takes_config=False)
-        asked = FinetuneOptions(**values)
+        asked = finetune_options(finetune, run.folder)
         path = asked.file('.json')
         done = config.read_json(path, 'remove it', seeds=list) if path.exists() else dict(seeds=[])
         if done.get('options') != vars(asked) or len(done['seeds']) < asked.seeds:
-            stages.append(('fine-tuning', ['finetune_sst2.py', *arguments]))
+            stages.append(('fine-tuning', ['finetune_sst2.py', *shlex.split(finetune), here]))
     return stages
 
 

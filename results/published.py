@@ -112,9 +112,9 @@ def main():
     planned = sweep.plan_runs(paths, grid)
     sweep.train_runs(planned, options)
     runs = [sweep.TrainedRun(run.folder) for run in planned]
-    kind = '_as_text' * ('--as_text=True' in options.finetune)
-    results = {run.name: config.read_json(run.folder / f'sst2{kind}.json', 'remove it')
-               for run in runs}
+    files = {run.name: sweep.finetune_options(options.finetune, run.folder).file('.json')
+             for run in runs}
+    results = {name: config.read_json(file, 'remove it') for name, file in files.items()}
     folder, lines = Path('out/published'), table(runs, results)
     folder.mkdir(parents=True, exist_ok=True)
     save_text(folder / 'published.md', '\n'.join(lines) + '\n')
