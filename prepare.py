@@ -429,8 +429,6 @@ def split_documents(options):
         raise UserError(f'--dataset={dataset} reads your own files: name them with '
                         '--source=PATH_OR_GLOB')
     train, validation = (None, None) if source is None else local_files(source)
-    if validation:
-        print(f'for validation: {", ".join(validation)[:500]}')
     if validation or entry.has_validation and source is None:
         yield from (('train', text) for text in documents(dataset, train, 'train'))
         yield from (('val', text) for text in documents(dataset, validation, 'validation'))
@@ -548,10 +546,13 @@ def prepare(options, tokenizer=None):
             tokenizer = make_tokenizer(options.tokenizer, options.lowercase, train,
                                        vocab_size_of(options))
         tokenizer.save(new / 'tokenizer.json')
+        if options.source and (validation := local_files(options.source)[1]):
+            print(f'for validation: {", ".join(validation)[:500]}')
         stats = write_tokens(new, split_documents(options), tokenizer)
         for split in ('train', 'val'):
             if not stats[split]['tokens']:
-                raise UserError(f'{split} would be empty: too few documents in {options.source}: '
+                raise UserError(f'{split} would be empty: too few documents in '
+                                f'{options.source or options.dataset}: '
                                 'add some, or a file named val, or --dataset=text for plain text')
         meta = asdict(options) | stats | dict(
             vocab_size=tokenizer.vocab_size,

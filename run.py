@@ -32,6 +32,7 @@ from model import (ARCHITECTURES, ConfigError, CountOrZero, NotNegative, Range, 
                    make_model, option_names)
 from prepare import Tokenizer, partial_folder
 
+ANOTHER = 'use another run'  # the remedy for a damaged one
 FORMAT = 2  # of checkpoints and run.json; raise it when older ones can no longer be read
 
 # dense bfloat16 FLOP/s, from data sheets; the first name that is part of a GPU's name counts
@@ -173,12 +174,11 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException as error:  # Ctrl-C, too; torch.save makes a RuntimeError of a full disk
-        partial.unlink(missing_ok=True)
-        if not isinstance(error, (OSError, RuntimeError)):
-            raise
+    except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
         raise UserError(f'{path}: cannot be written ({error}); what was there before is '
                         'kept') from None
+    finally:
+        partial.unlink(missing_ok=True)  # what a failure, or Ctrl-C, leaves
 
 
 def save_text(path, text):
@@ -207,7 +207,7 @@ def load_checkpoint(path, **kinds):
         raise UserError(f'{path}: damaged, or no checkpoint of train.py ({str(error):.60}): use '
                         'another one') from None
     check_format(state, path, **CHECKPOINT, **kinds)
-    check_format(state['options'] | dict(format=FORMAT), path, arch=Literal[*ARCHITECTURES])
+    config.check_content(state['options'], dict(arch=Literal[*ARCHITECTURES]), path, ANOTHER)
     return state
 
 
@@ -218,7 +218,7 @@ def check_format(content, path, **kinds):
     if found != FORMAT:
         raise UserError(f'{path}: was not written by this version (format {found}, not {FORMAT}): '
                         'make it again, or use the version that wrote it')
-    config.check_content(content, kinds, path, 'use another run')
+    config.check_content(content, kinds, path, ANOTHER)
 
 
 def state_of_folder(folder):

@@ -740,8 +740,7 @@ def main():
         tokenizer = load_tokenizer(origin, state, model_config, origin, 'copy both from one run')
     if options.export:
         export(start_model(options, model_options, state, origin), tokenizer, options.export)
-        return print(f'{options.export}: step {state["step"]} of {origin}, in the layout of '
-                     'DeepSeek-V3 for transformers')
+        return print(f'{options.export}: step {state["step"]} of {origin}, for transformers')
     device = Device(options)
     micro, n_accumulation = accumulation(options, model_config.block_size, device)
     resuming = options.init_from == 'resume' and not options.eval_only
