@@ -215,7 +215,8 @@ def rope_options(c):
     if (angles != 1.0 and (angles or not all_dims or rope.get('mscale') != all_dims)
             or not rope.get('truncate', True)):
         raise ConfigError('YaRN that scales rotated dimensions alone (attention_factor, or an '
-                          'mscale other than mscale_all_dim) or has truncate=False')
+                          'mscale other than mscale_all_dim), or has truncate=False, cannot be '
+                          'loaded')
     options |= sizes_in(rope, dict(original_max_position_embeddings='rope_trained_length'))
     return options | dict(rope_beta_fast=rope.get('beta_fast') or 32,
                           rope_beta_slow=rope.get('beta_slow') or 1)

@@ -122,9 +122,7 @@ def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None, turns=
     if not rope_dims:
         return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
-    share = 1.0
-    if trained_length:
-        share = yarn_share(rope_dims, theta, trained_length, turns)
+    share = yarn_share(rope_dims, theta, trained_length, turns) if trained_length else 1.0
     frequency = frequency * (1 - share + share / factor)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin())).float()

@@ -1,5 +1,5 @@
 """The effective rank of attention weights, of a run of train.py or of a checkpoint in the layout of
-transformers (DeepSeek, Kimi, LongCat, Llama, Qwen3, Gemma, with others of the same two kinds of
+transformers (DeepSeek, Kimi, LongCat, Llama, Qwen3, Gemma, and others with the same two kinds of
 attention; sharded and fp8 too), one layer in memory at a time.
 
     python svd.py out/decoder_mla_o --align=True
