@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from datasets.utils import tqdm
+from tqdm import tqdm
 
 import bench
 import finetune_sst2
