@@ -1,5 +1,6 @@
 """Shared by all tests: no network, a working directory of their own, small corpora and runs."""
 
+import faulthandler
 import json
 import os
 import shutil
@@ -22,6 +23,15 @@ def pytest_configure(config):
     config.addinivalue_line(
         'markers', 'slow: left out unless asked for, `python -m pytest -m slow`')
     config.option.markexpr = config.option.markexpr or 'not slow'
+    config.stderr = os.dup(2)  # that of a test is captured
+
+
+@pytest.fixture(autouse=True)
+def hang_fails(request):
+    """After 15 minutes in one test, all ends with where it was."""
+    faulthandler.dump_traceback_later(900, exit=True, file=request.config.stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 REPOSITORY = Path(__file__).parent.parent
