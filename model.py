@@ -763,7 +763,9 @@ class LanguageModel(nn.Module):
         if key_mask is not None and self.config.causal:
             raise ValueError('a causal model takes no key_mask: give it sequences of one length')
         x = self.tok_emb(idx)
-        if self.config.vocab_rank:  # the residual stream keeps full precision under autocast
+        # the residual stream keeps full precision, under autocast and with weights in bfloat16
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.config.vocab_rank:
             x = self.vocab_proj(x).type_as(x)
         if self.config.learned_positions:
             x = x + self.pos_emb.weight[start:end]
@@ -1411,8 +1413,9 @@ class MoE(nn.Module):
 
     @torch.no_grad()
     def balance(self):
-        """Moves the bias by the load since the last call, and forgets the load."""
-        if not self.softmax:
+        """Moves the bias by the load since the last call, unless the router is frozen, and forgets
+        the load."""
+        if not self.softmax and self.router.weight.requires_grad:
             self.router_bias += self.balance_rate * torch.sign(self.load.mean() - self.load)
         self.last_load.copy_(self.load)
         self.load.zero_()
@@ -2044,7 +2047,9 @@ def yarn_share(rope_dims, theta, trained_length, turns):
 
 def on_meta(model, *args, **kwargs):
     """model(*args, **kwargs) in evaluation mode, on meta tensors."""
-    tensors = {name: torch.empty_like(tensor, device='meta')
+    # of one precision, because without autocast products do not mix them
+    tensors = {name: torch.empty_like(tensor, device='meta').float() if tensor.is_floating_point()
+               else torch.empty_like(tensor, device='meta')
                for name, tensor in chain(model.named_parameters(), model.named_buffers())}
     training = model.training
     try:

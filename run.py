@@ -22,13 +22,15 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn as nn
 from safetensors import SafetensorError
+from torch.overrides import TorchFunctionMode
 
 import config
 from config import UserError
 from deepseek import (Checkpoint, load_deepseek, options_of_deepseek, to_deepseek,
                       write_checkpoint)
-from model import (ARCHITECTURES, ConfigError, CountOrZero, NotNegative, Range, make_config,
+from model import (ARCHITECTURES, ConfigError, CountOrZero, MoE, NotNegative, Range, make_config,
                    make_model, option_names)
 from prepare import Tokenizer, partial_folder
 
@@ -60,6 +62,19 @@ class DeviceOptions:
 
     device: str = 'auto'  # auto (cuda, else mps, else cpu) or a torch device
     dtype: Literal['auto', 'float32', 'bfloat16'] = 'auto'  # auto: bfloat16 where it is faster
+
+
+@dataclass
+class WeightOptions(DeviceOptions):
+    """Weights"""
+
+    weights: Literal['float32', 'bfloat16'] = 'float32'  # precision of those that are not trained
+
+    def __post_init__(self):
+        if self.weights == 'bfloat16':
+            if self.dtype == 'float32':
+                raise UserError('weights=bfloat16: products of them are in bfloat16, leave dtype out')
+            self.dtype = 'bfloat16'
 
 
 class Device:
@@ -257,6 +272,33 @@ def build(arch, model_options, make=make_model):
         raise UserError(str(error)) from None
 
 
+class SkipInit(TorchFunctionMode):
+    """Inside, nothing sets initial weights: new tensors hold what is in their memory, and a large
+    one takes none before it is written to."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, '__module__', None) == 'torch.nn.init':
+            return args[0] if args else kwargs['tensor']
+        return function(*args, **kwargs or {})
+
+
+def build_empty(arch, model_options, precision):
+    """A model for load_weights to fill. precision: see set_precision."""
+    with SkipInit():
+        return set_precision(build(arch, model_options), precision)
+
+
+def set_precision(model, precision):
+    """Stores each matrix, and the embedding of the tokens, in the dtype precision(its name); returns
+    the model. All else is small and stays in float32: gains, biases, embeddings of positions."""
+    for prefix, module in model.named_modules():
+        if isinstance(module, (nn.Linear, MoE)) or module is model.tok_emb:
+            for name, parameter in module.named_parameters(prefix, recurse=False):
+                if parameter.dim() > 1:
+                    parameter.data = parameter.data.to(precision(name))
+    return model
+
+
 def load_weights(model, state, path):
     """Loads the weights of a checkpoint, read from path. Raises UserError if the model is another.
     Dropout may differ, and so may block_size if no weight depends on it."""
@@ -277,12 +319,14 @@ def load_weights(model, state, path):
             raise UserError(f'{path}: {name} holds numbers that are not finite')
 
 
-def load_run(folder, device='cpu'):
-    """(model, tokenizer, options) of a run folder: its best model in evaluation mode and its
-    options as a flat dict. The folder may also hold a DeepSeek-V3 in the layout of transformers."""
+def load_run(folder, device='cpu', precision=torch.float32):
+    """(model, tokenizer, options) of a run folder: its best model in evaluation mode, with weights of
+    this precision, and its options as a flat dict. The folder may also hold a DeepSeek-V3 in the
+    layout of transformers."""
     path = best_checkpoint(folder)
     state = load_checkpoint(path)
-    model = build(state['options']['arch'], model_options_of(state['options']))
+    model = build_empty(state['options']['arch'], model_options_of(state['options']),
+                        lambda name: precision)
     load_weights(model, state, path)
     tokenizer = load_tokenizer(folder, state, model.config, path, 'copy both from one run')
     return model.to(device).eval(), tokenizer, state['options']

@@ -19,13 +19,13 @@ import torch
 
 from config import UserError
 from model import Count, NotNegative, Positive, cache_bytes
-from run import Device, DeviceOptions, Seed, load_run
+from run import Device, Seed, WeightOptions, load_run
 
 CACHE_BYTES = 2 ** 30  # of the samples that are drawn together
 
 
 @dataclass
-class SampleOptions(DeviceOptions):
+class SampleOptions(WeightOptions):
     """Options"""
 
     out_dir: str | None = None  # run folder of train.py, or folder of a DeepSeek-V3
@@ -38,6 +38,7 @@ class SampleOptions(DeviceOptions):
     seed: Seed = 1337  # sample i is drawn with seed + i
 
     def __post_init__(self):
+        super().__post_init__()
         if self.top_p is not None and self.top_p > 1:
             raise UserError(f'top_p={self.top_p}: must be a probability, at most 1')
         if self.out_dir is None:
@@ -76,7 +77,8 @@ def main():
     values, _ = config.load(sys.argv[1:], SampleOptions, doc=__doc__, takes_config=False)
     options = SampleOptions(**values)
     device = Device(options, trains=False)
-    model, tokenizer, _ = load_run(options.out_dir, device.torch_device)
+    model, tokenizer, _ = load_run(options.out_dir, device.torch_device,
+                                   getattr(torch, options.weights))
     if not model.config.causal:
         raise UserError(f'{options.out_dir}: an encoder, which fills gaps and writes no text: '
                         'name a causal run')

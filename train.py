@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -38,9 +39,9 @@ from deepseek import add_output_latent
 from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegative, Positive,
                    Range, Share, cache_bytes, make_config, n_active_params, training_flops)
 from prepare import DataOptions, Tokenizer
-from run import (RESUMABLE, Device, DeviceOptions, Run, Seed, best_checkpoint, build, describe,
-                 earlier_run, export, load_checkpoint, load_tokenizer, load_weights,
-                 model_options_of, open_wandb, provenance)
+from run import (RESUMABLE, Device, Run, Seed, WeightOptions, best_checkpoint, build, build_empty,
+                 describe, earlier_run, export, load_checkpoint, load_tokenizer, load_weights,
+                 model_options_of, open_wandb, provenance, set_precision)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
 # Tokens per micro-batch if micro_batch_size is None: few on a CPU, where allocating memory costs
@@ -53,7 +54,7 @@ REFUSED = dict(gradient_accumulation_steps='batch_size counts all sequences of a
 
 
 @dataclass
-class TrainOptions(DeviceOptions, DataOptions):
+class TrainOptions(WeightOptions, DataOptions):
     """Training"""
 
     seed: Seed = 1337  # of initial weights, order of the data, masks and dropout
@@ -78,6 +79,7 @@ class TrainOptions(DeviceOptions, DataOptions):
     log_interval: Count = 10  # steps between printed lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
     o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent added to the init_from model
+    train_only: str | None = None  # regular expression of the names of what is trained; None = all
     init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), a run, a DeepSeek
     eval_only: bool = False  # evaluate the model of init_from, then exit
     export: str | None = None  # write the model of init_from here for transformers, then exit
@@ -86,6 +88,14 @@ class TrainOptions(DeviceOptions, DataOptions):
     wandb: bool = False  # log to Weights & Biases too (WANDB_MODE=offline works)
 
     def __post_init__(self):
+        super().__post_init__()
+        try:
+            re.compile(self.train_only or '')
+        except re.error as error:
+            raise UserError(f'train_only={self.train_only!r}: no regular expression ({error})') from None
+        if self.weights == 'bfloat16' and not (self.train_only or self.only_reads):
+            raise UserError('weights=bfloat16: what is trained stays in float32, and here that is all: '
+                            'set train_only or eval_only')
         if self.min_lr > self.learning_rate:
             raise UserError(f'min_lr={self.min_lr}: above learning_rate={self.learning_rate}, set '
                             'both')
@@ -97,6 +107,15 @@ class TrainOptions(DeviceOptions, DataOptions):
     def warmup(self):
         """Steps of the warmup."""
         return self.max_iters // 10 if self.warmup_iters is None else self.warmup_iters
+
+    @property
+    def only_reads(self):
+        """Whether nothing is trained."""
+        return self.eval_only or self.export is not None
+
+    def trains(self, name):
+        """Whether the parameter of this name is trained."""
+        return not self.only_reads and re.search(self.train_only or '', name) is not None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -117,7 +136,8 @@ def read_options(argv):
     if init_from == 'resume':
         state = load_checkpoint(latest, **RESUMABLE)
         inherited = state['options']
-        for name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase'):
+        for name in ('batch_size', 'seed', 'optimizer', 'mask_prob', 'tokenizer', 'lowercase',
+                     'train_only'):
             if name in values and values[name] != inherited.get(name):
                 raise UserError(f'{latest}: cannot go on with {name}={values[name]}, it was '
                                 f'{inherited.get(name)}; {ANEW}')
@@ -157,14 +177,27 @@ def start_model(options, model_options, state, origin):
     rank, norm, n_groups = ((full | model_options)[name] for name in full)
     cut = (state and rank and not state['options'].get('o_latent')
            and options.init_from != 'resume')
-    model = build(options.arch, model_options | full if cut else model_options)
+
+    def precision(name, cut=False):  # what is to be cut is read in full precision
+        high = options.trains(name) or cut and '.o_proj.' in name
+        return torch.float32 if high else getattr(torch, options.weights)
+
     if state:
+        model = build_empty(options.arch, model_options | full if cut else model_options,
+                            functools.partial(precision, cut=cut))
         load_weights(model, state, origin)
+    else:
+        model = build(options.arch, model_options)
     try:
         if cut:
             add_output_latent(model, rank, options.o_latent_init, norm, n_groups)
     except ConfigError as error:
         raise UserError(str(error)) from None
+    for name, parameter in set_precision(model, precision).named_parameters():
+        parameter.requires_grad_(options.trains(name))
+    if not options.only_reads and not any(p.requires_grad for p in model.parameters()):
+        raise UserError(f'train_only={options.train_only!r}: matches the name of no parameter; '
+                        f'{name} is one')
     return model
 
 
@@ -344,9 +377,9 @@ def holds(folder, source, tokenizer):
 
 
 def parameter_groups(model):
-    """(hidden matrices, embeddings, the rest) of a model: three lists of parameters. Hidden
-    matrices are the weights of linear layers, except lm_head, and three-dimensional parameters,
-    which are stacks of matrices."""
+    """[hidden matrices, embeddings, the rest] of a model: three lists of the parameters that are
+    trained. Hidden matrices are the weights of linear layers, except lm_head, and three-dimensional
+    parameters, which are stacks of matrices."""
     matrices, embeddings, rest = [], [], []
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
@@ -355,7 +388,7 @@ def parameter_groups(model):
             (embeddings if embedding else matrices if matrix else rest).append(parameter)
     grouped = matrices + embeddings + rest
     assert sorted(map(id, grouped)) == sorted(map(id, model.parameters())), 'in one group each'
-    return matrices, embeddings, rest
+    return [[p for p in group if p.requires_grad] for group in (matrices, embeddings, rest)]
 
 
 class Muon(torch.optim.Optimizer):
@@ -407,7 +440,7 @@ def make_optimizers(model, options):
     matrices, embeddings, rest = parameter_groups(model)
     shared, optimizers = dict(lr=options.learning_rate, weight_decay=options.weight_decay), []
     if options.optimizer == 'muon':
-        optimizers, matrices = [Muon(matrices, shared)], []
+        optimizers, matrices = [Muon([dict(params=matrices)], shared)], []
     groups = [dict(params=matrices + embeddings), dict(params=rest, weight_decay=0.0)]
     betas = options.beta1, options.beta2
     return optimizers + [torch.optim.AdamW(groups, betas=betas, fused=True, **shared)]

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as m
 from model import ConfigError, make_model
-from test_model import OWN, tokens
+from test_model import OWN, same_in_bfloat16, tokens
 from train import Muon, TrainOptions, make_optimizers, parameter_groups
 
 # 2 does not divide 5 - 2, nor 5 divide 7 - 5
@@ -60,6 +60,11 @@ def tiny(name, seed=0, **options):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=1.0 if parameter.dim() == 1 else 0.0, std=0.3)
     return model
+
+
+@pytest.mark.parametrize('name', GROUPED)
+def test_weights_in_bfloat16_compute_what_their_values_do_in_float32(name):
+    same_in_bfloat16(tiny(name).float().eval(), tokens(2, 14))
 
 
 def assert_causal(model, T):

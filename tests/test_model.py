@@ -16,6 +16,7 @@ import layers
 import model as m
 from fused import split_fused
 from model import Attention, ConfigError, make_model
+from run import set_precision
 
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = dict(vocab_size=61, block_size=16, n_layer=2, n_head=4, n_embd=32)
@@ -473,6 +474,28 @@ def test_initial_loss_is_that_of_guessing(name):
     model = make_model(**{**TINY, **EVERY[name]}).eval()
     idx, targets = tokens(8, 16), tokens(8, 16, seed=2)
     assert abs(model(idx, targets)['loss'].item() - math.log(61)) < 0.05
+
+
+@pytest.mark.parametrize('name', EVERY)
+def test_weights_in_bfloat16_compute_what_their_values_do_in_float32(name):
+    same_in_bfloat16(tiny(**EVERY[name], dtype=torch.float32).eval(), tokens(2, 14))
+
+
+def same_in_bfloat16(low, idx):
+    """Rounds a model's matrices to bfloat16, stored as such and in float32: under autocast both give
+    the same digits."""
+    set_precision(low, lambda name: torch.bfloat16)
+    high = set_precision(copy.deepcopy(low), lambda name: torch.float32)
+    assert low.tok_emb.weight.dtype == torch.bfloat16 != high.tok_emb.weight.dtype
+    with torch.no_grad(), torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(low(idx), high(idx))
+        assert low(idx, idx)['loss'] == high(idx, idx)['loss']
+    assert m.training_flops(low, 8) == m.training_flops(high, 8)
+    if low.config.causal:
+        assert m.cache_bytes(low, torch.bfloat16) == m.cache_bytes(high, torch.bfloat16)
+        with torch.autocast('cpu', torch.bfloat16):
+            texts = (model.generate(idx[:, :4], 6, seed=1) for model in (low, high))
+            assert torch.equal(*texts)
 
 
 # -- causality and masks ---------------------------------------------------------------------------

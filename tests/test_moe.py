@@ -91,6 +91,15 @@ def test_the_bias_moves_against_the_load():
     assert 'load' not in moe.state_dict()
 
 
+def test_a_frozen_router_keeps_its_bias():
+    moe = mixture(balance_rate=0.25)
+    bias = moe.router_bias.clone()
+    moe.router.requires_grad_(False)
+    moe(torch.randn(2, 7, 32, dtype=torch.float64))
+    moe.balance()
+    assert torch.equal(moe.router_bias, bias) and moe.last_load.sum() > 0 == moe.load.sum()
+
+
 def test_balancing_balances():
     """From a bias that sends all tokens to two experts of six."""
     moe = mixture(balance_rate=0.02)

@@ -552,6 +552,47 @@ def test_starting_from_another_run(runs, script):
     assert json.loads(Path('second/config.json').read_text())['warmup_iters'] is None
 
 
+HEAL = ['--init_from=mla', '--o_latent=8', r'--train_only=\.o_proj\.', '--batch_size=8',
+        '--eval_iters=2', '--eval_interval=2', '--warmup_iters=1']
+
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'muon'])
+@pytest.mark.parametrize('weights', ['float32', 'bfloat16'])
+def test_a_part_is_trained_and_the_rest_stays_as_it_was(runs, script, weights, optimizer):
+    arguments = [*HEAL, f'--weights={weights}', f'--optimizer={optimizer}']
+    before = load_checkpoint('mla/ckpt_best.pt')['model']
+    script(train, *arguments, '--max_iters=4', '--out_dir=straight')
+    state = load_checkpoint('straight/ckpt.pt')
+    for name, weight in state['model'].items():
+        if '.o_proj.' in name:
+            assert weight.dtype == torch.float32 and name not in before
+        else:
+            is_matrix = weight.dim() > 1
+            assert weight.dtype == (getattr(torch, weights) if is_matrix else torch.float32)
+            assert torch.equal(weight, before[name].to(weight.dtype)), name
+    n_moments = sum(len(optimizer['state']) for optimizer in state['optimizers'])
+    assert n_moments == 2 * 2  # two layers, two matrices each
+    trained = state['model']['blocks.0.attn.o_proj.o_b_proj.weight']
+    script(train, *arguments, '--max_iters=2', '--lr_decay_iters=4', '--out_dir=parts')
+    assert not torch.equal(trained, load_checkpoint('parts/ckpt.pt')['model'][
+        'blocks.0.attn.o_proj.o_b_proj.weight'])
+    script(train, RESUME, '--out_dir=parts', '--max_iters=4')
+    same_state('straight/ckpt.pt', 'parts/ckpt.pt')
+
+
+def test_a_score_in_bfloat16_weights_is_that_of_float32(runs, script, capsys):
+    # a run whose weights are bfloat16 numbers
+    script(train, *SMALL, '--init_from=mla', '--out_dir=rounded', '--train_only=norm',
+           '--weights=bfloat16', '--dtype=bfloat16', '--max_iters=1')
+    lines = []
+    for weights in ('float32', 'bfloat16'):
+        capsys.readouterr()
+        script(train, '--init_from=rounded', '--eval_only=True', '--dtype=bfloat16',
+               f'--weights={weights}')
+        lines.append(capsys.readouterr().out)
+    assert lines[0] == lines[1] and 'loss' in lines[0]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
     mla = ['--attention=mla', '--kv_latent=8', '--max_iters=20', '--learning_rate=1e-2']
@@ -831,6 +872,12 @@ def test_help_shows_what_a_config_sets(script, capsys):
      'another architecture: it was trained with causal=True, not False'),
     (['--init_from=decoder', '--block_size=16'], 'size mismatch for pos_emb.weight'),
     (['--eval_only=True'], '--init_from=RUN'),
+    (['--train_only=o_porj'], "train_only='o_porj': matches the name of no parameter"),
+    (['--train_only=('], "train_only='(': no regular expression"),
+    (['--init_from=resume', '--out_dir=decoder', '--train_only=norm'],
+     'cannot go on with train_only=norm, it was None'),
+    (['--weights=bfloat16', '--train_only=norm'], 'weights=bfloat16: products of them are in'),
+    (['--weights=bfloat16', '--dtype=auto'], 'set train_only or eval_only'),
     (['--device=tpu'], '--device=tpu'),
     (['--device=hpu'], '--device=hpu'),
     (['--device=meta'], '--device=meta: '),
