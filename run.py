@@ -28,7 +28,7 @@ from torch.overrides import TorchFunctionMode
 
 import config
 from config import UserError
-from deepseek import (Checkpoint, load_deepseek, options_of_deepseek, to_deepseek,
+from deepseek import (Checkpoint, is_finite, load_deepseek, options_of_deepseek, to_deepseek,
                       write_checkpoint)
 from model import (ARCHITECTURES, ConfigError, CountOrZero, MoE, NotNegative, Range, make_config,
                    make_model, option_names)
@@ -315,7 +315,7 @@ def load_weights(model, state, path):
     except (ConfigError, RuntimeError) as error:  # torch names each tensor in a line of its own
         raise UserError(f'{path}: {str(error).splitlines()[-1].strip()}') from None
     for name, weight in model.state_dict().items():
-        if not weight.isfinite().all():
+        if not is_finite(weight):
             raise UserError(f'{path}: {name} holds numbers that are not finite')
 
 

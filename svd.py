@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 
 from config import UserError
-from deepseek import Checkpoint, read_attention
+from deepseek import Checkpoint, is_finite, read_attention
 from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlock, OutputLatent,
                    PoolBlock, Range, Up)
 from run import (Seed, best_checkpoint, build, load_checkpoint, load_weights, model_options_of,
@@ -248,7 +248,7 @@ def spectra(parts, stacked):
         if not thin.keys() >= {*names}:
             continue
         x = fused(*(thin[name] for name in names)) if len(names) > 1 else thin[kind]
-        if not x.isfinite().all():
+        if not is_finite(x):
             raise UserError(f'{kind}: products of its weights are too large for float32: name a '
                             'checkpoint of a trained model')
         heads = [torch.linalg.svdvals(head.double()) for head in x]
