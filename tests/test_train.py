@@ -969,7 +969,7 @@ def test_the_zoo_has_one_size_and_many_caches():
     for name, model in decoders('zoo').items():
         embedding = model.tok_emb.weight.numel()
         sizes[name], caches[name] = model.n_params() - embedding, cache_bytes(model)[0]
-    assert len(sizes) == 15 and max(sizes.values()) < 1.001 * min(sizes.values())
+    assert len(sizes) == 19 and max(sizes.values()) < 1.001 * min(sizes.values())
     assert caches['zoo'] == 8 * caches['zoo_mqa'] == max(caches.values())
     alike = 'zoo_mla', 'zoo_mla_per_head', 'zoo_gta', 'zoo_gla', 'zoo_mlra'
     assert len({caches[name] for name in alike}) == 1
