@@ -522,7 +522,7 @@ class Checkpoint:
 
 
 def is_finite(x):
-    """Whether all numbers of a tensor are finite; takes a ninth of the time of x.isfinite().all()."""
+    """Whether all numbers of a tensor are finite, in a ninth of the time of x.isfinite().all()."""
     return not x.numel() or all(bound.isfinite() for bound in x.aminmax())
 
 

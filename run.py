@@ -73,7 +73,7 @@ class WeightOptions(DeviceOptions):
     def __post_init__(self):
         if self.weights == 'bfloat16':
             if self.dtype == 'float32':
-                raise UserError('weights=bfloat16: products of them are in bfloat16, leave dtype out')
+                raise UserError('weights=bfloat16: their products are in bfloat16, leave dtype out')
             self.dtype = 'bfloat16'
 
 
@@ -289,8 +289,8 @@ def build_empty(arch, model_options, precision):
 
 
 def set_precision(model, precision):
-    """Stores each matrix, and the embedding of the tokens, in the dtype precision(its name); returns
-    the model. All else is small and stays in float32: gains, biases, embeddings of positions."""
+    """Stores each matrix, and the embedding of tokens, in the dtype precision(its name); returns the
+    model. All else is small and stays in float32: gains, biases, embeddings of positions."""
     for prefix, module in model.named_modules():
         if isinstance(module, (nn.Linear, MoE)) or module is model.tok_emb:
             for name, parameter in module.named_parameters(prefix, recurse=False):
@@ -320,8 +320,8 @@ def load_weights(model, state, path):
 
 
 def load_run(folder, device='cpu', precision=torch.float32):
-    """(model, tokenizer, options) of a run folder: its best model in evaluation mode, with weights of
-    this precision, and its options as a flat dict. The folder may also hold a DeepSeek-V3 in the
+    """(model, tokenizer, options) of a run folder: its best model in evaluation mode, with weights
+    of this precision, and its options as a flat dict. The folder may also hold a DeepSeek-V3 in the
     layout of transformers."""
     path = best_checkpoint(folder)
     state = load_checkpoint(path)

@@ -92,10 +92,11 @@ class TrainOptions(WeightOptions, DataOptions):
         try:
             re.compile(self.train_only or '')
         except re.error as error:
-            raise UserError(f'train_only={self.train_only!r}: no regular expression ({error})') from None
+            raise UserError(f'train_only={self.train_only!r}: no regular expression '
+                            f'({error})') from None
         if self.weights == 'bfloat16' and not (self.train_only or self.only_reads):
-            raise UserError('weights=bfloat16: what is trained stays in float32, and here that is all: '
-                            'set train_only or eval_only')
+            raise UserError('weights=bfloat16: what is trained stays in float32, and here that is '
+                            'all: set train_only or eval_only')
         if self.min_lr > self.learning_rate:
             raise UserError(f'min_lr={self.min_lr}: above learning_rate={self.learning_rate}, set '
                             'both')

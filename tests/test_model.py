@@ -482,8 +482,8 @@ def test_weights_in_bfloat16_compute_what_their_values_do_in_float32(name):
 
 
 def same_in_bfloat16(low, idx):
-    """Rounds a model's matrices to bfloat16, stored as such and in float32: under autocast both give
-    the same digits."""
+    """Rounds a model's matrices to bfloat16, stored as such and in float32: under autocast both
+    give the same digits."""
     set_precision(low, lambda name: torch.bfloat16)
     high = set_precision(copy.deepcopy(low), lambda name: torch.float32)
     assert low.tok_emb.weight.dtype == torch.bfloat16 != high.tok_emb.weight.dtype

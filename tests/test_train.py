@@ -876,7 +876,7 @@ def test_help_shows_what_a_config_sets(script, capsys):
     (['--train_only=('], "train_only='(': no regular expression"),
     (['--init_from=resume', '--out_dir=decoder', '--train_only=norm'],
      'cannot go on with train_only=norm, it was None'),
-    (['--weights=bfloat16', '--train_only=norm'], 'weights=bfloat16: products of them are in'),
+    (['--weights=bfloat16', '--train_only=norm'], 'weights=bfloat16: their products are in'),
     (['--weights=bfloat16', '--dtype=auto'], 'set train_only or eval_only'),
     (['--device=tpu'], '--device=tpu'),
     (['--device=hpu'], '--device=hpu'),
