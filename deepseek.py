@@ -17,6 +17,7 @@ import json
 import math
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +27,8 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from config import UserError, read_json
-from model import (ARCHITECTURES, BlockConfig, ConfigError, LanguageModel, OutputLatent,
-                   Transformer, make_attention, make_model)
+from model import (BlockConfig, ConfigError, LanguageModel, OutputLatent, Transformer,
+                   make_attention, make_model)
 
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have one scale per block of 128 x 128
 GAIN_FROM_1 = 'gemma', 'gemma2', 'gemma3', 'gemma3_text', 'nemotron'  # a gain of w means 1 + w
@@ -391,29 +392,31 @@ def write_checkpoint(folder, weights, hf_config):
 # output latents
 
 
-def add_output_latent(model, rank, init='svd', norm='none', n_groups=1):
+def add_output_latent(model, rank, init='svd', norm='none', n_groups=1, batches=()):
     """Replaces each linear o_proj of a model's attentions by an OutputLatent of this rank, in
     place; returns the model.
 
     model: one of ours, or one of transformers whose attentions have an o_proj, for example
-    DeepseekV3ForCausalLM or LlamaForCausalLM. init: 'svd', the best product of this rank (at full
-    rank nothing changes), or 'xavier', new weights. norm, n_groups: see OutputLatent; a norm other
-    than 'none' changes the outputs at any rank. To reload what was saved, do the same to a new
-    model and load the weights. Raises ConfigError before anything is changed.
+    DeepseekV3ForCausalLM or LlamaForCausalLM. init: 'svd', the product of this rank with the
+    closest weights; 'data', with the closest outputs on `batches`, tuples of arguments of the model
+    (at full rank neither changes anything); or 'xavier', new weights. norm, n_groups: see
+    OutputLatent; a norm other than 'none' changes the outputs at any rank. To reload what was
+    saved, do the same to a new model, with any init, and load the weights. Raises ConfigError
+    before anything is changed.
     """
-    if init not in ('svd', 'xavier') or norm not in ('none', 'sum', 'head'):
-        raise ConfigError(f"init={init!r}, norm={norm!r}: must be 'svd' or 'xavier', and 'none', "
-                          "'sum' or 'head'")
+    if init not in ('svd', 'data', 'xavier') or norm not in ('none', 'sum', 'head'):
+        raise ConfigError(f"init={init!r}, norm={norm!r}: must be 'svd', 'data' or 'xavier', and "
+                          "'none', 'sum' or 'head'")
     found = {name: module for name, module in model.named_modules()
              if isinstance(getattr(module, 'o_proj', None), nn.Linear)}
     if not found:
         raise ConfigError('no attention of this model has a linear o_proj')
     heads = {name: n_heads_of(name, module, rank, n_groups) for name, module in found.items()}
+    moments = second_moments(model, found, batches) if init == 'data' else {}
     if isinstance(model, LanguageModel):  # its first n_dense layers stay as they are
-        arch = next(name for name, (kind, _) in ARCHITECTURES.items() if type(model) is kind)
         options = model.config.options() | dict(o_latent=rank, o_norm=norm, o_groups=n_groups)
         with torch.device('meta'):
-            wanted = make_model(arch, **options)
+            wanted = type(model)(type(model.config)(**options))
         found = {name: module for name, module in found.items()
                  if isinstance(wanted.get_submodule(name).o_proj, OutputLatent)}
         model.config = wanted.config
@@ -421,12 +424,12 @@ def add_output_latent(model, rank, init='svd', norm='none', n_groups=1):
         old = module.o_proj
         new = OutputLatent(heads[name], old.in_features, rank, old.out_features, norm,
                            old.bias is not None, n_groups).to(old.weight)
-        if init == 'svd':
-            a, b = best_product(old.weight.detach(), rank, n_groups)
-            new.load_state_dict({'o_a_proj.weight': a, 'o_b_proj.weight': b}, strict=False)
-        else:
+        if init == 'xavier':
             nn.init.xavier_uniform_(new.o_a_proj.weight)
             nn.init.xavier_uniform_(new.o_b_proj.weight)
+        else:
+            a, b = best_product(old.weight.detach(), rank, n_groups, moments.get(name))
+            new.load_state_dict({'o_a_proj.weight': a, 'o_b_proj.weight': b}, strict=False)
         if old.bias is not None:
             new.o_b_proj.bias = old.bias
         module.o_proj = new
@@ -454,14 +457,57 @@ def n_heads_of(name, attention, rank, n_groups):
     return n_head
 
 
-def best_product(weight, rank, n_groups):
+@torch.no_grad()
+def second_moments(model, attentions, batches):
+    """{name: sum of y y^T} over the inputs y of the o_proj of each attention, in evaluation mode.
+    In float64 on the CPU: a GPU may multiply float32 in TF32, and some devices have no float64.
+    Raises ConfigError."""
+    sums, training = {}, model.training
+
+    def add(name, o_proj, inputs):
+        y = inputs[0].flatten(0, -2).cpu().double()
+        sums[name] = sums.get(name, 0.0) + y.t() @ y
+
+    hooks = [attention.o_proj.register_forward_pre_hook(partial(add, name))
+             for name, attention in attentions.items()]
+    try:
+        for batch in batches:
+            model.eval()(*batch)
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    for name in attentions:
+        if name not in sums or not sums[name].isfinite().all():
+            raise ConfigError(f"init='data': the inputs of {name}.o_proj are missing or not finite: "
+                              'pass batches, which are tuples of arguments of the model')
+    return sums
+
+
+def best_product(weight, rank, n_groups, moments=None):
     """(a, b) with the smallest |b a - weight|: weight (D, H*dv), a (G*R, H*dv/G), b (D, G*R). Each
-    of the G groups of heads has an a and a b of its own."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-    weight = weight.unflatten(1, (n_groups, -1)).transpose(0, 1)  # (G, D, H*dv/G)
-    u, s, v = torch.linalg.svd(weight, full_matrices=False)
-    s = s[:, None, :rank].sqrt()
-    return (s.mT * v[:, :rank]).flatten(0, 1), (u[:, :, :rank] * s).transpose(0, 1).flatten(1)
+    of the G groups of heads has an a and a b of its own.
+
+    With moments, the sum of y y^T over vectors y, the sum of |b a y - weight y|^2 is the smallest
+    instead; for G > 1 only nearly: each a is the best for its group alone, and b with these."""
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32)
+                       if moments is None else moments)
+    groups = weight.unflatten(1, (n_groups, -1)).transpose(0, 1)  # (G, D, H*dv/G)
+    if moments is None:
+        u, s, v = torch.linalg.svd(groups, full_matrices=False)
+        a = s[:, :, None] * v
+    else:
+        values, vectors = torch.linalg.eigh(moments)
+        # not zero even where no y has been, so that at full rank b a is the weight
+        root = vectors * values.clamp(min=1e-6 * values.mean()).sqrt()  # root root^T = moments
+        u = torch.linalg.svd(groups @ root.unflatten(0, (n_groups, -1)), full_matrices=False)[0]
+        a = u.mT @ groups
+    a, u = a[:, :rank], u[:, :, :rank]  # (G, R, H*dv/G), (G, D, R)
+    size = a.norm(dim=2, keepdim=True).clamp(min=1e-30).sqrt()  # half of it goes to b
+    a, b = a / size, (u * size.mT).transpose(0, 1).flatten(1)
+    if moments is not None and n_groups > 1:
+        b = weight @ root @ torch.linalg.pinv(torch.block_diag(*a) @ root)
+    return a.flatten(0, 1), b
 
 
 # --------------------------------------------------------------------------------------------------

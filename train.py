@@ -47,6 +47,7 @@ EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accura
 # Tokens per micro-batch if micro_batch_size is None: few on a CPU, where allocating memory costs
 # more than arithmetic; many on a GPU, which would wait for kernel launches (not measured).
 TOKENS_AT_A_TIME = dict(cpu=2 ** 12, mps=2 ** 14, cuda=2 ** 15)
+CUT_TOKENS = 2 ** 16  # read for o_latent_init='data'
 ANEW = 'use --init_from=RUN --out_dir=NEW to start a new run from its weights'
 OpenShare = Annotated[float, Range(above=0, below=1)]
 REFUSED = dict(gradient_accumulation_steps='batch_size counts all sequences of a step; set '
@@ -78,7 +79,7 @@ class TrainOptions(WeightOptions, DataOptions):
     eval_iters: CountOrZero = 20  # batches of batch_size per evaluation; 0 = all validation data
     log_interval: Count = 10  # steps between printed lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
-    o_latent_init: Literal['svd', 'xavier'] = 'svd'  # of an o_latent added to the init_from model
+    o_latent_init: Literal['svd', 'data', 'xavier'] = 'svd'  # of an o_latent that init_from lacks
     train_only: str | None = None  # regular expression of the names of what is trained; None = all
     init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), a run, a DeepSeek
     eval_only: bool = False  # evaluate the model of init_from, then exit
@@ -171,9 +172,10 @@ def split_options(flat):
     return options, model_options | dict(vocab_size=vocab_size)
 
 
-def start_model(options, model_options, state, origin):
+def start_model(options, model_options, state, origin, device=None, data=None):
     """The model at the first step: new, or from the checkpoint `state` of the folder `origin`. If
-    only the new run has an o_latent, each W^O of the checkpoint is replaced by two matrices."""
+    only the new run has an o_latent, each W^O of the checkpoint is replaced by two matrices.
+    device, data: for o_latent_init='data', which reads the first sequences of the training data."""
     full = dict(o_latent=None, o_norm='none', o_groups=1)
     rank, norm, n_groups = ((full | model_options)[name] for name in full)
     cut = (state and rank and not state['options'].get('o_latent')
@@ -189,9 +191,16 @@ def start_model(options, model_options, state, origin):
         load_weights(model, state, origin)
     else:
         model = build(options.arch, model_options)
+    batches = ()
+    if cut and options.o_latent_init == 'data':
+        model.to(device.torch_device)
+        micro, _ = accumulation(options, model.config.block_size, device)
+        n_sequences = -(-CUT_TOKENS // model.config.block_size)
+        batches = (device.put(data.train.batch(range(first, first + micro)))
+                   for first in range(0, n_sequences, micro))
     try:
         if cut:
-            add_output_latent(model, rank, options.o_latent_init, norm, n_groups)
+            add_output_latent(model, rank, options.o_latent_init, norm, n_groups, batches)
     except ConfigError as error:
         raise UserError(str(error)) from None
     for name, parameter in set_precision(model, precision).named_parameters():
@@ -773,7 +782,12 @@ def main():
     if state:
         tokenizer = load_tokenizer(origin, state, model_config, origin, 'copy both from one run')
     if options.export:
-        export(start_model(options, model_options, state, origin), tokenizer, options.export)
+        device = data = None
+        if options.o_latent_init == 'data':
+            device = Device(options)
+            data = open_data(options, model_config, device, tokenizer)
+        model = start_model(options, model_options, state, origin, device, data)
+        export(model.cpu(), tokenizer, options.export)
         return print(f'{options.export}: step {state["step"]} of {origin}, for transformers')
     device = Device(options)
     micro, n_accumulation = accumulation(options, model_config.block_size, device)
@@ -787,7 +801,8 @@ def main():
     data = open_data(options, model_config, device, tokenizer)
     if resuming and state['provenance'].get('data_sha256') != data.meta['sha256']:
         raise UserError(f'{origin}: was trained on other data than {data.folder} holds; {ANEW}')
-    model = start_model(options, model_options, state, origin).to(device.torch_device)
+    model = start_model(options, model_options, state, origin, device, data)
+    model.to(device.torch_device)
     forward = compiled(options, model, device)
     try:
         if options.eval_only:
