@@ -1,6 +1,8 @@
 """deepseek.py against transformers: DeepSeek-V3's checkpoints in and out, single attentions of
 checkpoints, and output latents for models that were trained without one."""
 
+import math
+
 import pytest
 import torch
 import transformers
@@ -213,6 +215,7 @@ def test_one_attention_of_our_own_checkpoint(tmp_path, split):
 TINY = dict(vocab_size=61, n_layer=1, n_embd=32)
 
 
+@pytest.mark.parametrize('init', ['svd', 'data'])
 @pytest.mark.parametrize('make', [
     lambda: ours(),
     lambda: make_model('transformer', **TINY).eval(),
@@ -220,14 +223,16 @@ TINY = dict(vocab_size=61, n_layer=1, n_embd=32)
     lambda: theirs(**MOE),
     lambda: theirs(**LLAMA, attention_bias=True)],
     ids=['mla', 'mha', 'encoder_decoder', 'deepseek', 'llama'])
-def test_at_full_rank_nothing_changes(make):
+def test_at_full_rank_nothing_changes(make, init):
+    """Even if the data say nothing about most directions."""
     model, idx = make(), tokens(2, 20)
     logits = lambda model: getattr(out := model(idx), 'logits', out)
     with torch.no_grad():
         before = logits(model)
         o_proj = next(m for m in model.modules() if hasattr(m, 'o_proj')).o_proj
         full = min(o_proj.weight.shape)
-        assert_close(logits(add_output_latent(model, full)), before)
+        add_output_latent(model, full, init, batches=[(tokens(1, 9, seed=2),)])
+        assert_close(logits(model), before)
         state = model.state_dict()
         again = add_output_latent(make(), full, init='xavier')  # another start, then reloaded
         assert not torch.allclose(logits(again), before, rtol=1e-2)
@@ -249,16 +254,49 @@ def test_svd_is_the_best_product_and_the_config_follows():
     assert torch.equal(rebuilt(tokens(1, 9)), model(tokens(1, 9)))
 
 
+def error_on_data(make, rank, init, n_groups):
+    """(matrices of the inputs and the outputs of an o_proj in float64, a token per row, the mean
+    squared error of its outputs after the cut, and the cut model)."""
+    model, batches, seen = make(), [(tokens(4, 30, seed=seed),) for seed in (2, 3)], []
+    attention = next(m for m in reversed([*model.modules()]) if hasattr(m, 'o_proj'))
+    with torch.no_grad():
+        hook = attention.o_proj.register_forward_hook(
+            lambda o_proj, inputs, out: seen.append((inputs[0].flatten(0, 1), out.flatten(0, 1))))
+        for batch in batches:
+            model(*batch)
+        hook.remove()
+        y, z = (torch.cat(parts).double() for parts in zip(*seen))
+        add_output_latent(model.train(), rank, init, n_groups=n_groups, batches=iter(batches))
+        assert model.training and not attention.o_proj._forward_pre_hooks
+        return y, z, (attention.o_proj.double()(y) - z).square().sum().item(), attention.o_proj
+
+
+@pytest.mark.parametrize('make', [
+    lambda: ours(dropout=0.5, attention_dropout=0.5), lambda: theirs(**MOE),
+    lambda: theirs(**LLAMA, attention_dropout=0.5)], ids=['ours', 'deepseek', 'llama'])
+@pytest.mark.parametrize('rank, n_groups', [(1, 1), (9, 1), (40, 1), (1, 2), (9, 2), (30, 2)])
+def test_data_cut_for_the_closest_outputs(make, rank, n_groups):
+    y, z, error, o_proj = error_on_data(make, rank, 'data', n_groups)
+    assert error < 0.98 * error_on_data(make, rank, 'svd', n_groups)[2]
+    if n_groups == 1:  # no product of this rank is closer (Eckart and Young)
+        least = torch.linalg.svdvals(z)[rank:].square().sum().item()
+    else:  # from these latents no linear map is
+        latent = o_proj.o_a_proj(y)
+        least = (latent @ torch.linalg.lstsq(latent, z).solution - z).square().sum().item()
+    assert error == pytest.approx(least, rel=1e-5)
+
+
+@pytest.mark.parametrize('init', ['svd', 'data'])
 @pytest.mark.parametrize('arch, options', [
     ('transformer', dict(n_dense=1)),
     ('transformer', dict(n_dense=1, attention='mha', q_latent=None, kv_latent=None,
                          rope_key='per_head', bias=True)),
     ('encoder_decoder', dict(cross_n_head=4))])
-def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options):
+def test_groups_are_cut_one_by_one_and_dense_layers_stay(arch, options, init):
     """At full rank nothing changes, and the config rebuilds the model."""
     model, idx = make_model(arch, **OURS | options).eval(), tokens(1, 9)
     before = model(idx)
-    add_output_latent(model, 32, n_groups=2)
+    add_output_latent(model, 32, init, n_groups=2, batches=[(tokens(1, 9, seed=2),)])
     assert_close(model(idx), before)
     if arch == 'transformer':
         cut = [isinstance(block.attn.o_proj, OutputLatent) for block in model.blocks]
@@ -333,12 +371,16 @@ def test_to_deepseek_refuses(options, message):
     (dict(rank=17, n_groups=4), 'an output latent of 17: blocks.0.attn.o_proj takes 1 to 16'),
     (dict(rank=8, n_groups=3), 'blocks.0.attn has 4 heads, which are not divisible by o_groups=3'),
     (dict(rank=8, init='random'), "init='random'"),
+    (dict(rank=8, init='data'), "init='data': the inputs of blocks.0.attn.o_proj are missing"),
+    (dict(rank=8, init='data', batches=[(tokens(1, 9),)]), 'blocks.1.attn.o_proj .*not finite'),
 ])
 def test_add_output_latent_refuses_before_it_changes_anything(arguments, message):
     model = ours()
+    torch.nn.init.constant_(model.blocks[1].attn.v_b_proj.weight, math.inf)
     with pytest.raises(ConfigError, match=message):
         add_output_latent(model, **arguments)
     assert not any(isinstance(module, OutputLatent) for module in model.modules())
+    assert model.config.o_latent is None
     with pytest.raises(ConfigError, match='no attention of this model has a linear o_proj'):
         add_output_latent(torch.nn.Linear(3, 3), 2)
 

@@ -25,6 +25,7 @@ import run
 import train
 from config import UserError
 from conftest import ENCODER, REPOSITORY, SMALL, TIMES, corpus, metrics, same_state, shell, timeless
+from deepseek import add_output_latent
 from model import cache_bytes, make_model
 from prepare import Tokenizer
 from run import DeviceOptions, bfloat16_is_faster, load_checkpoint, load_run, save_checkpoint
@@ -615,6 +616,29 @@ def test_a_run_goes_on_with_an_output_latent(data, script, capsys):
     for arguments, message in refused:
         with pytest.raises(UserError, match=message):
             script(train, *arguments)
+
+
+@pytest.mark.parametrize('causal', [True, False])
+def test_an_output_latent_is_cut_with_the_first_training_data(data, script, monkeypatch, causal):
+    script(train, *SMALL, f'--causal={causal}', '--max_iters=1', '--dropout=0.1')
+    models = []
+    monkeypatch.setattr(train, 'train', lambda options, model, *rest: models.append(model))
+    monkeypatch.setattr(train, 'CUT_TOKENS', 1000)
+    for init in ('data', 'data', 'svd'):
+        script(train, '--init_from=run', '--o_latent=4', f'--o_latent_init={init}',
+               '--out_dir=cut', '--batch_size=4', '--device=cpu')
+    states = [model.state_dict().values() for model in models]
+    assert all(map(torch.equal, *states[:2]))
+    folder, = Path('data').iterdir()
+    loader = Loader(prepare.read_tokens(folder, 'train'), 32, BYTES, causal, seed=1337)
+    batches = [loader.batch(range(16)), loader.batch(range(16, 32))]  # 1024 tokens
+    wanted = add_output_latent(load_run('run')[0], 4, 'data', batches=batches)
+    for ours, plain, direct in zip(models[0].blocks, models[2].blocks, wanted.blocks):
+        ours, plain, direct = (block.attn.o_proj.o_b_proj.weight @ block.attn.o_proj.o_a_proj.weight
+                               for block in (ours, plain, direct))
+        assert torch.allclose(ours, direct, atol=1e-6) and not torch.allclose(ours, plain, atol=1e-3)
+    with pytest.raises(UserError, match='an output latent of 33: blocks.0.attn.o_proj takes 1 to'):
+        script(train, '--init_from=run', '--o_latent=33', '--o_latent_init=data', '--out_dir=cut')
 
 
 def test_max_seconds_ends_the_run_and_its_schedule(data, script, monkeypatch):
