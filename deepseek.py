@@ -449,8 +449,7 @@ def n_heads_of(name, attention, rank, n_groups):
         raise ConfigError(f'{name}: has no config whose num_attention_heads divides the {n_in} '
                           'inputs of its o_proj: models with such layers cannot be cut')
     if n_head % n_groups:
-        raise ConfigError(f'{name} has {n_head} heads, which are not divisible by '
-                          f'o_groups={n_groups}')
+        raise ConfigError(f'{name} has {n_head} heads, not divisible by o_groups={n_groups}')
     full = min(n_out, n_in // n_groups)
     if not 0 < rank <= full:
         raise ConfigError(f'an output latent of {rank}: {name}.o_proj takes 1 to {full}')
@@ -462,25 +461,22 @@ def second_moments(model, attentions, batches):
     """{name: sum of y y^T} over the inputs y of the o_proj of each attention, in evaluation mode.
     In float64 on the CPU: a GPU may multiply float32 in TF32, and some devices have no float64.
     Raises ConfigError."""
-    sums, training = {}, model.training
+    sums = {}
 
     def add(name, o_proj, inputs):
         y = inputs[0].flatten(0, -2).cpu().double()
         sums[name] = sums.get(name, 0.0) + y.t() @ y
 
-    hooks = [attention.o_proj.register_forward_pre_hook(partial(add, name))
-             for name, attention in attentions.items()]
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(model.train, model.training)
+        for name, attention in attentions.items():
+            stack.enter_context(attention.o_proj.register_forward_pre_hook(partial(add, name)))
         for batch in batches:
             model.eval()(*batch)
-    finally:
-        model.train(training)
-        for hook in hooks:
-            hook.remove()
     for name in attentions:
         if name not in sums or not sums[name].isfinite().all():
-            raise ConfigError(f"init='data': the inputs of {name}.o_proj are missing or not finite: "
-                              'pass batches, which are tuples of arguments of the model')
+            raise ConfigError(f"init='data': the inputs of {name}.o_proj are none or not finite: "
+                              'pass batches, tuples of arguments of the model')
     return sums
 
 
@@ -488,8 +484,8 @@ def best_product(weight, rank, n_groups, moments=None):
     """(a, b) with the smallest |b a - weight|: weight (D, H*dv), a (G*R, H*dv/G), b (D, G*R). Each
     of the G groups of heads has an a and a b of its own.
 
-    With moments, the sum of y y^T over vectors y, the sum of |b a y - weight y|^2 is the smallest
-    instead; for G > 1 only nearly: each a is the best for its group alone, and b with these."""
+    With moments, the sum of y y^T over vectors y, it is the smallest sum of |b a y - weight y|^2.
+    For G > 1 only nearly: each a is the best for its group alone, b the best with these."""
     weight = weight.to(torch.promote_types(weight.dtype, torch.float32)
                        if moments is None else moments)
     groups = weight.unflatten(1, (n_groups, -1)).transpose(0, 1)  # (G, D, H*dv/G)
@@ -498,12 +494,12 @@ def best_product(weight, rank, n_groups, moments=None):
         a = s[:, :, None] * v
     else:
         values, vectors = torch.linalg.eigh(moments)
-        # not zero even where no y has been, so that at full rank b a is the weight
+        # never 0, not even where no y is, so that at full rank b a is the weight
         root = vectors * values.clamp(min=1e-6 * values.mean()).sqrt()  # root root^T = moments
         u = torch.linalg.svd(groups @ root.unflatten(0, (n_groups, -1)), full_matrices=False)[0]
         a = u.mT @ groups
     a, u = a[:, :rank], u[:, :, :rank]  # (G, R, H*dv/G), (G, D, R)
-    size = a.norm(dim=2, keepdim=True).clamp(min=1e-30).sqrt()  # half of it goes to b
+    size = a.norm(dim=2, keepdim=True).clamp(min=1e-30).sqrt()  # goes to a and b alike
     a, b = a / size, (u * size.mT).transpose(0, 1).flatten(1)
     if moments is not None and n_groups > 1:
         b = weight @ root @ torch.linalg.pinv(torch.block_diag(*a) @ root)

@@ -633,10 +633,11 @@ def test_an_output_latent_is_cut_with_the_first_training_data(data, script, monk
     loader = Loader(prepare.read_tokens(folder, 'train'), 32, BYTES, causal, seed=1337)
     batches = [loader.batch(range(16)), loader.batch(range(16, 32))]  # 1024 tokens
     wanted = add_output_latent(load_run('run')[0], 4, 'data', batches=batches)
-    for ours, plain, direct in zip(models[0].blocks, models[2].blocks, wanted.blocks):
-        ours, plain, direct = (block.attn.o_proj.o_b_proj.weight @ block.attn.o_proj.o_a_proj.weight
-                               for block in (ours, plain, direct))
-        assert torch.allclose(ours, direct, atol=1e-6) and not torch.allclose(ours, plain, atol=1e-3)
+    for blocks in zip(models[0].blocks, wanted.blocks, models[2].blocks):
+        cut, direct, plain = (o_proj.o_b_proj.weight @ o_proj.o_a_proj.weight
+                              for o_proj in (block.attn.o_proj for block in blocks))
+        assert torch.allclose(cut, direct, atol=1e-6)
+        assert not torch.allclose(cut, plain, atol=1e-3)
     with pytest.raises(UserError, match='an output latent of 33: blocks.0.attn.o_proj takes 1 to'):
         script(train, '--init_from=run', '--o_latent=33', '--o_latent_init=data', '--out_dir=cut')
 
