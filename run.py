@@ -289,8 +289,8 @@ def build_empty(arch, model_options, precision):
 
 
 def set_precision(model, precision):
-    """Stores each matrix, and the embedding of tokens, in the dtype precision(its name); returns the
-    model. All else is small and stays in float32: gains, biases, embeddings of positions."""
+    """Stores each matrix, and the embedding of tokens, in the dtype precision(its name); returns
+    the model. All else is small and stays in float32: gains, biases, embeddings of positions."""
     for prefix, module in model.named_modules():
         if isinstance(module, (nn.Linear, MoE)) or module is model.tok_emb:
             for name, parameter in module.named_parameters(prefix, recurse=False):

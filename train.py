@@ -79,7 +79,7 @@ class TrainOptions(WeightOptions, DataOptions):
     eval_iters: CountOrZero = 20  # batches of batch_size per evaluation; 0 = all validation data
     log_interval: Count = 10  # steps between printed lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
-    o_latent_init: Literal['svd', 'data', 'xavier'] = 'svd'  # of an o_latent that init_from lacks
+    o_latent_init: Literal['data', 'svd', 'xavier'] = 'data'  # of an o_latent that init_from lacks
     train_only: str | None = None  # regular expression of the names of what is trained; None = all
     init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), a run, a DeepSeek
     eval_only: bool = False  # evaluate the model of init_from, then exit
@@ -172,43 +172,53 @@ def split_options(flat):
     return options, model_options | dict(vocab_size=vocab_size)
 
 
-def start_model(options, model_options, state, origin, device=None, data=None):
-    """The model at the first step: new, or from the checkpoint `state` of the folder `origin`. If
-    only the new run has an o_latent, each W^O of the checkpoint is replaced by two matrices.
-    device, data: for o_latent_init='data', which reads the first sequences of the training data."""
-    full = dict(o_latent=None, o_norm='none', o_groups=1)
-    rank, norm, n_groups = ((full | model_options)[name] for name in full)
-    cut = (state and rank and not state['options'].get('o_latent')
-           and options.init_from != 'resume')
+def is_cut(options, model_options, state):
+    """Whether only the new run has an output latent, so that each W^O of the checkpoint `state` is
+    replaced by two matrices."""
+    return bool(state and model_options.get('o_latent') and not state['options'].get('o_latent')
+                and options.init_from != 'resume')
+
+
+def start_model(options, model_options, state, origin, device, data):
+    """The model at the first step: new, or from the checkpoint `state` of the folder `origin`.
+    data: for o_latent_init='data', which reads the first sequences of training on the device."""
+    uncut = dict(o_latent=None, o_norm='none', o_groups=1)
+    cut = is_cut(options, model_options, state)
 
     def precision(name, cut=False):  # what is to be cut is read in full precision
         high = options.trains(name) or cut and '.o_proj.' in name
         return torch.float32 if high else getattr(torch, options.weights)
 
     if state:
-        model = build_empty(options.arch, model_options | full if cut else model_options,
+        model = build_empty(options.arch, model_options | uncut if cut else model_options,
                             functools.partial(precision, cut=cut))
         load_weights(model, state, origin)
     else:
         model = build(options.arch, model_options)
-    batches = ()
-    if cut and options.o_latent_init == 'data':
-        model.to(device.torch_device)
-        micro, _ = accumulation(options, model.config.block_size, device)
-        n_sequences = -(-CUT_TOKENS // model.config.block_size)
-        batches = (device.put(data.train.batch(range(first, first + micro)))
-                   for first in range(0, n_sequences, micro))
-    try:
-        if cut:
-            add_output_latent(model, rank, options.o_latent_init, norm, n_groups, batches)
-    except ConfigError as error:
-        raise UserError(str(error)) from None
+    if cut:
+        cut_output(model, options, uncut | model_options, device, data)
     for name, parameter in set_precision(model, precision).named_parameters():
         parameter.requires_grad_(options.trains(name))
     if not options.only_reads and not any(p.requires_grad for p in model.parameters()):
         raise UserError(f'train_only={options.train_only!r}: matches the name of no parameter; '
                         f'{name} is one')
     return model
+
+
+def cut_output(model, options, wanted, device, data):
+    """Replaces each W^O by the two matrices of the output latent that the options `wanted` say."""
+    batches, block_size = (), model.config.block_size
+    if options.o_latent_init == 'data':
+        model.to(device.torch_device)
+        micro, _ = accumulation(options, block_size, device)
+        batches = (device.put(data.train.batch(range(first, first + micro)))
+                   for first in range(0, -(-CUT_TOKENS // block_size), micro))
+    try:
+        with device.autocast():
+            add_output_latent(model, wanted['o_latent'], options.o_latent_init, wanted['o_norm'],
+                              wanted['o_groups'], batches)
+    except ConfigError as error:
+        raise UserError(str(error)) from None
 
 
 def predicted_share(options, model_config):
@@ -781,29 +791,26 @@ def main():
     model_config, tokenizer = build(options.arch, model_options, make_config), None
     if state:
         tokenizer = load_tokenizer(origin, state, model_config, origin, 'copy both from one run')
-    if options.export:
-        device = data = None
-        if options.o_latent_init == 'data':
-            device = Device(options)
-            data = open_data(options, model_config, device, tokenizer)
-        model = start_model(options, model_options, state, origin, device, data)
-        export(model.cpu(), tokenizer, options.export)
-        return print(f'{options.export}: step {state["step"]} of {origin}, for transformers')
     device = Device(options)
     micro, n_accumulation = accumulation(options, model_config.block_size, device)
-    resuming = options.init_from == 'resume' and not options.eval_only
-    if device.first and not options.eval_only:  # whatever can refuse does so before all else
+    resuming = options.init_from == 'resume' and not options.only_reads
+    if device.first and not options.only_reads:  # whatever can refuse does so before all else
         if not resuming:
             earlier_run(options.out_dir)
         if options.wandb:
             open_wandb()
     # before the model is built: a block_size beyond the data could take all memory
-    data = open_data(options, model_config, device, tokenizer)
+    data = None
+    if not options.export or (options.o_latent_init == 'data'
+                              and is_cut(options, model_options, state)):
+        data = open_data(options, model_config, device, tokenizer)
     if resuming and state['provenance'].get('data_sha256') != data.meta['sha256']:
         raise UserError(f'{origin}: was trained on other data than {data.folder} holds; {ANEW}')
     model = start_model(options, model_options, state, origin, device, data)
-    model.to(device.torch_device)
-    forward = compiled(options, model, device)
+    if options.export:
+        export(model.cpu(), tokenizer, options.export)
+        return print(f'{options.export}: step {state["step"]} of {origin}, for transformers')
+    forward = compiled(options, model.to(device.torch_device), device)
     try:
         if options.eval_only:
             scores = evaluate(model, forward, data, micro, device)
