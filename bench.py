@@ -41,7 +41,7 @@ from model import (Cache, Count, Range, count_flops, make_attention, make_config
                    rope_table, training_flops)
 from run import Device, DeviceOptions, build, pyplot, save_figure, save_text
 from train import (accumulation, compiled, make_optimizers, predicted_share, read_options,
-                   train_step)
+                   start_model, train_step)
 
 DECODED_TOKENS = 16  # per round, fewer if the context is short; with grouped latents one group
 DECODED_TOGETHER = 16  # sequences
@@ -134,7 +134,9 @@ class Benchmark:
         self.recipe, model_options, _ = read_options([str(path), *overrides])
         self.device = Device(self.recipe)
         torch.manual_seed(self.recipe.seed)
-        self.model = build(self.recipe.arch, model_options).to(self.device.torch_device)
+        model_config = build(self.recipe.arch, model_options, make_config)
+        self.model = start_model(self.recipe, model_config, None, None, self.device, None)
+        self.model.to(self.device.torch_device)
         self.runner = compiled(self.recipe, self.model, self.device)
         self.optimizers, c = make_optimizers(self.model, self.recipe), self.model.config
         share, self.context = predicted_share(self.recipe, c), min(context, c.block_size)

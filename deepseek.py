@@ -27,7 +27,7 @@ from huggingface_hub import save_torch_state_dict
 from safetensors import SafetensorError, safe_open
 
 from config import UserError, read_json
-from model import (BlockConfig, ConfigError, LanguageModel, OutputLatent, Transformer,
+from model import (BlockConfig, ConfigError, LanguageModel, OutputLatent, TransformerConfig,
                    make_attention, make_model)
 
 FP8_BLOCK = 128  # DeepSeek-V3's fp8 weights have one scale per block of 128 x 128
@@ -265,9 +265,12 @@ def options_of_deepseek(hf_config, tensors):
     return options
 
 
-def config_for_deepseek(config):
-    """The dict of a config.json that options_of_deepseek reads as this TransformerConfig, without
-    its output latent. Raises ConfigError if there is none."""
+def config_for_deepseek(config, split=False):
+    """The dict of a config.json that options_of_deepseek reads as this config of a Transformer,
+    without its output latent. Raises ConfigError if there is none. split: see to_deepseek."""
+    if type(config) is not TransformerConfig:
+        kind = type(config).__name__.removesuffix('Config')
+        raise ConfigError(f'{kind}: only a Transformer can become a DeepSeek-V3')
     options = config.options()
     if wrong := [name for name, wanted in OURS.items() if options[name] != wanted]:
         raise ConfigError(f'{wrong[0]}={options[wrong[0]]}: DeepSeek-V3 has {OURS[wrong[0]]}')
@@ -278,6 +281,9 @@ def config_for_deepseek(config):
     factor, softmax_factor = options['rope_factor'], options['softmax_factor']
     if factor == 1 and softmax_factor != 1:
         raise ConfigError(f'softmax_factor={softmax_factor}: DeepSeek-V3 needs a rope_factor too')
+    if options['o_norm'] != 'none' and not split:
+        raise ConfigError('o_norm={o_norm!r} stands between the two matrices: use split=True, and '
+                          'add_output_latent with the same norm to load it'.format(**options))
     sizes = MODEL_SIZES | MLA_SIZES | (MOE_SIZES if has_experts else {})
     kind = 'deepseek_v2' if options['router'] == 'softmax' else 'deepseek_v3'
     defaults, fixed, ignored = FAMILIES[kind]
@@ -362,12 +368,7 @@ def to_deepseek(model, split=False):
     The two matrices of an output latent are merged. With split=True they stay apart, for a model
     that add_output_latent has changed. Raises ConfigError on what DeepSeek-V3 cannot compute.
     """
-    if type(model) is not Transformer:
-        raise ConfigError(f'{type(model).__name__}: only a Transformer can become a DeepSeek-V3')
-    block, hf_config = model.config, config_for_deepseek(model.config)
-    if block.o_norm != 'none' and not split:
-        raise ConfigError(f'o_norm={block.o_norm!r} stands between the two matrices: use '
-                          'split=True, and add_output_latent with the same norm to load it')
+    block, hf_config = model.config, config_for_deepseek(model.config, split)
     theirs = {}
     for name, (ours, order) in layout_of(model, row_orders(block)).items():
         rows = torch.cat(ours)
@@ -473,10 +474,11 @@ def second_moments(model, attentions, batches):
             stack.enter_context(attention.o_proj.register_forward_pre_hook(partial(add, name)))
         for batch in batches:
             model.eval()(*batch)
-    for name in attentions:
-        if name not in sums or not sums[name].isfinite().all():
-            raise ConfigError(f"init='data': the inputs of {name}.o_proj are none or not finite: "
-                              'pass batches, tuples of arguments of the model')
+    if not sums:
+        raise ConfigError("init='data' needs batches, tuples of arguments of the model")
+    for name, total in sums.items():
+        if not is_finite(total):
+            raise ConfigError(f'on these data the inputs of {name}.o_proj are not finite')
     return sums
 
 
@@ -486,8 +488,8 @@ def best_product(weight, rank, n_groups, moments=None):
 
     With moments, the sum of y y^T over vectors y, it is the smallest sum of |b a y - weight y|^2.
     For G > 1 only nearly: each a is the best for its group alone, b the best with these."""
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32)
-                       if moments is None else moments)
+    weight = (weight.to(torch.promote_types(weight.dtype, torch.float32)) if moments is None
+              else weight.to(moments.device, moments.dtype))
     groups = weight.unflatten(1, (n_groups, -1)).transpose(0, 1)  # (G, D, H*dv/G)
     if moments is None:
         u, s, v = torch.linalg.svd(groups, full_matrices=False)

@@ -38,9 +38,9 @@ import torch.nn.functional as F
 import prepare
 from config import UserError
 from model import Count, NotNegative, Positive, Share
-from run import (Device, DeviceOptions, Seed, build, claim, date_of, load_checkpoint, load_run,
-                 load_tokenizer, load_weights, mean_and_interval, model_options_of, open_wandb,
-                 ranks, save_checkpoint, save_text)
+from run import (Device, DeviceOptions, Seed, build, build_empty, claim, date_of, load_checkpoint,
+                 load_run, load_tokenizer, load_weights, mean_and_interval, model_options_of,
+                 open_wandb, ranks, save_checkpoint, save_text)
 from train import TrainOptions, make_optimizers, stop_if_not_finite
 
 SPLIT_SEED = 0  # of the held-out tenth and of train_examples: the same for every run
@@ -384,7 +384,7 @@ def predict(options, device):
         raise UserError(f'{path}: there is no fine-tuned model: run the same command without '
                         '--predict first')
     state = load_checkpoint(path)
-    model = build(state['options']['arch'], model_options_of(state['options']))
+    model = build_empty(state['options']['arch'], model_options_of(state['options']))
     tokenizer = load_tokenizer(options.out_dir, state, model.config, path, 'fine-tune again')
     classifier = make_classifier((model, tokenizer, state['options']), options, seed=0)
     load_weights(classifier, state, path)

@@ -543,6 +543,7 @@ CountOrZero = Annotated[int, Range(least=0)]
 Positive = Annotated[float, Range(above=0)]
 NotNegative = Annotated[float, Range(least=0)]
 Share = Annotated[float, Range(least=0, below=1)]
+OpenShare = Annotated[float, Range(above=0, below=1)]
 
 
 @dataclass
@@ -2221,7 +2222,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         scored = (targets >= 0).to(high)[:, None]  # (N, 1)
         logits, buffer = (torch.empty(size, weight.size(0), dtype=dtype, device=x.device)
                           for dtype in (low, high))  # (size, V)
-        dx, dweight = torch.empty_like(rows), torch.zeros_like(weight, dtype=high)
+        dx, trains = torch.empty_like(rows), ctx.needs_input_grad[1]
+        dweight = torch.zeros_like(weight, dtype=high) if trains else None
         loss = torch.zeros((), dtype=high, device=x.device)
         for start in range(0, x.size(0), size):
             row, i, s = (tensor[start:start + size] for tensor in (rows, index, scored))
@@ -2237,9 +2239,9 @@ class LinearCrossEntropy(torch.autograd.Function):
                 p = z.copy_(p.scatter_add_(1, i, -torch.ones_like(s)))
             row, s = row * s.to(low), s.to(low)  # zeroes unscored rows without a pass over p
             dx[start:start + size] = p @ matrix * s
-            if low == high:
+            if trains and low == high:
                 torch.addmm(dweight, p.t(), row, out=dweight)
-            else:
+            elif trains:
                 dweight.add_(p.t() @ row)
         n = scored.sum().clamp(min=1)
         ctx.save_for_backward(dx, dweight, n)
@@ -2251,7 +2253,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         dx, dweight, n = ctx.saved_tensors
         scale = grad / n
-        return (dx * scale).to(ctx.dtypes[0]), (dweight * scale).to(ctx.dtypes[1]), None, None
+        dweight = None if dweight is None else (dweight * scale).to(ctx.dtypes[1])
+        return (dx * scale).to(ctx.dtypes[0]), dweight, None, None
 
 
 # --------------------------------------------------------------------------------------------------

@@ -28,8 +28,8 @@ from torch.overrides import TorchFunctionMode
 
 import config
 from config import UserError
-from deepseek import (Checkpoint, is_finite, load_deepseek, options_of_deepseek, to_deepseek,
-                      write_checkpoint)
+from deepseek import (Checkpoint, config_for_deepseek, is_finite, load_deepseek,
+                      options_of_deepseek, to_deepseek, write_checkpoint)
 from model import (ARCHITECTURES, ConfigError, CountOrZero, MoE, NotNegative, Range, make_config,
                    make_model, option_names)
 from prepare import Tokenizer, partial_folder
@@ -68,12 +68,12 @@ class DeviceOptions:
 class WeightOptions(DeviceOptions):
     """Weights"""
 
-    weights: Literal['float32', 'bfloat16'] = 'float32'  # precision of those that are not trained
+    weights: Literal['float32', 'bfloat16'] = 'float32'  # stored precision of what is not trained
 
     def __post_init__(self):
         if self.weights == 'bfloat16':
             if self.dtype == 'float32':
-                raise UserError('weights=bfloat16: their products are in bfloat16, leave dtype out')
+                raise UserError('weights=bfloat16: computes in bfloat16 too, leave out --dtype')
             self.dtype = 'bfloat16'
 
 
@@ -273,16 +273,16 @@ def build(arch, model_options, make=make_model):
 
 
 class SkipInit(TorchFunctionMode):
-    """Inside, nothing sets initial weights: new tensors hold what is in their memory, and a large
+    """Inside, no initial weights are drawn: new tensors hold what is in their memory, and a large
     one takes none before it is written to."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if getattr(function, '__module__', None) == 'torch.nn.init':
-            return args[0] if args else kwargs['tensor']
+            return kwargs['tensor']
         return function(*args, **kwargs or {})
 
 
-def build_empty(arch, model_options, precision):
+def build_empty(arch, model_options, precision=lambda name: torch.float32):
     """A model for load_weights to fill. precision: see set_precision."""
     with SkipInit():
         return set_precision(build(arch, model_options), precision)
@@ -310,8 +310,8 @@ def load_weights(model, state, path):
     try:
         if isinstance(state['model'], Checkpoint):
             load_deepseek(model, state['model'], state['model'].config)
-        else:
-            model.load_state_dict(state['model'])
+            return  # a Checkpoint has only finite numbers
+        model.load_state_dict(state['model'])
     except (ConfigError, RuntimeError) as error:  # torch names each tensor in a line of its own
         raise UserError(f'{path}: {str(error).splitlines()[-1].strip()}') from None
     for name, weight in model.state_dict().items():
@@ -321,8 +321,8 @@ def load_weights(model, state, path):
 
 def load_run(folder, device='cpu', precision=torch.float32):
     """(model, tokenizer, options) of a run folder: its best model in evaluation mode, with weights
-    of this precision, and its options as a flat dict. The folder may also hold a DeepSeek-V3 in the
-    layout of transformers."""
+    of this precision (bfloat16 computes under torch.autocast only), and its options as a flat dict.
+    The folder may also hold a DeepSeek-V3 in the layout of transformers."""
     path = best_checkpoint(folder)
     state = load_checkpoint(path)
     model = build_empty(state['options']['arch'], model_options_of(state['options']),
@@ -344,12 +344,21 @@ def load_tokenizer(folder, state, model_config, path, remedy):
     return tokenizer
 
 
-def export(model, tokenizer, folder):
-    """Writes a model and its tokenizer into a new folder in the layout of transformers, whole or
-    not at all. Raises UserError for what that layout cannot hold."""
-    folder = Path(os.path.realpath(folder))
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+def check_export(model_config, folder):
+    """Raises UserError if there is something at the path `folder`, or if the layout of transformers
+    cannot hold a model with this config."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f'{folder}: is there already, and not empty: export into a new folder')
+    try:
+        config_for_deepseek(model_config)
+    except ConfigError as error:
+        raise UserError(f'cannot be exported: {error}') from None
+
+
+def export(model, tokenizer, folder):
+    """Writes a model and its tokenizer into a folder that check_export has passed, in the layout of
+    transformers, whole or not at all. Raises UserError."""
+    folder = Path(os.path.realpath(folder))
     try:
         weights, hf_config = to_deepseek(model)
         with partial_folder(folder) as temporary:

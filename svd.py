@@ -31,7 +31,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import NamedTuple
 
 import config  # before torch: from here on Ctrl-C is one line
 
@@ -41,16 +41,15 @@ import torch.nn.functional as F
 from config import UserError
 from deepseek import Checkpoint, is_finite, read_attention
 from model import (GTA, MHA, MLA, V4, Block, ChannelBlock, CountOrZero, CrossBlock, OutputLatent,
-                   PoolBlock, Range, Up)
-from run import (Seed, best_checkpoint, build, load_checkpoint, load_weights, model_options_of,
-                 pyplot, save_figure, save_text)
+                   OpenShare, PoolBlock, Up)
+from run import (Seed, best_checkpoint, build, build_empty, load_checkpoint, load_weights,
+                 model_options_of, pyplot, save_figure, save_text)
 
 # what has singular values: parts, and products of two, which are stacked on the side of the first
 KINDS = dict(q=['q'], k=['k'], qk=['q', 'k'], v=['v'], o=['o'], vo=['o', 'v'],
              q_rope=['q_rope'], k_rope=['k_rope'], qk_rope=['q_rope', 'k_rope'])
 PUBLISHED = 0.01, 0.001  # shares of the energy whose ranks are always in svd.json
 CLEARLY_BELOW = 0.9  # share of the rank of noise
-Share = Annotated[float, Range(above=0, below=1)]
 
 
 @dataclass
@@ -61,7 +60,7 @@ class SvdOptions:
     heads_of: CountOrZero | None = None  # the layer in heads.png; None = the middle one
     stacked: bool = True  # also stack the heads: minutes per layer at DeepSeek-V3's width
     align: bool = False  # also the overlap of the subspaces that heads write to and read from
-    discarded: tuple[Share, ...] = PUBLISHED  # shares of the energy to leave out
+    discarded: tuple[OpenShare, ...] = PUBLISHED  # shares of the energy to leave out
     plot_heads: bool = False  # also spectra-0.png and so on: per layer a curve for each head
     device: str = 'cpu'  # torch device for the linear algebra, which is in float64
     out_dir: str | None = None  # for results; None = the run's folder, or out/svd-CHECKPOINT
@@ -164,7 +163,7 @@ def layers_of_run(folder):
     path, starts = best_checkpoint(folder), {}
     state = load_checkpoint(path)
     options = state['options']
-    model = build(options['arch'], model_options_of(options))
+    model = build_empty(options['arch'], model_options_of(options))
     load_weights(model, state, path)
     tokens = state['step'] * options['batch_size'] * options['block_size']
     trained = f'after {state["step"]:,} steps, {tokens:,} tokens'

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Literal
+from typing import Literal
 
 # else `python -m train` would import the config.py or model.py of the folder where it is started
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
@@ -36,12 +36,12 @@ from torch.nn.parallel import DistributedDataParallel
 import prepare
 from config import UserError
 from deepseek import add_output_latent
-from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegative, Positive,
-                   Range, Share, cache_bytes, make_config, n_active_params, training_flops)
+from model import (ARCHITECTURES, ConfigError, Count, CountOrZero, MoE, NotNegative, OpenShare,
+                   Positive, Share, cache_bytes, make_config, n_active_params, training_flops)
 from prepare import DataOptions, Tokenizer
 from run import (RESUMABLE, Device, Run, Seed, WeightOptions, best_checkpoint, build, build_empty,
-                 describe, earlier_run, export, load_checkpoint, load_tokenizer, load_weights,
-                 model_options_of, open_wandb, provenance, set_precision)
+                 check_export, describe, earlier_run, export, load_checkpoint, load_tokenizer,
+                 load_weights, model_options_of, open_wandb, provenance, set_precision)
 
 EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accuracies compare
 # Tokens per micro-batch if micro_batch_size is None: few on a CPU, where allocating memory costs
@@ -49,7 +49,6 @@ EVAL_MASK_PROB = 0.15  # whatever a run masks in training, so that masked accura
 TOKENS_AT_A_TIME = dict(cpu=2 ** 12, mps=2 ** 14, cuda=2 ** 15)
 CUT_TOKENS = 2 ** 16  # read for o_latent_init='data'
 ANEW = 'use --init_from=RUN --out_dir=NEW to start a new run from its weights'
-OpenShare = Annotated[float, Range(above=0, below=1)]
 REFUSED = dict(gradient_accumulation_steps='batch_size counts all sequences of a step; set '
                'micro_batch_size to what fits a device, accumulation follows')
 
@@ -79,7 +78,7 @@ class TrainOptions(WeightOptions, DataOptions):
     eval_iters: CountOrZero = 20  # batches of batch_size per evaluation; 0 = all validation data
     log_interval: Count = 10  # steps between printed lines
     out_dir: str | None = None  # run folder; None = out/CONFIG_NAME
-    o_latent_init: Literal['data', 'svd', 'xavier'] = 'data'  # of an o_latent that init_from lacks
+    o_latent_init: Literal['data', 'svd', 'xavier'] = 'data'  # how W^O of init_from becomes two
     train_only: str | None = None  # regular expression of the names of what is trained; None = all
     init_from: str = 'scratch'  # scratch, resume, auto (resume if it can), a run, a DeepSeek
     eval_only: bool = False  # evaluate the model of init_from, then exit
@@ -95,6 +94,8 @@ class TrainOptions(WeightOptions, DataOptions):
         except re.error as error:
             raise UserError(f'train_only={self.train_only!r}: no regular expression '
                             f'({error})') from None
+        if self.eval_only and self.export:
+            raise UserError('eval_only and export: one at a time')
         if self.weights == 'bfloat16' and not (self.train_only or self.only_reads):
             raise UserError('weights=bfloat16: what is trained stays in float32, and here that is '
                             'all: set train_only or eval_only')
@@ -172,51 +173,55 @@ def split_options(flat):
     return options, model_options | dict(vocab_size=vocab_size)
 
 
-def is_cut(options, model_options, state):
+def is_cut(options, model_config, state):
     """Whether only the new run has an output latent, so that each W^O of the checkpoint `state` is
     replaced by two matrices."""
-    return bool(state and model_options.get('o_latent') and not state['options'].get('o_latent')
+    return bool(state and model_config.o_latent and not state['options'].get('o_latent')
                 and options.init_from != 'resume')
 
 
-def start_model(options, model_options, state, origin, device, data):
+def start_model(options, model_config, state, origin, device, data):
     """The model at the first step: new, or from the checkpoint `state` of the folder `origin`.
     data: for o_latent_init='data', which reads the first sequences of training on the device."""
-    uncut = dict(o_latent=None, o_norm='none', o_groups=1)
-    cut = is_cut(options, model_options, state)
+    cut, model_options = is_cut(options, model_config, state), model_config.options()
+    low = getattr(torch, options.weights)
 
-    def precision(name, cut=False):  # what is to be cut is read in full precision
-        high = options.trains(name) or cut and '.o_proj.' in name
-        return torch.float32 if high else getattr(torch, options.weights)
+    def precision(name):
+        return torch.float32 if options.trains(name) else low
 
+    if cut:
+        model_options |= dict(o_latent=None, o_norm='none', o_groups=1)
     if state:
-        model = build_empty(options.arch, model_options | uncut if cut else model_options,
-                            functools.partial(precision, cut=cut))
+        model = build_empty(options.arch, model_options, lambda name: (
+            torch.float32 if cut and '.o_proj.' in name else precision(name)))
         load_weights(model, state, origin)
     else:
         model = build(options.arch, model_options)
     if cut:
-        cut_output(model, options, uncut | model_options, device, data)
-    for name, parameter in set_precision(model, precision).named_parameters():
-        parameter.requires_grad_(options.trains(name))
-    if not options.only_reads and not any(p.requires_grad for p in model.parameters()):
+        cut_output(model, options, model_config, device, data)
+    set_precision(model, precision)
+    trained = [parameter.requires_grad_(options.trains(name)).requires_grad
+               for name, parameter in model.named_parameters()]
+    if not any(trained) and not options.only_reads:
         raise UserError(f'train_only={options.train_only!r}: matches the name of no parameter; '
-                        f'{name} is one')
+                        f'{next(model.named_parameters())[0]} is one')
     return model
 
 
 def cut_output(model, options, wanted, device, data):
-    """Replaces each W^O by the two matrices of the output latent that the options `wanted` say."""
-    batches, block_size = (), model.config.block_size
+    """Replaces each W^O by the two matrices of the output latent that the config `wanted` has."""
+    batches, n = (), -(-CUT_TOKENS // wanted.block_size)  # sequences
     if options.o_latent_init == 'data':
         model.to(device.torch_device)
-        micro, _ = accumulation(options, block_size, device)
-        batches = (device.put(data.train.batch(range(first, first + micro)))
-                   for first in range(0, -(-CUT_TOKENS // block_size), micro))
+        micro, _ = accumulation(options, wanted.block_size, device)
+        inputs = (device.put(data.train.batch(range(first, min(first + micro, n))))[0]
+                  for first in range(0, n, micro))
+        # the logits of one position are the fewest there can be
+        batches = ((idx, None, idx.new_zeros(len(idx), 1)) for idx in inputs)
     try:
         with device.autocast():
-            add_output_latent(model, wanted['o_latent'], options.o_latent_init, wanted['o_norm'],
-                              wanted['o_groups'], batches)
+            add_output_latent(model, wanted.o_latent, options.o_latent_init, wanted.o_norm,
+                              wanted.o_groups, batches)
     except ConfigError as error:
         raise UserError(str(error)) from None
 
@@ -230,7 +235,7 @@ def predicted_share(options, model_config):
 def stats_of(options, model):
     """Sizes of a model, for run.json."""
     c = model.config
-    per_token, fixed = cache_bytes(model) if c.causal else (None, None)
+    per_token, fixed = cache_bytes(model, torch.float32) if c.causal else (None, None)
     flops = training_flops(model, c.block_size, predicted_share(options, c))
     return dict(parameters=model.n_params(),
                 parameters_without_positions=model.n_params(positions=False),
@@ -403,7 +408,8 @@ def parameter_groups(model):
     matrices, embeddings, rest = [], [], []
     for name, module in model.named_modules():
         for part, parameter in module.named_parameters(recurse=False):
-            matrix = parameter.dim() == 3 or isinstance(module, nn.Linear) and part != 'bias'
+            matrix = parameter.numel() and (  # not one without elements, which MLA may have
+                parameter.dim() == 3 or isinstance(module, nn.Linear) and part != 'bias')
             embedding = isinstance(module, nn.Embedding) or name == 'lm_head'
             (embeddings if embedding else matrices if matrix else rest).append(parameter)
     grouped = matrices + embeddings + rest
@@ -526,7 +532,8 @@ def show_guesses(model, loader, device, n_sentences=4, length=40):
     decode = loader.tokenizer.decode
     numbers = np.linspace(0, loader.fixed - 1, min(n_sentences, loader.fixed)).astype(int)
     idx, targets, positions = loader.batch(numbers)
-    guesses = model.eval()(idx.to(device.torch_device)).argmax(dim=-1).cpu()
+    with device.autocast():
+        guesses = model.eval()(idx.to(device.torch_device)).argmax(dim=-1).cpu()
     truths = idx.scatter(1, positions, targets)
     print('\nheld-out text, 15% of it masked: [right guess] or [wrong guess|truth]\n')
     for row in range(len(idx)):
@@ -705,8 +712,8 @@ def train(options, model, forward, checkpoint, device, data, micro, n_accumulati
     tokens_per_step = options.batch_size * T
     if device.first:
         print_stats(options, stats)
-    before = checkpoint['provenance'] if checkpoint else dict(started_from=options.init_from)
-    started_from = before.get('started_from')
+    started_from = (checkpoint['provenance'].get('started_from') if checkpoint
+                    else options.init_from)
     stats |= provenance(device, data.meta, data.tokenizer) | dict(started_from=started_from)
     signals, batches = catch_signals(), Prefetcher(data.train, stride=micro * device.world)
     if forward is not model:
@@ -785,12 +792,14 @@ def main():
         with torch.device('meta'):
             model = build(options.arch, model_options)
         return print_stats(options, stats_of(options, model))
-    if state is None and (options.eval_only or options.export):
+    if state is None and options.only_reads:
         raise UserError('eval_only and export need a trained model: say which with --init_from=RUN')
     origin = Path(options.out_dir if options.init_from == 'resume' else options.init_from)
     model_config, tokenizer = build(options.arch, model_options, make_config), None
     if state:
         tokenizer = load_tokenizer(origin, state, model_config, origin, 'copy both from one run')
+    if options.export:
+        check_export(model_config, options.export)
     device = Device(options)
     micro, n_accumulation = accumulation(options, model_config.block_size, device)
     resuming = options.init_from == 'resume' and not options.only_reads
@@ -802,11 +811,11 @@ def main():
     # before the model is built: a block_size beyond the data could take all memory
     data = None
     if not options.export or (options.o_latent_init == 'data'
-                              and is_cut(options, model_options, state)):
+                              and is_cut(options, model_config, state)):
         data = open_data(options, model_config, device, tokenizer)
     if resuming and state['provenance'].get('data_sha256') != data.meta['sha256']:
         raise UserError(f'{origin}: was trained on other data than {data.folder} holds; {ANEW}')
-    model = start_model(options, model_options, state, origin, device, data)
+    model = start_model(options, model_config, state, origin, device, data)
     if options.export:
         export(model.cpu(), tokenizer, options.export)
         return print(f'{options.export}: step {state["step"]} of {origin}, for transformers')

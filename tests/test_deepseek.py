@@ -371,7 +371,7 @@ def test_to_deepseek_refuses(options, message):
     (dict(rank=17, n_groups=4), 'an output latent of 17: blocks.0.attn.o_proj takes 1 to 16'),
     (dict(rank=8, n_groups=3), 'blocks.0.attn has 4 heads, not divisible by o_groups=3'),
     (dict(rank=8, init='random'), "init='random'"),
-    (dict(rank=8, init='data'), "init='data': the inputs of blocks.0.attn.o_proj are none"),
+    (dict(rank=8, init='data'), "init='data' needs batches"),
     (dict(rank=8, init='data', batches=[(tokens(1, 9),)]), 'blocks.1.attn.o_proj .*not finite'),
 ])
 def test_add_output_latent_refuses_before_it_changes_anything(arguments, message):

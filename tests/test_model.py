@@ -618,6 +618,9 @@ def test_loss_and_gradients_equal_the_plain_ones(n, vocab, dtype, tolerance):
     with torch.no_grad():
         scored = m.linear_cross_entropy(*ours, targets)
     assert math.isclose(scored['loss'].item(), wanted.item(), rel_tol=1e-6)
+    frozen = ours[1].detach().clone()  # has no gradient, and that of x is the same
+    loss = m.linear_cross_entropy(ours[0], frozen, targets)['loss']
+    assert torch.equal(torch.autograd.grad(loss * 3, ours[0])[0], ours[0].grad)
     accuracy = ((x @ weight.T).argmax(-1) == targets)[targets >= 0].double().mean()
     assert math.isclose(scored['accuracy'].item(), accuracy.item(), rel_tol=1e-6)
 

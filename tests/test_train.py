@@ -204,7 +204,8 @@ def test_every_parameter_is_in_exactly_one_group():
     for options in (dict(attention='mla', kv_latent=8, q_latent=8, o_latent=8, o_norm='head',
                          mlp_rank=4, vocab_rank=8),
                     dict(tie_embeddings=False, bias=True, mlp_bias=True, qk_norm=True),
-                    dict(mlp='moe', n_routed_experts=4, expert_hidden=8)):
+                    dict(mlp='moe', n_routed_experts=4, expert_hidden=8),
+                    dict(attention='mla', kv_latent=8, rope_key='shared', rope_dims=8)):
         model = make_model('transformer', **base, **options)
         for kind in ('adamw', 'muon'):
             recipe = TrainOptions(optimizer=kind, weight_decay=0.5)
@@ -214,8 +215,13 @@ def test_every_parameter_is_in_exactly_one_group():
             assert sorted(held) == sorted(map(id, model.parameters()))
             decayed = {id(p) for group in groups if group['weight_decay'] for p in group['params']}
             for name, p in model.named_parameters():
-                decays = p.dim() > 1 and not name.endswith('gain')
-                assert (id(p) in decayed) == decays, name
+                decays = p.dim() > 1 and p.numel() and not name.endswith('gain')
+                assert (id(p) in decayed) == bool(decays), name
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            for optimizer in train.make_optimizers(model, recipe):
+                optimizer.step()
+            assert all(p.isfinite().all() for p in model.parameters())
 
 
 def test_muon_treats_each_matrix_as_that_of_torch_does():
@@ -581,9 +587,10 @@ def test_a_part_is_trained_and_the_rest_stays_as_it_was(runs, script, weights, o
     same_state('straight/ckpt.pt', 'parts/ckpt.pt')
 
 
-def test_a_score_in_bfloat16_weights_is_that_of_float32(runs, script, capsys):
+@pytest.mark.parametrize('name', ['mla', 'encoder'])
+def test_a_score_in_bfloat16_weights_is_that_of_float32(runs, script, capsys, name):
     # a run whose weights are bfloat16 numbers
-    script(train, *SMALL, '--init_from=mla', '--out_dir=rounded', '--train_only=norm',
+    script(train, *SMALL, f'--init_from={name}', '--out_dir=rounded', '--train_only=norm',
            '--weights=bfloat16', '--dtype=bfloat16', '--max_iters=1')
     lines = []
     for weights in ('float32', 'bfloat16'):
@@ -897,11 +904,12 @@ def test_help_shows_what_a_config_sets(script, capsys):
      'another architecture: it was trained with causal=True, not False'),
     (['--init_from=decoder', '--block_size=16'], 'size mismatch for pos_emb.weight'),
     (['--eval_only=True'], '--init_from=RUN'),
+    (['--eval_only=True', '--export=new'], 'eval_only and export: one at a time'),
     (['--train_only=o_porj'], "train_only='o_porj': matches the name of no parameter"),
     (['--train_only=('], "train_only='(': no regular expression"),
     (['--init_from=resume', '--out_dir=decoder', '--train_only=norm'],
      'cannot go on with train_only=norm, it was None'),
-    (['--weights=bfloat16', '--train_only=norm'], 'weights=bfloat16: their products are in'),
+    (['--weights=bfloat16', '--train_only=norm'], 'weights=bfloat16: computes in bfloat16 too'),
     (['--weights=bfloat16', '--dtype=auto'], 'set train_only or eval_only'),
     (['--device=tpu'], '--device=tpu'),
     (['--device=hpu'], '--device=hpu'),
