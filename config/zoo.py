@@ -3,8 +3,8 @@ caches 512 elements per token and layer. Each zoo_*.py has another attention, an
 gives all of them the same number of parameters, within 0.1%. Their first lines say what they cache
 per token and layer; up to the colon, they are the names that sweep.py draws.
 
-Asks: which attention for which cache? RESULTS.md has the protocol and the answer. Sizes and recipe
-are ours; the publications of these attentions measured them at other sizes.
+Asks: which attention for which cache? results/attention_zoo.md has the protocol and the answer.
+Sizes and recipe are ours; the publications of these attentions measured them at other sizes.
 """
 
 # data
