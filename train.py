@@ -96,6 +96,8 @@ class TrainOptions(WeightOptions, DataOptions):
                             f'({error})') from None
         if self.eval_only and self.export:
             raise UserError('eval_only and export: one at a time')
+        if self.export and os.environ.get('WORLD_SIZE', '1') != '1':
+            raise UserError('export: writes from one process: start it with python, not torchrun')
         if self.weights == 'bfloat16' and not (self.train_only or self.only_reads):
             raise UserError('weights=bfloat16: what is trained stays in float32, and here that is '
                             'all: set train_only or eval_only')

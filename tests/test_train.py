@@ -929,6 +929,14 @@ def test_refusals(runs, script, arguments, message):
     assert after == before  # nothing half-written
 
 
+def test_export_refuses_torchrun(runs, script, monkeypatch):
+    for name, value in dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=2, MASTER_ADDR='localhost',
+                            MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match='start it with python'):
+        script(train, '--init_from=decoder', '--export=new')
+
+
 def test_a_folder_that_cannot_be_made_is_named(runs, script):
     with pytest.raises(UserError, match='corpus.csv/run: cannot be made'):
         script(train, *SMALL, '--out_dir=corpus.csv/run')
