@@ -453,6 +453,7 @@ class Run:
             lines = config.read_json_lines(self.folder / 'metrics.jsonl')
             plot_losses(self.folder, lines)
             plot_expert_shares(self.folder, lines)
+            self.lock.close()
         if self.wandb:
             self.wandb.finish()
 

@@ -512,6 +512,13 @@ def test_a_folder_is_one_process_s(runs, script):
     script(train, RESUME, '--max_iters=8', '--out_dir=decoder')
 
 
+def test_a_finished_run_releases_its_folder(runs, script, monkeypatch):
+    kept = []  # plotting may leave a cycle of references behind, which keeps the Run alive
+    monkeypatch.setattr(run, 'plot_losses', lambda *_: kept.append(sys._getframe(1)))
+    script(train, *SMALL)
+    run.claim(Path('run')).close()
+
+
 def test_a_login_that_is_missing_is_said_before_anything_is_written(runs, script, monkeypatch):
     def login():
         raise ValueError('No API key configured')
