@@ -449,13 +449,14 @@ class Run:
                             state | dict(options=self.flat, provenance=self.stats))
 
     def close(self):
-        if self.writes:
-            lines = config.read_json_lines(self.folder / 'metrics.jsonl')
-            plot_losses(self.folder, lines)
-            plot_expert_shares(self.folder, lines)
-            self.lock.close()
-        if self.wandb:
+        if not self.writes:
+            return
+        lines = config.read_json_lines(self.folder / 'metrics.jsonl')
+        plot_losses(self.folder, lines)
+        plot_expert_shares(self.folder, lines)
+        if self.wandb:  # writes into the folder, too
             self.wandb.finish()
+        self.lock.close()
 
 
 def earlier_run(folder):
