@@ -15,7 +15,8 @@ Symbols in shape comments:
     D  n_embd                   V  vocab_size                L  kv_latent, width of a latent
     H  n_head, Hkv n_kv_head    d  head_dim, dv of values    r  rope_dims
     R  rank of an output latent, or of another factorised matrix
-    N  rows that meet the vocabulary, M of them per sequence in masked-language modelling
+    n  kv_branches, latents that a head reads              g  kv_groups of heads with own latents
+    N  rows multiplied by the vocabulary matrix, M of them per sequence in masked-language modelling
 
 Papers: MHA, Vaswani et al. 2017; RoPE, Su et al. 2021 (arXiv 2104.09864); grouped queries, Ainslie
 et al. 2023 (2305.13245); MLA, DeepSeek-V2 (2405.04434, section 2.1) and DeepSeek-V3 (2412.19437,
@@ -115,10 +116,11 @@ def grouped_linear(x, weight, n_groups):
 
 
 def rope_table(length, rope_dims, theta, factor=1.0, trained_length=None, turns=(32, 1)):
-    """Cosine and sine, (2, length, rope_dims/2), of the angle position * theta^(-2i/rope_dims) of
-    each rotated pair i (RoFormer, section 3.2.2). None if rope_dims is 0. factor divides the
-    angles, so that positions beyond those of training stay within range; with trained_length only
-    those of slow pairs, see yarn_share (Part IV), which takes `turns`."""
+    """Cosines and sines, (2, length, rope_dims/2): at each position, pair i is rotated by the angle
+    position * theta^(-2i/rope_dims) (RoFormer, section 3.2.2). None if rope_dims is 0. factor
+    divides the angles, so that longer sequences stay within the angles seen in training. With
+    trained_length (YaRN) it divides only those of slowly rotating pairs, which yarn_share (Part IV)
+    chooses by `turns`."""
     if not rope_dims:
         return None
     frequency = theta ** (-torch.arange(0, rope_dims, 2, dtype=torch.float64) / rope_dims)
@@ -181,7 +183,7 @@ def attend(q, k, v, causal=False, mask=None, window=None, **options):
 class Attention(nn.Module):
     """Base class of all attentions: queries, the softmax, the gate and the output projection.
 
-    To add an attention, subclass this class or one below it and name it in ATTENTIONS (Part IV):
+    To add an attention, subclass this class or one below it and enter it in ATTENTIONS (Part IV):
 
     options   names of the BlockConfig fields that not every attention has, but this one does. One
               that DeepSeek-V3 lacks also goes into OURS of deepseek.py; one that differs between
@@ -189,7 +191,7 @@ class Attention(nn.Module):
     check     raises ConfigError on options that contradict each other
     __init__  builds the projections; `make_queries` and `make_output` build the first and the last
     forward   computes q, k and v, stores in the cache what it needs of them, and returns
-              self.output(self.attend(q, k, v), x)
+              self.output(self.attend(q, k, v, key_mask), x)
 
     Everything else then works: every architecture, FLOPs, cache bytes, initial weights, optimizer
     groups, checkpoints. All attentions have these options:
@@ -204,12 +206,13 @@ class Attention(nn.Module):
     options = ()
 
     def __init__(self, config, kv_width=None):
-        """config: a BlockConfig. kv_width: width of x_kv, if it differs from that of x."""
+        """config: a BlockConfig, see "options" below. kv_width: width of x_kv, if it differs from
+        that of x."""
         super().__init__()
         self.kv_width = kv_width or config.n_embd
         self.n_head, self.head_dim = config.n_head, config.head_dim
         self.v_head_dim, self.rope_dims = config.v_head_dim or config.head_dim, config.rope_dims
-        self.n_softmax = config.n_head * config.kv_branches  # one per head, except in MLRA
+        self.n_softmax = config.n_head * config.kv_branches  # attention maps; n per head in MLRA
         self.causal, self.window = config.causal, config.window
         self.dropout = config.attention_dropout
         self.scale = config.softmax_factor * config.head_dim ** -0.5
@@ -365,10 +368,11 @@ class MLA(Attention):
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
                 scratch=None):
-        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
+        x_kv = x if x_kv is None else x_kv
+        rope_kv = rope if rope_kv is None else rope_kv
         q = self.queries(x)  # (B, H, T, d)
         q = q if rope is None else rotate(q, rope)
-        if self.n_branches > 1:
+        if self.n_branches > 1:  # MLRA: the same query for each branch
             q = q.repeat(1, self.n_branches, 1, 1)  # (B, n*H, T, d), branch by branch
         latent = self.kv_a_norm(self.kv_a_proj(x_kv))  # (B, S, n*g*L)
         k_rope = latent[..., :0]  # (B, S, r or 0)
@@ -387,18 +391,18 @@ class MLA(Attention):
             elif rope is not None:
                 k = rotate(k, rope_kv)
             y = self.attend(q, k, v, key_mask)
-        if self.n_branches > 1:
-            # (B, T, n*H*dv) -> (B, T, H*dv)
+        if self.n_branches > 1:  # the branches are added up, (B, T, n*H*dv) -> (B, T, H*dv)
             y = y.unflatten(-1, (self.n_branches, -1)).sum(dim=-2) * self.n_branches ** -0.5
         return self.output(y, x)
 
     def absorbed(self, q, cached, k_rope, latent, rope_kv):
-        """One decoding step, in which W^UK is applied to the query and W^UV to the attention's
-        output, instead of both to S latents (DeepSeek-V2, section 2.1.2).
+        """One decoding step without keys and values per head: W^UK (k_b_proj) multiplies the query
+        and W^UV (v_b_proj) the attention's output, instead of all S latents (DeepSeek-V2, section
+        2.1.2).
 
         What remains is multi-query attention (grouped-query, if there are several latents) of
-        queries [q_rope | q W^UK] to keys [k_rope | latent]. The values are the keys once more: of
-        the result, only the part that comes from latents is used. Causal models take no key_mask.
+        queries [q_rope | q W^UK] to keys [k_rope | latent]. The keys also serve as values, and of
+        the result only the last kv_latent columns are kept. Causal models take no key_mask.
         q (B, n*H, 1, d), cached (B, S, r + n*g*L) = [k_rope | latent] -> (B, 1, n*H*dv).
         """
         w_uk = self.k_b_proj.weight  # (n*H * d or d-r, L)
@@ -649,7 +653,8 @@ class ModelConfig(BlockConfig):
     scale_latents: bool = False  # what goes through a latent starts as large as without it
 
     derived = ()  # options that an architecture sets itself
-    learned_positions = subtract_next_position = False  # options of TransformerConfig
+    # not fields: only TransformerConfig has these options, but LanguageModel reads them in all
+    learned_positions = subtract_next_position = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -998,7 +1003,8 @@ class GTA(Attention):
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
                 scratch=None):
-        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
+        x_kv = x if x_kv is None else x_kv
+        rope_kv = rope if rope_kv is None else rope_kv
         q = self.queries(x)  # (B, H, T, d)
         v = split_heads(self.kv_proj(x_kv), self.n_kv_head)  # (B, Hkv, S, d)
         k_rope = x_kv[..., :0]  # (B, S, r or 0)
@@ -1049,7 +1055,8 @@ class TPA(Attention):
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
                 scratch=None):
-        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
+        x_kv = x if x_kv is None else x_kv
+        rope_kv = rope if rope_kv is None else rope_kv
         if self.q_rank:
             q_head = split_heads(self.q_head_proj(x), self.q_rank)  # (B, R, T, H)
             q = split_heads(self.q_channel_proj(x), self.q_rank)  # (B, R, T, d)
@@ -1229,7 +1236,8 @@ class V4(Attention):
 
     def forward(self, x, x_kv=None, rope=None, rope_kv=None, key_mask=None, cache=None,
                 scratch=None):
-        x_kv, rope_kv = x if x_kv is None else x_kv, rope if rope_kv is None else rope_kv
+        x_kv = x if x_kv is None else x_kv
+        rope_kv = rope if rope_kv is None else rope_kv
         end = x_kv.size(1) + (0 if cache is None else cache.n_tokens)
         q_latent = self.q_a_norm(self.q_a_proj(x))
         q = split_heads(self.q_b_proj(q_latent), self.n_head)  # (B, H, T, d)

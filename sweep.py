@@ -19,6 +19,15 @@ frontier: loss against the size of the cache and the speed, for causal configs. 
 takes. The first seed chooses between several learning rates, separately for each config; the other
 seeds use its choice. When all runs are trained, the configs are timed in turns, as by bench.py.
 Writes frontier.csv and frontier.png.
+
+A sweep of W&B needs nothing from here:
+
+    method: random
+    parameters:
+      learning_rate: {distribution: log_uniform_values, min: 2.0e-3, max: 2.0e-2}
+      wandb: {value: true}
+    command: [sh, -c, 'python train.py config/quick.py --out_dir=out/$WANDB_RUN_ID "$@"', sh,
+              "${args}"]
 """
 
 import ast

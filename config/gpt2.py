@@ -1,6 +1,6 @@
 """Decoder: GPT-2 small as nanoGPT trains it on OpenWebText, the baseline of gpt2_mla.py.
 
-Asks: what is the loss of plain heads at a size and on data that people know? nanoGPT publishes a
+Asks: what is the loss of MHA at a size and on data that people know? nanoGPT publishes a
 validation loss of about 2.85 nats for this model and recipe, after four days on 8 A100s; it has not
 been run here. Architecture, initial weights, optimizer and schedule are nanoGPT's; the order of the
 data is ours, and so is the choice of the documents held out. Parameters: 124,373,760.

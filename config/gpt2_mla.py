@@ -1,7 +1,7 @@
 """gpt2.py with DeepSeek-V3's attention, rotary positions and RMSNorm. Its cache is a tenth of the
 other's, and a wider feed-forward takes the parameters that latents and positions save.
 
-Asks: does MLA beat plain heads at GPT-2's size, on its data, with its recipe? It has not been run
+Asks: does MLA beat MHA at GPT-2's size, on its data, with its recipe? It has not been run
 here. Parameters: 124,478,208, within 0.1% of gpt2.py.
 
 As in DeepSeek-V3, a head has half as many rotated dimensions as others, and q_latent is three times
